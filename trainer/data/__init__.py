@@ -1,0 +1,1 @@
+"""From shards to batches: index, plan, decode, augment, stream, loader. Knows nothing of models."""

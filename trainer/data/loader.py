@@ -1,0 +1,49 @@
+"""Workers, prefetch and the copy to the device: batches are ready when the step wants them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from trainer.data.stream import Batch, Guarded
+from trainer.errors import TrainerError
+
+
+class Loader:
+    """Iterates over the batches of a stream, loaded by ``num_workers`` processes."""
+
+    def __init__(
+        self, stream: "IterableDataset[Batch]", *, num_workers: int = 0, prefetch: int = 2, pin_memory: bool = False
+    ) -> None:
+        self._loader: DataLoader[Batch | TrainerError] = DataLoader(
+            Guarded(stream),
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=prefetch if num_workers else None,
+            pin_memory=pin_memory,
+            worker_init_fn=_one_thread,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches in plan order.
+
+        Raises:
+            DataError: what a worker met, with the sample's key and shard.
+        """
+        for item in self._loader:
+            if isinstance(item, TrainerError):
+                raise item
+            yield item
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Start copying the tensors of a batch to the device; from pinned memory the copy overlaps with computing."""
+    batch.images_BCHW = batch.images_BCHW.to(device, non_blocking=True)
+    batch.noise_BN = batch.noise_BN.to(device, non_blocking=True)
+    return batch
+
+
+def _one_thread(worker: int) -> None:
+    """Workers are the parallelism; threads inside each would only fight over the cores."""
+    del worker
+    torch.set_num_threads(1)

@@ -1,0 +1,1 @@
+"""Networks: masking, encoder, masked autoencoder. Knows nothing of data sets."""

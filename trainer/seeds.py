@@ -1,0 +1,139 @@
+"""All randomness of a run: pure functions from (seed, purpose, position) to bits.
+
+Nothing here keeps a state, so nothing here has to be saved: any rank, worker or restarted process that asks
+for the same position gets the same bits. The bits come from Philox4x32-10 written out on numpy arrays, and not
+from ``numpy.random.Generator`` methods, because numpy may change those between versions (NEP 19) and a resumed
+run must not notice an upgrade.
+
+Shapes: N positions, W words.
+Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3" (Philox); Black and Rogaway 2002,
+"Ciphers with Arbitrary Finite Domains" (cycle walking).
+"""
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_U32 = np.uint64(0xFFFFFFFF)
+_SHIFT32 = np.uint64(32)
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+_ROUNDS = 10
+_FEISTEL_ROUNDS = 12
+
+
+class Purpose(IntEnum):
+    """What the bits are for. Numbers are part of the plan version: never renumber, only append."""
+
+    BLOCK_ORDER = 1
+    WINDOW_ORDER = 2
+    EPOCH_ROTATION = 3
+    SUBSTITUTE = 4
+    AUGMENT = 5
+    MASK = 6
+    HELD_OUT_MASK = 7
+
+
+def philox4x32(counter_N4: NDArray[np.uint64], key_2: tuple[int, int]) -> NDArray[np.uint64]:
+    """Encrypt counters with Philox4x32-10.
+
+    Args:
+        counter_N4: four 32-bit words a row, held in uint64.
+        key_2: two 32-bit words.
+
+    Returns:
+        random_N4: four 32-bit words a row, held in uint64.
+    """
+    c0, c1, c2, c3 = (counter_N4[:, i] for i in range(4))
+    k0, k1 = (np.uint64(word) for word in key_2)
+    for _ in range(_ROUNDS):
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # 32 x 32 bits fit in 64
+        c0, c1, c2, c3 = (
+            (product1 >> _SHIFT32) ^ c1 ^ k0,
+            product1 & _U32,
+            (product0 >> _SHIFT32) ^ c3 ^ k1,
+            product0 & _U32,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _U32, (k1 + _WEYL[1]) & _U32
+    return np.stack([c0, c1, c2, c3], axis=1)
+
+
+def random_words(seed: int, purpose: Purpose, position_N: ArrayLike, num_words: int) -> NDArray[np.uint32]:
+    """Draw ``num_words`` independent 32-bit words for each position.
+
+    Args:
+        seed: 0 <= seed < 2**64.
+        purpose: separates streams that share positions.
+        position_N: integers, 0 <= position < 2**64.
+        num_words: words a position.
+
+    Returns:
+        words_NW: uint32.
+    """
+    positions = np.atleast_1d(np.asarray(position_N, dtype=np.uint64))
+    num_calls = -(-num_words // 4)
+    counter = np.empty((len(positions), num_calls, 4), dtype=np.uint64)
+    counter[..., 0] = (positions & _U32)[:, None]
+    counter[..., 1] = (positions >> _SHIFT32)[:, None]
+    counter[..., 2] = np.arange(num_calls, dtype=np.uint64)
+    counter[..., 3] = np.uint64(purpose)
+    words = philox4x32(counter.reshape(-1, 4), (seed & 0xFFFFFFFF, seed >> 32))
+    return words.astype(np.uint32).reshape(len(positions), -1)[:, :num_words]
+
+
+def uniforms(seed: int, purpose: Purpose, position_N: ArrayLike, num_draws: int) -> NDArray[np.float32]:
+    """Draw uniform numbers in [0, 1) with 24 random bits each, exact in float32; shape (N, num_draws)."""
+    words = random_words(seed, purpose, position_N, num_draws)
+    return (words >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
+
+
+def shuffled(index: ArrayLike, size: ArrayLike, *, seed: int, purpose: Purpose, which: ArrayLike) -> NDArray[np.int64]:
+    """Map each index to its place under a random permutation of ``range(size)``, without storing it.
+
+    A balanced Feistel network over the next even number of bits, walked until it lands inside the range: O(1)
+    memory and random access whatever the size, so a billion-sample epoch needs no table.
+
+    Args:
+        index: integers, 0 <= index < size, of shape (N,).
+        size: number of things permuted, > 0; one for all or one for each index.
+        seed: run seed.
+        purpose: separates permutations that share numbers.
+        which: number of the permutation (for example the epoch); one for all or one for each index.
+
+    Returns:
+        place_N: int64; indices of the same permutation get distinct places.
+    """
+    index_N, size_N, which_N = np.broadcast_arrays(*(np.asarray(a, dtype=np.uint64) for a in (index, size, which)))
+    half_bits_N = np.maximum(1, (_bit_length(size_N - np.uint64(1)) + np.uint64(1)) // np.uint64(2))
+    permutations, inverse = np.unique(which_N, return_inverse=True)
+    words = random_words(seed, purpose, permutations, 2 * _FEISTEL_ROUNDS).astype(np.uint64)
+    keys_RN = ((words[:, ::2] << _SHIFT32) | words[:, 1::2]).T[:, inverse]
+    place_N = _feistel(index_N, half_bits_N, keys_RN)
+    outside = np.flatnonzero(place_N >= size_N)
+    while len(outside):  # the domain is at most four times the range, so this ends after a few turns
+        place_N[outside] = _feistel(place_N[outside], half_bits_N[outside], keys_RN[:, outside])
+        outside = outside[place_N[outside] >= size_N[outside]]
+    return place_N.astype(np.int64)
+
+
+def _feistel(
+    value_N: NDArray[np.uint64], half_bits_N: NDArray[np.uint64], keys_RN: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    mask_N = (np.uint64(1) << half_bits_N) - np.uint64(1)
+    left_N, right_N = value_N >> half_bits_N, value_N & mask_N
+    for key_N in keys_RN:
+        left_N, right_N = right_N, left_N ^ (_mix(right_N ^ key_N) & mask_N)
+    return (left_N << half_bits_N) | right_N
+
+
+def _mix(value_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scatter 64 bits (the finaliser of SplitMix64, Steele et al. 2014); uint64 arrays wrap around by design."""
+    mixed = (value_N ^ (value_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def _bit_length(value_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Count the bits needed to write each number (exact below 2**53, which is far above any data set)."""
+    return np.frexp(value_N.astype(np.float64))[1].astype(np.uint64)

@@ -15,8 +15,8 @@ from trainer.seeds import Purpose, random_words
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for a newer version at import
 
-import albumentations as A  # noqa: E402  (must see the variable above)
-import cv2  # noqa: E402
+import albumentations as A
+import cv2
 
 cv2.setNumThreads(0)  # one loader process, one thread: the workers are the parallelism
 

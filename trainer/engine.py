@@ -1,0 +1,283 @@
+"""The only importer of deepspeed: start the ranks, build the engine, take one step, save and load its state.
+
+DeepSpeed owns memory, communication and precision (``ds_configs/``); the recipe owns everything that changes the
+mathematics. A value that both could set stands as "auto" in the JSON and is filled in here; a contradiction is refused.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.logging import logger as deepspeed_logger
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor, nn
+
+from trainer.errors import CheckpointError, ConfigError
+from trainer.optim import parameter_groups
+from trainer.world import World, join
+
+logger = logging.getLogger(__name__)
+
+SAFE_GLOBALS = [ZeroStageEnum, fragment_address, LossScaler]
+"""The classes that DeepSpeed 0.19.8 pickles into its files beside tensors and plain containers, and no more."""
+
+_STATE = "state"
+_REFUSED_BLOCKS = {
+    "scheduler": "the recipe owns the schedule (warmup_epochs, min_learning_rate)",
+    "elasticity": "DeepSpeed removed it in 0.19.8; any world size that divides the global batch works without it",
+    "nebula": "DeepSpeed removed it in 0.19.8; checkpoints are committed by trainer/checkpoint.py",
+    "data_efficiency": "the data plane is trainer/data",
+    "curriculum_learning": "the data plane is trainer/data",
+}
+
+
+def default_device() -> torch.device:
+    """Return this rank's device: its GPU where there is one, else the CPU."""
+    if get_accelerator().device_name() == "cpu":
+        return torch.device("cpu")
+    return torch.device(get_accelerator().device_name(), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def connect(world: World, *, timeout_s: int) -> World:
+    """Start the process group of the run and return the world with its group for decisions.
+
+    Args:
+        world: who this process is.
+        timeout_s: how long a collective waits for a missing rank.
+    """
+    deepspeed_logger.setLevel(logging.WARNING)
+    # DeepSpeed compiles a shared-memory all-reduce at the first CPU start, minutes of silence. gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = default_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    where: dict[str, Any] = {"store": torch.distributed.HashStore()} if world.size == 1 else {"init_method": "env://"}
+    dist.init_process_group(
+        backend, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s), **where
+    )
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it even where it is told the rest
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), auto_mpi_discovery=False)
+    return join(world)
+
+
+def disconnect() -> None:
+    """End the process group, so that the interpreter can leave without complaints."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON file.
+
+    Raises:
+        ConfigError: the file is missing, is not a JSON object, or holds a block that cannot work here.
+    """
+    try:
+        config: Any = json.loads(path.read_text(), object_pairs_hook=_unique_names)
+    except OSError as error:
+        raise ConfigError(f"ds_config {path} cannot be read ({error.strerror}): name a file of ds_configs/") from error
+    except ValueError as error:
+        raise ConfigError(f"ds_config {path} is not valid JSON ({error}): compare it with ds_configs/") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"ds_config {path} holds a {type(config).__name__}, but must be one JSON object")
+    for block, reason in _REFUSED_BLOCKS.items():
+        if block in config:
+            raise ConfigError(f"ds_config {path} sets {block!r}, which is not used here: {reason}; remove the block")
+    return config
+
+
+def fill_ds_config(config: Mapping[str, Any], owned: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the recipe's values where the JSON says "auto" or nothing.
+
+    Args:
+        config: a DeepSpeed configuration.
+        owned: what the recipe decides, by dotted name, for example ``optimizer.params.lr``.
+
+    Returns:
+        filled: a new configuration without any "auto".
+
+    Raises:
+        ConfigError: the JSON sets another value explicitly, or leaves an "auto" that the recipe does not own.
+    """
+    filled: dict[str, Any] = json.loads(json.dumps(config))
+    filled.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True, "fused": True}})
+    for name, value in owned.items():
+        *blocks, last = name.split(".")
+        block = filled
+        for step in blocks:
+            block = block.setdefault(step, {})
+            if not isinstance(block, dict):
+                raise ConfigError(f"ds_config sets {step} to {block!r}, but it must be a JSON object")
+        if block.get(last, "auto") not in ("auto", value):
+            raise ConfigError(
+                f"ds_config sets {name} to {block[last]!r}, but the recipe says {value!r}: "
+                f'write "auto" in the JSON, or change the recipe'
+            )
+        block[last] = value
+    left = [name for name, value in _leaves(filled) if value == "auto"]
+    if left:
+        raise ConfigError(f'ds_config leaves {", ".join(left)} "auto", but the recipe does not own it: write a value')
+    return filled
+
+
+def owned_by_recipe(
+    *,
+    global_batch: int,
+    micro_batch: int,
+    num_ranks: int,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    clip_grad_norm: float,
+) -> dict[str, Any]:
+    """Name the DeepSpeed settings that follow from the recipe and the world.
+
+    Raises:
+        ConfigError: the global batch is not made of whole micro batches.
+    """
+    accumulation, rest = divmod(global_batch, num_ranks * micro_batch)
+    if rest or not accumulation:
+        raise ConfigError(
+            f"global_batch is {global_batch}, but must be divisible by ranks x micro_batch = {num_ranks} x "
+            f"{micro_batch}: {_batch_remedy(global_batch, num_ranks)}"
+        )
+    return {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip_grad_norm,
+        "optimizer.params.lr": learning_rate,
+        "optimizer.params.betas": list(betas),
+        "optimizer.params.weight_decay": weight_decay,
+    }
+
+
+class Engine:
+    """A model under DeepSpeed. One call of `step` is one optimizer step over the global batch."""
+
+    def __init__(self, model: nn.Module, *, ds_config: dict[str, Any], weight_decay: float, world: World) -> None:
+        """Wrap the model.
+
+        Raises:
+            ConfigError: DeepSpeed refuses the configuration.
+        """
+        self.world = world
+        self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
+        self.precision = next((p for p in ("bf16", "fp16") if ds_config.get(p, {}).get("enabled")), "fp32")
+        self._accumulation = ds_config["gradient_accumulation_steps"]
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=model, model_parameters=parameter_groups(model, weight_decay), config=ds_config
+            )
+        except (deepspeed.DeepSpeedConfigError, AssertionError, ValueError) as error:
+            raise ConfigError(f"DeepSpeed refuses the ds_config: {error}; compare it with ds_configs/") from error
+        self.device = torch.device(self._engine.device)
+        self._basic_grad_norm: Tensor | None = None
+
+    def step(self, micro_batches: Iterable[tuple[Tensor, ...]], *, learning_rate: float) -> Tensor:
+        """Accumulate gradients over the micro batches and move the optimizer once.
+
+        The loss is never divided here: DeepSpeed divides by the accumulation steps, and doing it twice is a known
+        fault of other trainers.
+
+        Returns:
+            loss: scalar on the device, the mean over this rank's samples. Reading it waits for the device.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        total = torch.zeros((), device=self.device)
+        self._engine.train()
+        for inputs in micro_batches:
+            loss = self._engine(*inputs)
+            self._engine.backward(loss)
+            total += loss.detach()
+            if self.zero_stage == 0 and self.precision == "fp32" and self._engine.is_gradient_accumulation_boundary():
+                self._basic_grad_norm = nn.utils.get_total_norm(_gradients(self._engine.module))
+            self._engine.step()
+        return total / self._accumulation
+
+    @torch.no_grad()
+    def evaluate(self, *inputs: Tensor, **options: Any) -> Tensor:
+        """Run the model forward without gradients; every rank must call, because ZeRO-3 gathers weights."""
+        self._engine.eval()
+        result: Tensor = self._engine(*inputs, **options)
+        self._engine.train()
+        return result
+
+    def mean_over_ranks(self, value: Tensor) -> Tensor:
+        """Average a device tensor over the ranks."""
+        if self.world.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.world.size
+        return value
+
+    def grad_norm(self) -> float:
+        """Return the global gradient norm of the last step, before clipping; waits for the device."""
+        norm = self._basic_grad_norm if self._basic_grad_norm is not None else self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def save(self, directory: Path) -> None:
+        """Write every rank's state below ``directory``; all ranks call. Nothing is committed by this."""
+        self._engine.save_checkpoint(str(directory), tag=_STATE, save_latest=False, exclude_frozen_parameters=False)
+        if self.world.is_main:  # a script in a checkpoint that users might run is a way in for strangers
+            (directory / "zero_to_fp32.py").unlink(missing_ok=True)
+
+    def load(self, directory: Path) -> None:
+        """Restore the state that `save` wrote; all ranks call. No code from the files is executed.
+
+        Raises:
+            CheckpointError: a file holds something other than tensors and plain values.
+        """
+        self._engine.checkpoint_engine.load = _load_safely
+        path, _ = self._engine.load_checkpoint(str(directory), tag=_STATE)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed found no state in {directory}: the checkpoint is damaged, remove it")
+
+
+def _load_safely(path: str, map_location: Any = None) -> Any:
+    """Replace DeepSpeed's loader, which unpickles anything (``weights_only=False``)."""
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be loaded safely ({error}): remove this checkpoint") from error
+
+
+def _gradients(module: nn.Module) -> list[Tensor]:
+    return [p.grad for p in module.parameters() if p.grad is not None]
+
+
+def _leaves(block: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in block.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"the name {twice.pop()!r} stands twice")
+    return dict(pairs)
+
+
+def _batch_remedy(global_batch: int, num_ranks: int) -> str:
+    if global_batch % num_ranks:
+        fitting = [n for n in range(num_ranks, 0, -1) if global_batch % n == 0]
+        return f"start {fitting[0]} ranks, or set global_batch to a multiple of {num_ranks}"
+    mine = global_batch // num_ranks
+    return f"set micro_batch to a divisor of {mine}"

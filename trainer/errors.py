@@ -15,3 +15,11 @@ class DataError(TrainerError):
 
 class CheckpointError(TrainerError):
     """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class SampleError(DataError):
+    """One sample cannot be used. The stream substitutes another and counts ``reason``."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason

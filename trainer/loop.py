@@ -80,7 +80,7 @@ class BadSamples:
             keys = [key for f in found for key in f[1]][:10]
             raise DataError(
                 f"{num_bad} of {num_read} samples could not be decoded ({dict(reasons)}), which is above "
-                f"max_bad_sample_share {self.max_share}; among them {', '.join(keys)}: mend the shards or raise the share"
+                f"max_bad_sample_share {self.max_share}; among them {', '.join(keys)}: mend the shards or raise it"
             )
         return dict(reasons)
 

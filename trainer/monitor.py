@@ -130,8 +130,7 @@ class Ledger:
         """Note samples after their optimizer step; buffered until `flush`."""
         if self._file is not None:
             rows = (
-                {"step": step, "position": position, "key": key}
-                for position, key in zip(positions, keys, strict=True)
+                {"step": step, "position": position, "key": key} for position, key in zip(positions, keys, strict=True)
             )
             self._file.writelines(json.dumps(row) + "\n" for row in rows)
 

@@ -21,8 +21,8 @@ from torch.utils.data import get_worker_info
 
 from trainer.data.decode import decode_image
 from trainer.data.plan import Plan, positions_of
-from trainer.data.shards import SampleError, SampleRef, ShardIndex, ShardReader
-from trainer.errors import DataError, TrainerError
+from trainer.data.shards import SampleRef, ShardIndex, ShardReader
+from trainer.errors import DataError, SampleError, TrainerError
 from trainer.seeds import Purpose, random_words, uniforms
 
 Augment = Callable[[NDArray[np.uint8], int], NDArray[np.uint8]]

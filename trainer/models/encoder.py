@@ -1,0 +1,205 @@
+"""Any timm ViT, run on a subset of its patches. The only importer of timm's models.
+
+Patches are gathered before the patch embedding, so nothing is computed for a hidden patch; positions are added by
+index. With all patches kept, the result is timm's own ``forward_features``.
+
+Shapes: B images, N patches, K kept, T = prefix + K tokens, D width, P = p*p*C values of a patch, S queries.
+"""
+
+import difflib
+
+import timm
+import torch
+from einops import rearrange
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from trainer.errors import ConfigError
+from trainer.models.mask_utils import take
+
+
+class PatchEncoder(nn.Module):
+    """A timm VisionTransformer under ``self.vit``, with timm's own parameter names."""
+
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        image_size: int,
+        patch_size: int | None = None,
+        depth: int | None = None,
+        fixed_positions: bool = False,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        """Build the encoder with random weights.
+
+        Raises:
+            ConfigError: timm has no such model, it is no ViT with absolute positions, or patches do not fit the image.
+        """
+        super().__init__()
+        self.vit = _create(model_name, image_size=image_size, patch_size=patch_size, depth=depth)
+        self._grad_checkpointing = grad_checkpointing
+        if fixed_positions:
+            self._fix_positions()
+
+    @property
+    def width(self) -> int:
+        """Width of a token."""
+        return int(self.vit.embed_dim)
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch [pixels]."""
+        return int(self.vit.patch_embed.patch_size[0])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        rows, columns = self.vit.patch_embed.grid_size
+        return int(rows), int(columns)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_prefix(self) -> int:
+        """Class and register tokens in front of the patches."""
+        return int(self.vit.num_prefix_tokens)
+
+    def forward(self, patches_BNP: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """Encode the kept patches.
+
+        Args:
+            patches_BNP: normalised patches in the order of `patchify`.
+            keep_BK: which patches to see; None means all.
+
+        Returns:
+            tokens_BTD: class and register tokens, then the kept patches in the order of ``keep``.
+        """
+        kept_BKP = patches_BNP if keep_BK is None else take(patches_BNP, keep_BK)
+        tokens_BTD = self.vit.norm_pre(self._with_prefix(self._embed(kept_BKP), keep_BK))
+        for block in self.vit.blocks:
+            if self._grad_checkpointing and self.training:
+                tokens_BTD = checkpoint(block, tokens_BTD, use_reentrant=False)
+            else:
+                tokens_BTD = block(tokens_BTD)
+        normed_BTD: Tensor = self.vit.norm(tokens_BTD)
+        return normed_BTD
+
+    def positions(self) -> Tensor:
+        """Return the position embedding of every patch, (1, N, D)."""
+        positions: Tensor = self.vit.pos_embed
+        return positions[:, positions.shape[1] - self.num_patches :]
+
+    def flops(self, num_tokens: int) -> int:
+        """Count multiply-adds times two of one forward pass over this many patches of one image."""
+        embed = self.vit.patch_embed.proj
+        pixels = embed.in_channels * self.patch**2
+        return 2 * num_tokens * pixels * self.width + blocks_flops(self.vit.blocks, num_tokens + self.num_prefix)
+
+    def _embed(self, patches_BKP: Tensor) -> Tensor:
+        """Run timm's own convolution over a strip of kept patches: hooks of ZeRO-3 and adapters see their module."""
+        strip_BCpW = rearrange(patches_BKP, "b k (p q c) -> b c p (k q)", p=self.patch, q=self.patch)
+        embedded_BD1K = self.vit.patch_embed.proj(strip_BCpW)
+        tokens_BKD: Tensor = self.vit.patch_embed.norm(embedded_BD1K.squeeze(2).transpose(1, 2))
+        return tokens_BKD
+
+    def _with_prefix(self, patches_BKD: Tensor, keep_BK: Tensor | None) -> Tensor:
+        """Add positions by index and put class and register tokens in front, as timm's ``_pos_embed`` orders them."""
+        B = len(patches_BKD)
+        positions_1ND = self.positions()
+        chosen = positions_1ND if keep_BK is None else take(positions_1ND.expand(B, -1, -1), keep_BK)
+        prefix = [token.expand(B, -1, -1) for token in (self.vit.cls_token, self.vit.reg_token) if token is not None]
+        if prefix and not self.vit.no_embed_class:
+            num_placed = self.vit.pos_embed.shape[1] - self.num_patches
+            prefix_BTD = torch.cat(prefix, dim=1)
+            placed = prefix_BTD[:, :num_placed] + self.vit.pos_embed[:, :num_placed]
+            prefix = [placed, prefix_BTD[:, num_placed:]]
+        tokens_BTD: Tensor = self.vit.pos_drop(torch.cat([*prefix, patches_BKD + chosen], dim=1))
+        return tokens_BTD
+
+    def _fix_positions(self) -> None:
+        """Replace the learned positions by sines and cosines that do not train; class tokens get zeros."""
+        with torch.no_grad():
+            num_placed = self.vit.pos_embed.shape[1] - self.num_patches
+            self.vit.pos_embed[:, :num_placed] = 0
+            self.vit.pos_embed[:, num_placed:] = sine_cosine_positions(self.grid, self.width)
+        self.vit.pos_embed.requires_grad_(False)
+
+
+def make_blocks(depth: int, *, width: int, heads: int) -> nn.ModuleList:
+    """Build pre-norm transformer blocks as the encoder's (MLP ratio 4, biases, layer norm with eps 1e-6)."""
+    return nn.ModuleList(Block(width, heads, mlp_ratio=4.0, qkv_bias=True) for _ in range(depth))
+
+
+def attend_from(block: Block, tokens_BTD: Tensor, num_queries: int) -> Tensor:
+    """Run a block for its last tokens only; they still attend to all.
+
+    Equals ``block(tokens)[:, -num_queries:]`` without the other tokens' attention rows, projection and MLP.
+
+    Returns:
+        tokens_BSD: the last ``num_queries`` tokens.
+    """
+    attention = block.attn
+    q_BhTd, k_BhTd, v_BhTd = rearrange(
+        attention.qkv(block.norm1(tokens_BTD)), "b t (three h d) -> three b h t d", three=3, h=attention.num_heads
+    )
+    q_BhSd = attention.q_norm(q_BhTd[:, :, -num_queries:])
+    mixed_BhSd = F.scaled_dot_product_attention(q_BhSd, attention.k_norm(k_BhTd), v_BhTd)
+    mixed_BSD = attention.proj(attention.norm(rearrange(mixed_BhSd, "b h s d -> b s (h d)")))
+    tokens_BSD = tokens_BTD[:, -num_queries:] + block.drop_path1(block.ls1(mixed_BSD))
+    result_BSD: Tensor = tokens_BSD + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens_BSD))))
+    return result_BSD
+
+
+def blocks_flops(blocks: nn.ModuleList, num_tokens: int) -> int:
+    """Count the forward FLOPs of blocks over T tokens: 2 a weight of each linear layer and 4*T*T*D for attention."""
+    total = 0
+    for block in blocks:
+        linear = sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
+        total += 2 * linear * num_tokens + 4 * num_tokens**2 * block.attn.num_heads * block.attn.head_dim
+    return total
+
+
+def sine_cosine_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """Encode each patch's column in the first half of the width and its row in the second, (1, N, width), float32.
+
+    Source: He et al. 2021, arXiv 2111.06377, appendix A.1, after Vaswani et al. 2017, arXiv 1706.03762, section 3.5.
+    """
+    quarter = width // 4
+    frequency = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [place.flatten()[:, None] * frequency for place in (columns, rows)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[None].float()
+
+
+def _create(model_name: str, *, image_size: int, patch_size: int | None, depth: int | None) -> VisionTransformer:
+    if not timm.is_model(model_name):
+        names = timm.list_models("*vit*")
+        near = difflib.get_close_matches(model_name, names, n=3, cutoff=0.4) or ["vit_base_patch16_224"]
+        raise ConfigError(
+            f"model is {model_name!r}, which timm {timm.__version__} does not know: try {', '.join(near)}"
+        )
+    options = {"patch_size": patch_size, "depth": depth}
+    chosen = {name: value for name, value in options.items() if value is not None}
+    try:
+        vit = timm.create_model(model_name, pretrained=False, img_size=image_size, num_classes=0, **chosen)
+    except (TypeError, AssertionError, ValueError, AttributeError) as error:
+        raise ConfigError(f"model {model_name!r} is no plain ViT ({error}): try vit_base_patch16_224") from error
+    if (
+        not isinstance(vit, VisionTransformer)
+        or vit.pos_embed is None
+        or not isinstance(getattr(vit.patch_embed, "proj", None), nn.Conv2d)
+    ):
+        raise ConfigError(f"model {model_name!r} is no ViT with absolute positions: try vit_base_patch16_224")
+    patch = vit.patch_embed.patch_size[0]
+    if image_size % patch:
+        fitting = max(patch, round(image_size / patch) * patch)
+        raise ConfigError(
+            f"image_size is {image_size}, but must be divisible by the patch size {patch}: try --image_size {fitting}"
+        )
+    return vit

@@ -1,0 +1,175 @@
+"""The masked autoencoder: a ViT sees a quarter of the patches, a light decoder paints the rest.
+
+With the same weights and the same mask the loss is the published one's; three things are computed less often:
+hidden patches are never embedded, tokens are not put back in order (attention does not see order, and positions are
+added by index), and the last decoder block and the pixel layer run for hidden patches only.
+
+Shapes: B images, C=3 channels, H, W image, N patches, K kept, M masked, P = p*p*C values of a patch, D encoder width,
+E decoder width, T tokens.
+Source: He et al. 2021, arXiv 2111.06377, section 3.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from trainer.losses import masked_pixel_error, normalise_patches, patch_statistics
+from trainer.models.encoder import PatchEncoder, attend_from, blocks_flops, make_blocks, sine_cosine_positions
+from trainer.models.mask_utils import patchify, take, unpatchify
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_HIDDEN_GREY = 0.5
+
+
+class MaskedAutoencoder(nn.Module):
+    """Encoder, decoder and loss in one forward, because an engine must be called and not its parts."""
+
+    def __init__(
+        self,
+        encoder: PatchEncoder,
+        *,
+        decoder_width: int = 512,
+        decoder_depth: int = 4,
+        decoder_heads: int = 16,
+        use_learned_mask_token: bool = True,
+        use_separate_pos_embed: bool = True,
+        fixed_pos_embed: bool = True,
+        norm_pix_loss: bool = True,
+    ) -> None:
+        """Build the decoder and draw all weights from torch's generator; see `initialise`."""
+        super().__init__()
+        self.encoder = encoder
+        self.norm_pix_loss = norm_pix_loss
+        self.decoder_embed = nn.Linear(encoder.width, decoder_width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width), requires_grad=use_learned_mask_token)
+        self.decoder_pos_embed, self.position_embed = None, None
+        if use_separate_pos_embed:
+            positions_1NE = sine_cosine_positions(encoder.grid, decoder_width)
+            self.decoder_pos_embed = nn.Parameter(positions_1NE, requires_grad=not fixed_pos_embed)
+        else:
+            self.position_embed = nn.Linear(encoder.width, decoder_width, bias=False)
+        self.decoder_blocks = make_blocks(decoder_depth, width=decoder_width, heads=decoder_heads)
+        self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_width, 3 * encoder.patch**2)
+        self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        initialise(self, use_learned_mask_token=use_learned_mask_token, learned_positions=not fixed_pos_embed)
+
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        keep_BK: Tensor,
+        masked_BM: Tensor,
+        want: Literal["loss", "error", "pictures"] = "loss",
+    ) -> Tensor:
+        """Reconstruct the hidden patches.
+
+        Args:
+            images_BCHW: uint8 RGB.
+            keep_BK: patches that the encoder sees.
+            masked_BM: patches to predict; together with ``keep`` every patch once.
+            want: what to return.
+
+        Returns:
+            ``loss``: float32 scalar, mean squared error over hidden patches, in units of the normalised pixel.
+            ``error``: float32 (B,), the same for each image.
+            ``pictures``: uint8 (3, B, C, H, W), the images, what the encoder saw, and the reconstruction.
+        """
+        patches_BNP = patchify(self._normalise(images_BCHW), self.encoder.patch)
+        predicted_BMP = self._predict(patches_BNP, keep_BK, masked_BM)
+        if want == "pictures":
+            return self._pictures(patches_BNP, predicted_BMP.float(), masked_BM)
+        error_B = masked_pixel_error(predicted_BMP, self._target(patches_BNP, masked_BM))
+        return error_B if want == "error" else error_B.mean()
+
+    def target(self, images_BCHW: Tensor, masked_BM: Tensor) -> Tensor:
+        """Return what the loss asks the decoder to predict, float32 (B, M, P)."""
+        return self._target(patchify(self._normalise(images_BCHW), self.encoder.patch), masked_BM)
+
+    def flops_per_image(self, num_keep: int) -> int:
+        """Count the FLOPs of forward and backward (three times forward) of one image, for the MFU."""
+        num_tokens = self.encoder.num_patches + self.encoder.num_prefix
+        num_masked = self.encoder.num_patches - num_keep
+        decoder = blocks_flops(self.decoder_blocks, num_tokens)
+        linear = self.decoder_embed.weight.numel() * (num_keep + self.encoder.num_prefix)
+        linear += self.decoder_pred.weight.numel() * num_masked
+        return 3 * (self.encoder.flops(num_keep) + decoder + 2 * linear)
+
+    def _predict(self, patches_BNP: Tensor, keep_BK: Tensor, masked_BM: Tensor) -> Tensor:
+        compute_dtype = next(self.parameters()).dtype
+        seen_BTE = self.decoder_embed(self.encoder(patches_BNP.to(compute_dtype), keep_BK))
+        positions_BNE = self._decoder_positions().expand(len(keep_BK), -1, -1)
+        prefix_BTE, visible_BKE = seen_BTE.split([self.encoder.num_prefix, keep_BK.shape[1]], dim=1)
+        visible_BKE = visible_BKE + take(positions_BNE, keep_BK)
+        hidden_BME = self.mask_token + take(positions_BNE, masked_BM)
+        tokens_BTE = torch.cat([prefix_BTE, visible_BKE, hidden_BME], dim=1)
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
+            tokens_BTE = block(tokens_BTE)
+        painted_BME = attend_from(last, tokens_BTE, masked_BM.shape[1])
+        predicted_BMP: Tensor = self.decoder_pred(self.decoder_norm(painted_BME))
+        return predicted_BMP
+
+    def _decoder_positions(self) -> Tensor:
+        if self.position_embed is None:
+            assert self.decoder_pos_embed is not None
+            return self.decoder_pos_embed
+        projected: Tensor = self.position_embed(self.encoder.positions())
+        return projected
+
+    def _target(self, patches_BNP: Tensor, masked_BM: Tensor) -> Tensor:
+        target_BMP = take(patches_BNP, masked_BM)
+        return normalise_patches(target_BMP) if self.norm_pix_loss else target_BMP
+
+    def _normalise(self, images_BCHW: Tensor) -> Tensor:
+        """Scale uint8 to float32 with ImageNet's statistics, on the device of the images."""
+        mean_C11, std_C11 = self._device_statistics(images_BCHW.device)
+        return (images_BCHW.float() / 255 - mean_C11) / std_C11
+
+    def _device_statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Keep them out of the module's buffers: an engine in bf16 would round those."""
+        if device not in self._statistics:
+            mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+            self._statistics[device] = mean, std
+        return self._statistics[device]
+
+    def _pictures(self, patches_BNP: Tensor, predicted_BMP: Tensor, masked_BM: Tensor) -> Tensor:
+        if self.norm_pix_loss:  # the decoder says nothing about a patch's own brightness and contrast: borrow them
+            mean_BM1, scale_BM1 = patch_statistics(take(patches_BNP, masked_BM))
+            predicted_BMP = predicted_BMP * scale_BM1 + mean_BM1
+        where_BMP = masked_BM[..., None].expand_as(predicted_BMP)
+        painted_BNP = patches_BNP.scatter(1, where_BMP, predicted_BMP)
+        rows = [self._to_uint8(patches_BNP), self._to_uint8(patches_BNP), self._to_uint8(painted_BNP)]
+        grid, patch = self.encoder.grid, self.encoder.patch
+        seen_BNP = patchify(rows[1], patch).scatter(1, where_BMP, round(255 * _HIDDEN_GREY))
+        rows[1] = unpatchify(seen_BNP, patch, grid)
+        return torch.stack(rows)
+
+    def _to_uint8(self, patches_BNP: Tensor) -> Tensor:
+        mean_C11, std_C11 = self._device_statistics(patches_BNP.device)
+        image_BCHW = unpatchify(patches_BNP, self.encoder.patch, self.encoder.grid)
+        return ((image_BCHW * std_C11 + mean_C11) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def initialise(model: MaskedAutoencoder, *, use_learned_mask_token: bool, learned_positions: bool) -> None:
+    """Draw the weights as the published MAE does: Xavier-uniform matrices, zero biases, tokens of deviation 0.02."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):  # the patch embedding, as the matrix that it is
+            nn.init.xavier_uniform_(module.weight.view(module.out_channels, -1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    vit = model.encoder.vit
+    for token in (vit.cls_token, vit.reg_token, model.mask_token if use_learned_mask_token else None):
+        if token is not None:
+            nn.init.normal_(token, std=0.02)
+    if learned_positions:
+        nn.init.trunc_normal_(vit.pos_embed, std=0.02)

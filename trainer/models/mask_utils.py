@@ -1,0 +1,131 @@
+"""Which patches are hidden, and how images become patches.
+
+The randomness of a mask is one uniform number a patch, drawn by the data plane from the sample's position; everything
+here is a pure function of it, so masks do not depend on rank, device or number of workers.
+
+Shapes: B images, N patches, K kept, M = N - K masked, D width, C channels, H, W image, P = p*p*C values of a patch.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from trainer.errors import ConfigError
+
+Strategy = Literal["random", "block", "grid"]
+_BLOCK_ASPECT = 0.5
+"""The region of the block strategy is at most 1 / 0.5 times as long as wide."""
+
+
+class MaskIndices(NamedTuple):
+    """Indices into the N patches, int64, ascending; together every patch once."""
+
+    keep_BK: Tensor
+    masked_BM: Tensor
+
+
+def num_kept(num_patches: int, mask_ratio: float) -> int:
+    """Return how many patches stay visible: ``num_patches * (1 - mask_ratio)``, rounded to the nearest.
+
+    Raises:
+        ConfigError: no patch would be kept, or none masked.
+    """
+    kept = round(num_patches * (1 - mask_ratio))
+    if not 0 < mask_ratio < 1 or not 0 < kept < num_patches:
+        raise ConfigError(
+            f"mask_ratio is {mask_ratio}, which keeps {kept} of {num_patches} patches, but at least one must be kept "
+            "and one masked: try 0.75, or smaller patches"
+        )
+    return kept
+
+
+def draw_mask(
+    noise_BN: Tensor, *, mask_ratio: float, strategy: Strategy = "random", grid: tuple[int, int], mask_block: int = 2
+) -> MaskIndices:
+    """Choose which patches to keep; exactly ``num_kept`` of them in every image, whatever the strategy.
+
+    Args:
+        noise_BN: uniform in [0, 1).
+        mask_ratio: share of patches hidden.
+        strategy: ``random`` hides scattered patches (He et al. 2021, arXiv 2111.06377, section 3), ``block`` one
+            contiguous ellipse-like region, ``grid`` whole cells of mask_block x mask_block patches (the last cell in
+            part, where the count asks for it).
+        grid: rows and columns of patches, rows * columns = N.
+        mask_block: side of a cell of the grid strategy [patches].
+    """
+    num_keep = num_kept(noise_BN.shape[1], mask_ratio)
+    scores_BN = {"random": _scattered, "block": _region, "grid": _cells}[strategy](noise_BN, grid, mask_block)
+    order_BN = scores_BN.argsort(dim=1, stable=True)
+    return MaskIndices(order_BN[:, :num_keep].sort(dim=1).values, order_BN[:, num_keep:].sort(dim=1).values)
+
+
+def _scattered(noise_BN: Tensor, grid: tuple[int, int], mask_block: int) -> Tensor:
+    del grid, mask_block
+    return noise_BN
+
+
+def _region(noise_BN: Tensor, grid: tuple[int, int], mask_block: int) -> Tensor:
+    """Score by closeness to a random centre, in an ellipse of random aspect; its level sets are connected."""
+    del mask_block
+    rows, columns = grid
+    y_N, x_N = torch.meshgrid(
+        torch.arange(rows, device=noise_BN.device), torch.arange(columns, device=noise_BN.device), indexing="ij"
+    )
+    centre_y_B, centre_x_B = noise_BN[:, 0] * (rows - 1), noise_BN[:, 1] * (columns - 1)
+    aspect_B = _BLOCK_ASPECT ** (2 * noise_BN[:, 2] - 1)
+    distance_y_BN = (y_N.flatten() - centre_y_B[:, None]) * aspect_B[:, None]
+    distance_x_BN = (x_N.flatten() - centre_x_B[:, None]) / aspect_B[:, None]
+    return -(distance_y_BN.square() + distance_x_BN.square())
+
+
+def _cells(noise_BN: Tensor, grid: tuple[int, int], mask_block: int) -> Tensor:
+    """Give every patch the noise of the first patch of its cell."""
+    rows, columns = grid
+    first_row = torch.arange(rows, device=noise_BN.device) // mask_block * mask_block
+    first_column = torch.arange(columns, device=noise_BN.device) // mask_block * mask_block
+    return noise_BN[:, (first_row[:, None] * columns + first_column).flatten()]
+
+
+def random_masking(
+    x_BND: Tensor, mask_ratio: float, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hide a random share of the tokens.
+
+    Args:
+        x_BND: tokens.
+        mask_ratio: share hidden.
+        generator: source of randomness, on the device of ``x``; None is torch's own.
+
+    Returns:
+        x_masked_BKD: the kept tokens, in the order of their places.
+        mask_BN: float, 0 is kept and 1 is hidden.
+        ids_restore_BN: int64; ``cat([kept, hidden]).gather(1, ids_restore)`` is the original order.
+    """
+    num_images, num_patches, _ = x_BND.shape
+    noise_BN = torch.rand(num_images, num_patches, generator=generator, device=x_BND.device)
+    keep_BK, masked_BM = draw_mask(noise_BN, mask_ratio=mask_ratio, grid=(1, num_patches))
+    mask_BN = torch.zeros_like(noise_BN).scatter_(1, masked_BM, 1.0)
+    return take(x_BND, keep_BK), mask_BN, torch.cat([keep_BK, masked_BM], dim=1).argsort(dim=1)
+
+
+def apply_mask(x_BND: Tensor, mask_BN: Tensor, mask_token_D: Tensor | None = None) -> Tensor:
+    """Replace the tokens where the mask is 1 by ``mask_token``, or by zeros."""
+    token_D = torch.zeros_like(x_BND[0, 0]) if mask_token_D is None else mask_token_D.to(x_BND.dtype)
+    return torch.where(mask_BN[..., None].bool(), token_D, x_BND)
+
+
+def take(x_BND: Tensor, index_BK: Tensor) -> Tensor:
+    """Gather tokens by index: (B, N, D) and (B, K) give (B, K, D)."""
+    return x_BND.gather(1, index_BK[..., None].expand(-1, -1, x_BND.shape[2]))
+
+
+def patchify(image_BCHW: Tensor, patch: int) -> Tensor:
+    """Cut images into patches, row by row; the values of a patch lie row, column, channel (BNP)."""
+    return rearrange(image_BCHW, "b c (gh p) (gw q) -> b (gh gw) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(patches_BNP: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+    """Invert `patchify` (BCHW)."""
+    return rearrange(patches_BNP, "b (gh gw) (p q c) -> b c (gh p) (gw q)", gh=grid[0], gw=grid[1], p=patch, q=patch)

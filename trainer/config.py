@@ -12,13 +12,13 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from trainer.errors import ConfigError
 
-C = TypeVar("C", "Recipe", "Runtime")
+C = TypeVar("C", bound=Any)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +95,7 @@ class Recipe:
     """Blocks of a lane that are mixed with each other [blocks]."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name in ("mask_ratio",):
             _require(self, name, 0 < getattr(self, name) < 1, "must lie strictly between 0 and 1 (try 0.75)")
         for name in _AT_LEAST_ONE & _names(Recipe):
@@ -173,7 +173,7 @@ class Runtime:
     """Show a progress bar on rank 0."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name in _AT_LEAST_ONE & _names(Runtime):
             _require(self, name, (value := getattr(self, name)) is None or value >= 1, "must be at least 1")
         for name in ("num_workers", "heldout_samples"):
@@ -196,13 +196,28 @@ def resolve(recipe: Recipe, runtime: Runtime, flags: Mapping[str, str]) -> tuple
     Raises:
         ConfigError: a name is unknown (the nearest valid ones are listed), or a value has the wrong type or range.
     """
-    known = _names(Recipe) | _names(Runtime)
+    refuse_unknown(flags, _names(Recipe) | _names(Runtime))
+    return with_flags(recipe, flags), with_flags(runtime, flags)
+
+
+def refuse_unknown(flags: Mapping[str, str], known: Collection[str]) -> None:
+    """Raise `ConfigError` with the nearest valid names if a flag is unknown."""
     for name in flags:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join('--' + n for n in near)}?" if near else "--help lists all settings"
             raise ConfigError(f"unknown setting --{name}: {hint}")
-    return _apply(recipe, flags), _apply(runtime, flags)
+
+
+def with_flags(config: C, flags: Mapping[str, str]) -> C:
+    """Return the frozen dataclass with those of the flags that are its own, parsed by their types.
+
+    Raises:
+        ConfigError: a value has the wrong type or range.
+    """
+    hints = typing.get_type_hints(type(config))
+    mine = {name: _parse(name, text, hints[name]) for name, text in flags.items() if name in hints}
+    return dataclasses.replace(config, **mine)
 
 
 def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -216,26 +231,17 @@ def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list
     ]
 
 
-def help_text() -> str:
-    """Describe every setting with its meaning, default and unit."""
-    lines = []
-    for config, title in ((Recipe, "Recipe (changes the numbers)"), (Runtime, "Runtime (does not)")):
-        docs = _field_docs(config)
-        lines.append(f"\n{title}:")
-        for entry in dataclasses.fields(config):
-            default = "none" if entry.default is None else entry.default
-            lines.append(f"  --{entry.name} {_type_name(entry)}\n        {docs[entry.name]} Default: {default}")
+def help_text(config: type, title: str) -> str:
+    """Describe every setting of a configuration with its meaning, default and unit."""
+    lines, docs = [f"\n{title}:"], _field_docs(config)
+    for entry in dataclasses.fields(config):
+        default = "none" if entry.default is None else entry.default
+        lines.append(f"  --{entry.name} {_type_name(entry)}\n        {docs[entry.name]} Default: {default}")
     return "\n".join(lines)
 
 
 def _names(config: type) -> set[str]:
     return {entry.name for entry in dataclasses.fields(config)}
-
-
-def _apply(config: C, flags: Mapping[str, str]) -> C:
-    hints = typing.get_type_hints(type(config))
-    mine = {name: _parse(name, text, hints[name]) for name, text in flags.items() if name in hints}
-    return dataclasses.replace(config, **mine)
 
 
 def _require(config: Any, name: str, holds: bool, rule: str) -> None:
@@ -269,7 +275,8 @@ def _parse(name: str, text: str, hint: Any) -> Any:
     return text
 
 
-def _check_types(config: Any) -> None:
+def check_types(config: Any) -> None:
+    """Raise `ConfigError` for the first field whose value is not of its declared type; called by ``__post_init__``."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value, options = getattr(config, name), _options(hint)
         if typing.get_origin(hint) is Literal:

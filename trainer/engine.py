@@ -207,6 +207,11 @@ class Engine:
             self._engine.step()
         return total / self._accumulation
 
+    @property
+    def module(self) -> Any:
+        """The model, to ask it for plain numbers. Its forward is called through the engine and never through this."""
+        return self._engine.module
+
     @torch.no_grad()
     def evaluate(self, *inputs: Tensor, **options: Any) -> Tensor:
         """Run the model forward without gradients; every rank must call, because ZeRO-3 gathers weights."""

@@ -25,6 +25,9 @@ from trainer.monitor import Ledger, Monitor, Speedometer
 
 logger = logging.getLogger(__name__)
 
+_ENOUGH_FOR_A_SHARE = 10_000
+"""With fewer samples read, one bad image would already be a large share."""
+
 Inputs = Callable[[Batch], tuple[Tensor, ...]]
 
 
@@ -76,7 +79,7 @@ class BadSamples:
         found = engine.world.gather_over_ranks([dict(self.reasons), self.keys, self.num_read])
         reasons: Counter[str] = sum((Counter(f[0]) for f in found), Counter())
         num_read, num_bad = sum(f[2] for f in found), reasons.total()
-        if num_bad > self.max_share * num_read:
+        if num_bad > self.max_share * max(num_read, _ENOUGH_FOR_A_SHARE):
             keys = [key for f in found for key in f[1]][:10]
             raise DataError(
                 f"{num_bad} of {num_read} samples could not be decoded ({dict(reasons)}), which is above "

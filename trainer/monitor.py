@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
@@ -65,6 +66,7 @@ class Monitor:
         if not is_main:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
+        self._pictures = output_dir / "pictures"
         metrics = output_dir / "metrics.jsonl"
         cut_after(metrics, first_step)
         self._metrics = metrics.open("a", buffering=1)
@@ -97,9 +99,11 @@ class Monitor:
             self._bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{values['images_per_s']:.0f}")
 
     def picture(self, step: int, name: str, image_CHW: torch.Tensor) -> None:
-        """Record a uint8 picture in TensorBoard."""
+        """Record a uint8 picture in TensorBoard and as OUTPUT/pictures/step-XXXXXXXX.png."""
         if self._is_main:
             self._board.add_image(name, image_CHW, step)
+            self._pictures.mkdir(exist_ok=True)
+            Image.fromarray(image_CHW.permute(1, 2, 0).numpy()).save(self._pictures / f"step-{step:08d}.png")
 
     def flush(self) -> None:
         """Bring everything recorded so far to disk; called with each checkpoint."""

@@ -1,0 +1,1 @@
+"""Commands that users start, and the recipes they start from."""

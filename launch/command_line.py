@@ -1,0 +1,134 @@
+"""From the words of a command line to a validated recipe, and from an error to one message and an exit code.
+
+fire takes the words apart. It would call the function first and complain about unknown flags afterwards, turn
+``2024_01`` into a number and keep only the last of several ``--override``; so it is asked for raw text only, and names,
+types and ranges are checked by `trainer.config` before any work.
+"""
+
+import contextlib
+import difflib
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import fire
+from fire.decorators import SetParseFn
+
+from trainer.config import Recipe, Runtime, help_text, resolve
+from trainer.errors import ConfigError, TrainerError
+
+EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 85
+_MAIN_SPEAKS_FIRST_S = 15.0
+
+RecipeFunction = Callable[[], tuple[Recipe, Runtime]]
+
+
+def run(command: Callable[[], int]) -> NoReturn:
+    """Run a command and end the process.
+
+    The exit code is the command's own, or 2 with one message on stderr if the user can mend what went wrong.
+    """
+    try:
+        code = command()
+    except TrainerError as error:
+        _let_main_speak_first()
+        print(f"\nerror: {error}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a rank that failed must not wait in the clean-up of a group that lost its members
+
+
+def wants_help(words: list[str]) -> bool:
+    """Whether the user asks what there is; fire would answer with a page about itself."""
+    return bool({"--help", "-h", "help"} & set(words))
+
+
+def configure(words: list[str], recipes: Mapping[str, RecipeFunction], default: str) -> tuple[Recipe, Runtime]:
+    """Read flags, overrides and the recipe's name into validated configurations.
+
+    Raises:
+        ConfigError: an unknown word, name or value.
+    """
+    flags = read_flags(words)
+    name = flags.pop("recipe", default)
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, n=1, cutoff=0.3)
+        raise ConfigError(
+            f"recipe is {name!r}, but must be one of {', '.join(recipes)}" + f" (try {near[0]})" * len(near)
+        )
+    return resolve(*recipes[name](), flags)
+
+
+def read_flags(words: list[str]) -> dict[str, str]:
+    """Collect ``--name value``, ``--name=value`` and ``--override name=value`` as text.
+
+    What the deepspeed launcher adds (``--local_rank=N``, ``--deepspeed``) is dropped; ``--deepspeed_config`` is
+    ``--ds_config``.
+
+    Raises:
+        ConfigError: a word belongs to no flag, or a setting is given twice with different values.
+    """
+    overrides, rest = _split_overrides(words)
+    if "--" in rest:
+        raise ConfigError("a lone -- stands on the command line: write every setting as --name value")
+    flags: dict[str, str] = {}
+
+    @SetParseFn(str)
+    def collect(*loose: str, **named: str) -> None:
+        if loose:
+            raise ConfigError(f"{loose[0]!r} belongs to no setting: write --name value")
+        flags.update(named)
+
+    with contextlib.redirect_stdout(sys.stderr):  # whatever fire has to say is not our output
+        fire.Fire(collect, command=rest, name="launch")
+    flags.pop("local_rank", None)
+    flags.pop("deepspeed", None)
+    if "deepspeed_config" in flags:
+        overrides.append(("ds_config", flags.pop("deepspeed_config")))
+    for name, value in overrides:
+        if flags.get(name, value) != value:
+            raise ConfigError(f"{name} is given twice, as {flags[name]!r} and {value!r}: keep one")
+        flags[name] = value
+    return flags
+
+
+def _split_overrides(words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    overrides, rest = [], []
+    queue = iter(words)
+    for word in queue:
+        if word == "--override" or word.startswith("--override="):
+            pair = word.partition("=")[2] if "=" in word else next(queue, "")
+            name, equals, value = pair.partition("=")
+            if not name or not equals:
+                raise ConfigError(f"--override is followed by {pair!r}, but must be followed by name=value")
+            overrides.append((name.lstrip("-").replace("-", "_"), value))
+        else:
+            rest.append(word)
+    return overrides, rest
+
+
+def _let_main_speak_first() -> None:
+    """Wait on other ranks: the launcher ends all of them when the first leaves, and rank 0 has the better message."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_MAIN_SPEAKS_FIRST_S)
+
+
+def recipes_help(recipes: Mapping[str, RecipeFunction], default: str) -> str:
+    """Describe the recipes and every setting."""
+    script = Path(sys.argv[0]).name
+    lines = [
+        f"usage: deepspeed launch/{script} --recipe NAME --data 'shards/*.tar' [--name value] [--override name=value]",
+        f"\nRecipes (default {default}); flags change single settings of them:",
+    ]
+    for name, function in recipes.items():
+        text = "\n        ".join(line.strip() for line in (function.__doc__ or "").strip().splitlines() if line.strip())
+        lines.append(f"  --recipe {name}\n        {text}")
+    lines.append("\nAlso: --override name=value (repeatable), --deepspeed_config FILE (same as --ds_config)")
+    return "\n".join(
+        [*lines, help_text(Recipe, "Recipe (changes the numbers)"), help_text(Runtime, "Runtime (does not)")]
+    )

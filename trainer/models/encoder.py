@@ -7,6 +7,8 @@ Shapes: B images, N patches, K kept, T = prefix + K tokens, D width, P = p*p*C v
 """
 
 import difflib
+from collections.abc import Iterable
+from typing import Any
 
 import timm
 import torch
@@ -39,7 +41,7 @@ class PatchEncoder(nn.Module):
             ConfigError: timm has no such model, it is no ViT with absolute positions, or patches do not fit the image.
         """
         super().__init__()
-        self.vit = _create(model_name, image_size=image_size, patch_size=patch_size, depth=depth)
+        self.vit: Any = _create(model_name, image_size=image_size, patch_size=patch_size, depth=depth)
         self._grad_checkpointing = grad_checkpointing
         if fixed_positions:
             self._fix_positions()
@@ -99,7 +101,8 @@ class PatchEncoder(nn.Module):
         """Count multiply-adds times two of one forward pass over this many patches of one image."""
         embed = self.vit.patch_embed.proj
         pixels = embed.in_channels * self.patch**2
-        return 2 * num_tokens * pixels * self.width + blocks_flops(self.vit.blocks, num_tokens + self.num_prefix)
+        embedding = int(2 * num_tokens * pixels * self.width)
+        return embedding + blocks_flops(self.vit.blocks, num_tokens + self.num_prefix)
 
     def _embed(self, patches_BKP: Tensor) -> Tensor:
         """Run timm's own convolution over a strip of kept patches: hooks of ZeRO-3 and adapters see their module."""
@@ -136,7 +139,7 @@ def make_blocks(depth: int, *, width: int, heads: int) -> nn.ModuleList:
     return nn.ModuleList(Block(width, heads, mlp_ratio=4.0, qkv_bias=True) for _ in range(depth))
 
 
-def attend_from(block: Block, tokens_BTD: Tensor, num_queries: int) -> Tensor:
+def attend_from(block: Any, tokens_BTD: Tensor, num_queries: int) -> Tensor:
     """Run a block for its last tokens only; they still attend to all.
 
     Equals ``block(tokens)[:, -num_queries:]`` without the other tokens' attention rows, projection and MLP.
@@ -156,7 +159,7 @@ def attend_from(block: Block, tokens_BTD: Tensor, num_queries: int) -> Tensor:
     return result_BSD
 
 
-def blocks_flops(blocks: nn.ModuleList, num_tokens: int) -> int:
+def blocks_flops(blocks: Iterable[Any], num_tokens: int) -> int:
     """Count the forward FLOPs of blocks over T tokens: 2 a weight of each linear layer and 4*T*T*D for attention."""
     total = 0
     for block in blocks:
@@ -185,7 +188,7 @@ def _create(model_name: str, *, image_size: int, patch_size: int | None, depth: 
             f"model is {model_name!r}, which timm {timm.__version__} does not know: try {', '.join(near)}"
         )
     options = {"patch_size": patch_size, "depth": depth}
-    chosen = {name: value for name, value in options.items() if value is not None}
+    chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     try:
         vit = timm.create_model(model_name, pretrained=False, img_size=image_size, num_classes=0, **chosen)
     except (TypeError, AssertionError, ValueError, AttributeError) as error:

@@ -78,7 +78,7 @@ def read_flags(words: list[str]) -> dict[str, str]:
         raise ConfigError("a lone -- stands on the command line: write every setting as --name value")
     flags: dict[str, str] = {}
 
-    @SetParseFn(str)
+    @SetParseFn(str)  # type: ignore[untyped-decorator]
     def collect(*loose: str, **named: str) -> None:
         if loose:
             raise ConfigError(f"{loose[0]!r} belongs to no setting: write --name value")

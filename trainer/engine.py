@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.logging import logger as deepspeed_logger
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from trainer.errors import CheckpointError, ConfigError
 from trainer.optim import parameter_groups
@@ -62,7 +63,7 @@ def connect(world: World, *, timeout_s: int) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    where: dict[str, Any] = {"store": torch.distributed.HashStore()} if world.size == 1 else {"init_method": "env://"}
+    where: dict[str, Any] = {"store": HashStore()} if world.size == 1 else {"init_method": "env://"}
     dist.init_process_group(
         backend, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s), **where
     )
@@ -222,11 +223,11 @@ class Engine:
 
     def mean_over_ranks(self, value: Tensor) -> Tensor:
         """Average a device tensor over the ranks."""
-        if self.world.size > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-            value /= self.world.size
-        return value
+        if self.world.size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.world.size
 
     def grad_norm(self) -> float:
         """Return the global gradient norm of the last step, before clipping; waits for the device."""

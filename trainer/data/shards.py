@@ -114,7 +114,7 @@ def _glob(pattern: Path) -> list[Path]:
 def _expand(pattern: str) -> Iterator[Path]:
     try:
         yield from (Path(text).expanduser() for text in braceexpand.braceexpand(pattern))
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:  # braceexpand's UnbalancedBracesError
         raise ConfigError(f"{pattern!r} has unbalanced braces: write ranges like shard-{{000..099}}.tar") from error
 
 

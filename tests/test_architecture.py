@@ -1,0 +1,61 @@
+"""The reading order of DESIGN: a module imports only modules above it, and one module owns each library."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+READING_ORDER = (
+    *("errors", "world", "seeds", "config"),
+    *("data.shards", "data.plan", "data.decode", "data.augment", "data.stream", "data.loader"),
+    *("losses", "models.mask_utils", "models.encoder", "models.mae"),
+    *("optim", "engine", "checkpoint", "monitor", "heldout", "loop"),
+)
+OWNERS = {
+    "deepspeed": {"trainer/engine.py"},
+    "webdataset": {"trainer/data/stream.py", "tools/make_shards.py"},
+    "timm": {"trainer/models/encoder.py"},
+    "albumentations": {"trainer/data/augment.py"},
+    "fire": {"launch/command_line.py"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):  # also imports hidden in functions
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_is_listed_in_the_reading_order() -> None:
+    modules = {
+        ".".join(path.relative_to(ROOT / "trainer").with_suffix("").parts)
+        for path in (ROOT / "trainer").rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert modules == set(READING_ORDER)
+
+
+def test_a_module_imports_only_modules_above_it() -> None:
+    for place, module in enumerate(READING_ORDER):
+        path = ROOT / "trainer" / Path(*module.split(".")).with_suffix(".py")
+        ours = {name.removeprefix("trainer.") for name in imports_of(path) if name.startswith("trainer.")}
+        below = ours & set(READING_ORDER[place:])
+        assert not below, f"{module} imports {below}, which stand below it"
+
+
+def test_data_and_models_never_import_each_other() -> None:
+    for one, other in (("data", "trainer.models"), ("models", "trainer.data")):
+        for path in (ROOT / "trainer" / one).glob("*.py"):
+            assert not any(name.startswith(other) for name in imports_of(path)), path
+
+
+def test_each_library_has_one_owner() -> None:
+    for path in [p for folder in ("trainer", "launch", "tools") for p in (ROOT / folder).rglob("*.py")]:
+        name = path.relative_to(ROOT).as_posix()
+        for library, owners in OWNERS.items():
+            used = any(found == library or found.startswith(library + ".") for found in imports_of(path))
+            assert not used or name in owners, f"{name} imports {library}"

@@ -1,0 +1,161 @@
+import bz2
+import gzip
+import io
+import lzma
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset as wds
+from conftest import jpeg, members_of, write_tar
+
+from trainer.data.shards import ShardIndex, ShardReader, list_shards, open_index, walk_tar
+from trainer.errors import ConfigError, DataError, SampleError
+
+
+def keys_of_plain_webdataset(paths: list[Path]) -> list[str]:
+    return [sample["__key__"] for sample in wds.WebDataset([str(p) for p in paths], shardshuffle=False)]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_the_index_holds_what_plain_webdataset_reads(tmp_path: Path, format: int) -> None:
+    long = [("d" * 80 + "/" + "k" * 60 + ".jpg", jpeg(1))] if format != tarfile.USTAR_FORMAT else []
+    path = write_tar(tmp_path / "a.tar", [*members_of(range(5)), *long], format=format)
+    index = open_index([path])
+    assert [index.sample(i).key for i in range(len(index))] == keys_of_plain_webdataset([path])
+    reader = ShardReader()
+    payloads = [sample["jpg"] for sample in wds.WebDataset(str(path), shardshuffle=False)]
+    assert [reader.read(index.sample(i)) for i in range(len(index))] == payloads
+
+
+def test_samples_and_labels_run_through_all_shards(shards: Path) -> None:
+    index = open_index(list_shards(f"{shards}/s-{{000..002}}.tar", setting="--data"))
+    assert [index.sample(i).key for i in range(64)] == [f"face{i:04d}" for i in range(64)]
+    assert index.labels.tolist() == [i % 2 for i in range(64)]
+
+
+def test_the_fingerprint_follows_the_bytes_and_not_the_place(shards: Path, tmp_path: Path) -> None:
+    paths = list_shards(str(shards), setting="--data")
+    before = open_index(paths).fingerprint
+    moved = tmp_path / "elsewhere"
+    shards.rename(moved)
+    paths = list_shards(str(moved), setting="--data")
+    assert open_index(paths).fingerprint == before
+    write_tar(paths[1], members_of(range(20, 51)))
+    assert open_index(paths).fingerprint != before
+
+
+def test_a_changed_or_damaged_index_is_built_anew(shards: Path) -> None:
+    paths = list_shards(str(shards), setting="--data")
+    index = open_index(paths)
+    (index.folder / "offset.i64").write_bytes(b"\0" * 8)
+    assert len(open_index(paths)) == 64
+    (index.folder / "index.json").write_text("{")
+    assert len(open_index(paths)) == 64
+
+
+def test_index_and_reader_travel_to_workers(shards: Path) -> None:
+    index = open_index(list_shards(str(shards), setting="--data"))
+    reader = ShardReader()
+    reader.read(index.sample(0))
+    again: ShardIndex
+    again, reader = pickle.loads(pickle.dumps((index, reader)))
+    assert reader.read(again.sample(63))[:2] == b"\xff\xd8"
+
+
+def whole(tmp_path: Path) -> bytes:
+    return write_tar(tmp_path / "whole.tar", members_of(range(3))).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda raw: b"", "empty"),
+        (lambda raw: gzip.compress(raw), "gzip"),
+        (lambda raw: bz2.compress(raw), "bzip2"),
+        (lambda raw: lzma.compress(raw), "xz"),
+        (lambda raw: b"<html>404</html>", "web page"),
+        (lambda raw: b"nothing of the kind" * 100, "not a tar"),
+        (lambda raw: raw[:3000], "cut"),
+        (lambda raw: raw[: -9 * 1024], "cut"),
+        (lambda raw: raw[:1024] + b"#" * 20 + raw[1044:], "not a tar|damaged|cut"),
+        (lambda raw: raw + raw, "end mark"),
+        (lambda raw: bytes(10240), "no sample"),
+    ],
+)
+def test_what_is_no_whole_plain_tar_is_refused(tmp_path: Path, make, message: str) -> None:
+    path = tmp_path / "bad.tar"
+    path.write_bytes(make(whole(tmp_path)))
+    if b"#####" in path.read_bytes():  # damage inside an image is for the decoder; damage a header
+        raw = bytearray(whole(tmp_path))
+        second = next(i for i in range(512, len(raw), 512) if raw[i : i + 4] == b"face")
+        raw[second : second + 4] = b"####"
+        path.write_bytes(raw)
+        message = "damaged"
+    with pytest.raises(DataError, match=message) as caught:
+        open_index([path])
+    assert str(path) in str(caught.value)
+    assert not list(tmp_path.glob(".index*"))
+
+
+@pytest.mark.parametrize("length", range(0, 10240, 512))
+def test_no_cut_goes_unnoticed(tmp_path: Path, length: int) -> None:
+    raw = write_tar(tmp_path / "a.tar", [("a.txt", b"x" * 600), ("b.txt", b"y")]).read_bytes()
+    content_end = len(raw.rstrip(b"\0")) + (-len(raw.rstrip(b"\0"))) % 512
+    (tmp_path / "cut.tar").write_bytes(raw[:length])
+    if length > content_end:  # only zeros of the end mark are missing
+        assert [m.name for m in walk_tar(tmp_path / "cut.tar")] == ["a.txt", "b.txt"]
+    else:
+        with pytest.raises(DataError):
+            list(walk_tar(tmp_path / "cut.tar"))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.json", b"{}")], "no image member"),
+        ([("a.jpg", b"1"), ("a.png", b"2")], "two images"),
+        ([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.json", b"{}")], "not neighbours"),
+        ([("a.jpg", b"1"), ("a.jpg", b"2")], "two members"),
+        ([("a.jpg", b"1"), ("a.cls", b"morph")], "class number"),
+    ],
+)
+def test_samples_that_webdataset_would_mix_up_are_refused(tmp_path: Path, members, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_index([write_tar(tmp_path / "a.tar", members)])
+
+
+def test_links_are_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info, io.BytesIO())
+    with pytest.raises(DataError, match="link"):
+        open_index([tmp_path / "a.tar"])
+
+
+@pytest.mark.parametrize(
+    "pattern", ["pipe:cat x.tar", "http://host/x.tar", "-", "/nowhere/*.tar", "${HOME}/x.tar", "", "a{0..1", "{a,b}::c"]
+)
+def test_patterns_that_name_no_file_are_refused(pattern: str) -> None:
+    with pytest.raises(ConfigError):
+        list_shards(pattern, setting="--data")
+
+
+def test_a_shard_named_twice_is_refused(shards: Path) -> None:
+    with pytest.raises(ConfigError, match="more than once"):
+        list_shards(f"{shards}/s-000.tar,{shards}/*.tar", setting="--data")
+
+
+def test_bytes_that_changed_since_the_index_are_noticed(shards: Path) -> None:
+    index = open_index(list_shards(str(shards), setting="--data"))
+    ref = index.sample(3)
+    with ref.shard.open("r+b") as file:
+        file.seek(ref.offset + 100)
+        file.write(b"\0\0\0\0")
+    with pytest.raises(SampleError, match="checksum"):
+        ShardReader().read(ref)
+    ref.shard.unlink()
+    with pytest.raises(DataError, match="check the storage"):
+        ShardReader().read(ref)

@@ -19,7 +19,7 @@ demo/shards/%/make_shards.json: $(INSTALLED)
 	$(BIN)/python tools/make_shards.py --source demo/orl/$*.csv --output_dir demo/shards/$* --max_shard_samples 80
 
 demo: $(INSTALLED) demo/shards/train/make_shards.json demo/shards/heldout/make_shards.json
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/deepspeed --num_gpus 2 launch/pretrain.py \
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/deepspeed --quiet --num_gpus 2 launch/pretrain.py \
 		--recipe demo --data 'demo/shards/train/shard-*.tar' --heldout_data 'demo/shards/heldout/shard-*.tar' \
 		--output_dir $(RUN)
 

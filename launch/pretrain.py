@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 _DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 _MEAN_FACE_IMAGES = 2048
+_PICTURES = 8
 
 
 def main(words: list[str]) -> int:
@@ -196,9 +197,9 @@ class HeldOutView:
         return {"loss": self.last_loss, "mean_face_loss": self.mean_face}
 
     def picture(self, engine: Engine) -> torch.Tensor:
-        """Draw the first eight images; all ranks call."""
-        first = next(iter(self._read("heldout_data", self._chosen[:8])))
-        return heldout.triplets(engine, first, self.draw_mask)
+        """Draw a few images from all over the set; all ranks call."""
+        spread = sorted({self._chosen[i * len(self._chosen) // _PICTURES] for i in range(_PICTURES)})
+        return heldout.triplets(engine, next(iter(self._read("heldout_data", spread))), self.draw_mask)
 
     def _measure_mean_face(self, model: MaskedAutoencoder) -> float:
         num_all = len(self._index["data"])

@@ -14,6 +14,10 @@ from trainer.data.shards import ShardIndex, ShardReader, list_shards, open_index
 from trainer.errors import ConfigError, DataError, SampleError
 
 
+# Plain webdataset leaves files to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
 def keys_of_plain_webdataset(paths: list[Path]) -> list[str]:
     return [sample["__key__"] for sample in wds.WebDataset([str(p) for p in paths], shardshuffle=False)]
 

@@ -7,6 +7,7 @@ mathematics. A value that both could set stands as "auto" in the JSON and is fil
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -57,6 +58,8 @@ def connect(world: World, *, timeout_s: int) -> World:
         timeout_s: how long a collective waits for a missing rank.
     """
     deepspeed_logger.setLevel(logging.WARNING)
+    # DeepSpeed 0.19.8 calls names that torch 2.14 is about to rename; delete with the next DeepSpeed.
+    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     # DeepSpeed compiles a shared-memory all-reduce at the first CPU start, minutes of silence. gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = default_device()
@@ -183,6 +186,8 @@ class Engine:
             )
         except (deepspeed.DeepSpeedConfigError, AssertionError, ValueError) as error:
             raise ConfigError(f"DeepSpeed refuses the ds_config: {error}; compare it with ds_configs/") from error
+        # DeepSpeed copies a script beside the state, on rank 0 while others already sync; a checkpoint holds no code.
+        self._engine._copy_recovery_script = lambda save_path: None
         self.device = torch.device(self._engine.device)
         self._basic_grad_norm: Tensor | None = None
 
@@ -227,7 +232,7 @@ class Engine:
             return value
         total = value.clone()
         dist.all_reduce(total)
-        return total / self.world.size
+        return total.div_(self.world.size)
 
     def grad_norm(self) -> float:
         """Return the global gradient norm of the last step, before clipping; waits for the device."""
@@ -237,8 +242,6 @@ class Engine:
     def save(self, directory: Path) -> None:
         """Write every rank's state below ``directory``; all ranks call. Nothing is committed by this."""
         self._engine.save_checkpoint(str(directory), tag=_STATE, save_latest=False, exclude_frozen_parameters=False)
-        if self.world.is_main:  # a script in a checkpoint that users might run is a way in for strangers
-            (directory / "zero_to_fp32.py").unlink(missing_ok=True)
 
     def load(self, directory: Path) -> None:
         """Restore the state that `save` wrote; all ranks call. No code from the files is executed.

@@ -1,0 +1,221 @@
+"""Whole runs of launch/pretrain.py: refusals, resume after SIGKILL, what is left on disk."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, command, environment, members_of, metrics, write_tar
+from PIL import Image
+
+pytestmark = [pytest.mark.slow, pytest.mark.ranks]
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def flags(shards: Path, output: Path, **changes: object) -> dict[str, str]:
+    return TINY | {"data": f"{shards}/*.tar", "output_dir": str(output)} | {n: str(v) for n, v in changes.items()}
+
+
+def broken(kind: str, folder: Path) -> Path:
+    """A folder with one shard that no run can use."""
+    path = folder / f"{kind}.tar"
+    whole = write_tar(path, members_of(range(12)))
+    if kind == "compressed":
+        whole.write_bytes(gzip.compress(whole.read_bytes()))
+    elif kind == "empty":
+        whole.write_bytes(b"")
+    elif kind == "not_a_tar":
+        whole.write_bytes(b"some text\n" * 200)
+    elif kind == "no_image":
+        write_tar(path, [("a.json", b"{}")])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "shard", "message"),
+    [
+        ({"data": "/nowhere/*.tar"}, "", "/nowhere"),
+        ({}, "not_a_tar", "not a tar"),
+        ({}, "compressed", "gzip"),
+        ({}, "empty", "empty"),
+        ({}, "no_image", "no image member"),
+        ({"mask_ratio": "1.5"}, "", "mask_ratio is 1.5"),
+        ({"mask_ratio": "0.99"}, "", "keeps 0 of 16"),
+        ({"image_size": "33"}, "", "image_size is 33"),
+        ({"global_batch": "10"}, "", "global_batch is 10"),
+        ({"model": "vit_bass"}, "", "model is 'vit_bass'"),
+        ({"mask_ration": "0.5"}, "", "did you mean --mask_ratio"),
+        ({"ds_config": "MALFORMED"}, "", "not valid JSON"),
+        ({"ds_config": "CONFLICT"}, "", "optimizer.params.lr"),
+        ({"resume": "must"}, "", "resume is must"),
+        ({"index_dir": "/proc/nothing"}, "", "--index_dir"),
+    ],
+)
+def test_bad_input_is_one_clear_message_and_exit_code_2(
+    changes: dict[str, str], shard: str, message: str, shards: Path, tmp_path: Path, pretrain: Run
+) -> None:
+    (tmp_path / "MALFORMED").write_text("{'a': 1}")
+    (tmp_path / "CONFLICT").write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {"lr": 7.0}}}))
+    if "ds_config" in changes:
+        changes = {"ds_config": str(tmp_path / changes["ds_config"])}
+    folder = broken(shard, tmp_path / "broken") if shard else shards
+    done = pretrain(flags(folder, tmp_path / "out") | changes)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "recipe.json").exists()
+
+
+def test_more_ranks_than_devices_are_refused_through_the_launcher(shards: Path, tmp_path: Path, pretrain: Run) -> None:
+    ranks = len(os.sched_getaffinity(0)) + 1
+    words = flags(shards, tmp_path / "out", oversubscribe="false", global_batch=4 * ranks)
+    done = pretrain(words, ranks=ranks, port=29611)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert f"{ranks} ranks were started on a host with {ranks - 1} CPU cores" in done.stderr
+
+
+def test_another_recipes_output_is_refused_and_left_alone(shards: Path, tmp_path: Path, pretrain: Run) -> None:
+    words = flags(shards, tmp_path / "out", stop_at_step=2)
+    assert pretrain(words).returncode == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    done = pretrain(words | {"mask_ratio": "0.5", "seed": "3"})
+    assert done.returncode == 2
+    assert "mask_ratio (here 0.5, there 0.75); seed (here 3, there 0)" in done.stderr
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def numbers(output: Path) -> list[tuple[object, ...]]:
+    rows = metrics(output)
+    return [(r["step"], r.get("loss"), r.get("lr"), r.get("grad_norm"), r.get("heldout_loss")) for r in rows]
+
+
+def ledger(folder: Path) -> dict[str, list[str]]:
+    return {path.name: path.read_text().splitlines() for path in sorted(folder.iterdir())}
+
+
+def test_a_run_killed_mid_epoch_goes_on_bitwise(shards: Path, tmp_path: Path, pretrain: Run) -> None:
+    held_out = write_tar(tmp_path / "heldout" / "h.tar", members_of(range(100, 107)))
+    common = {"heldout_data": str(held_out), "heldout_every": 5, "picture_every": 10, "save_every": 3, "epochs": 3}
+
+    def words(name: str) -> dict[str, str]:
+        ledgers = {"sample_ledger": str(tmp_path / name / "ledger")} if name == "whole" else {}
+        return flags(shards, tmp_path / name, **common) | ledgers | {"sample_ledger": str(tmp_path / f"{name}-ledger")}
+
+    done = pretrain(words("whole"), ranks=2, port=29621)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "predicting the mean face gives" in done.stdout
+
+    killed = tmp_path / "killed"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command(words("killed"), ranks=2, port=29622),
+            env=environment(),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and process.poll() is None:
+            if (killed / "metrics.jsonl").exists() and any(row["step"] >= 10 for row in _whole_rows(killed)):
+                break
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        subprocess.run(["pkill", "-9", "-f", str(killed)], check=False)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-3000:]
+    assert not (killed / "checkpoints" / "step-00000024").exists()
+    resumed = pretrain(words("killed") | {"resume": "must"}, ranks=2, port=29623)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "resumed from" in resumed.stderr
+
+    assert numbers(killed) == numbers(tmp_path / "whole")
+    assert [row[0] for row in numbers(killed) if row[1] is not None] == list(range(1, 25))
+    assert ledger(tmp_path / "killed-ledger") == ledger(tmp_path / "whole-ledger")
+    rows = [json.loads(line) for lines in ledger(tmp_path / "whole-ledger").values() for line in lines]
+    assert sorted(row["position"] for row in rows) == list(range(24 * 8))
+    for epoch in range(3):
+        keys = [row["key"] for row in rows if row["position"] // 64 == epoch]
+        assert sorted(keys) == [f"face{i:04d}" for i in range(64)]
+    _check_what_is_on_disk(killed)
+
+
+def _whole_rows(output: Path) -> list[dict[str, float]]:
+    lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _check_what_is_on_disk(output: Path) -> None:
+    kept = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert kept == ["latest", "step-00000018", "step-00000021", "step-00000024"]
+    assert (output / "checkpoints" / "latest").read_text() == "step-00000024\n"
+    assert not list((output / "checkpoints").rglob("*.py"))
+    assert list((output / "logs").glob("*_training.log"))
+    assert list((output / "tensorboard").glob("events.*"))
+    assert json.loads((output / "recipe.json").read_text())["recipe"]["global_batch"] == 8
+    with Image.open(output / "pictures" / "step-00000020.png") as picture:
+        assert picture.size == (32 * 7, 32 * 3)
+        assert np.asarray(picture).std() > 10
+
+
+def test_sigterm_saves_and_asks_to_be_queued_again(shards: Path, tmp_path: Path, pretrain: Run) -> None:
+    words = flags(shards, tmp_path / "out", epochs=200, save_every=100000)
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command(words), env=environment(), stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (tmp_path / "out" / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        time.sleep(1)
+        process.terminate()
+        assert process.wait(timeout=60) == 85, (tmp_path / "log").read_text()[-2000:]
+    last = metrics(tmp_path / "out")[-1]["step"]
+    assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(shards: Path, tmp_path: Path, pretrain: Run) -> None:
+    words = flags(shards, tmp_path / "out", save_every=2)
+    assert pretrain(words | {"stop_at_step": "4"}).returncode == 0
+    state = next((tmp_path / "out" / "checkpoints" / "step-00000004").rglob("*.pt"))
+    with state.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"damage")
+    done = pretrain(words | {"stop_at_step": "6"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "altered or cut" in done.stderr
+    assert "step-00000002" in done.stderr
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_with_code_inside_is_not_executed(shards: Path, tmp_path: Path, pretrain: Run) -> None:
+    import hashlib
+
+    import torch
+
+    words = flags(shards, tmp_path / "out", save_every=2)
+    assert pretrain(words | {"stop_at_step": "2"}).returncode == 0
+    folder = tmp_path / "out" / "checkpoints" / "step-00000002"
+    state = next(folder.rglob("mp_rank_00_model_states.pt"))
+    content = torch.load(state, weights_only=False)
+    content["trap"] = _Trap(str(tmp_path / "sprung"))
+    torch.save(content, state)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = manifest["files"][state.relative_to(folder).as_posix()]
+    entry["bytes"], entry["sha256"] = state.stat().st_size, hashlib.sha256(state.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    done = pretrain(words)
+    assert done.returncode == 2
+    assert "cannot be loaded safely" in done.stderr
+    assert not (tmp_path / "sprung").exists()
+
+
+class _Trap:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (self.path, "w")

@@ -199,7 +199,9 @@ class HeldOutView:
     def picture(self, engine: Engine) -> torch.Tensor:
         """Draw a few images from all over the set; all ranks call."""
         spread = sorted({self._chosen[i * len(self._chosen) // _PICTURES] for i in range(_PICTURES)})
-        return heldout.triplets(engine, next(iter(self._read("heldout_data", spread))), self.draw_mask)
+        return heldout.triplets(
+            engine, next(iter(self._read("heldout_data", spread, batch=len(spread)))), self.draw_mask
+        )
 
     def _measure_mean_face(self, model: MaskedAutoencoder) -> float:
         num_all = len(self._index["data"])
@@ -208,11 +210,12 @@ class HeldOutView:
         mean_patch = heldout.MeanPatch(model, self._read("data", chosen))
         return mean_patch.error(self._read("heldout_data", self._chosen), self.draw_mask)
 
-    def _read(self, setting: str, samples: list[int]) -> Iterable[Batch]:
+    def _read(self, setting: str, samples: list[int], *, batch: int | None = None) -> Iterable[Batch]:
         view = CenterView(image_size=self._recipe.image_size)
-        batch = min(self._runtime.micro_batch, len(samples))
-        stream = fixed_stream(self._index[setting], samples, view, batch=batch, noise_per_sample=self._num_patches)
-        return Loader(stream)
+        batch = batch or min(self._runtime.micro_batch, len(samples))
+        return Loader(
+            fixed_stream(self._index[setting], samples, view, batch=batch, noise_per_sample=self._num_patches)
+        )
 
 
 def check_output(output: Path, recipe: Recipe, resume: str) -> None:

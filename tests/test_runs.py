@@ -1,6 +1,7 @@
 """Whole runs of launch/pretrain.py: refusals, resume after SIGKILL, what is left on disk."""
 
 import gzip
+import hashlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, command, environment, members_of, metrics, write_tar
 from PIL import Image
 
@@ -104,8 +106,7 @@ def test_a_run_killed_mid_epoch_goes_on_bitwise(shards: Path, tmp_path: Path, pr
     common = {"heldout_data": str(held_out), "heldout_every": 5, "picture_every": 10, "save_every": 3, "epochs": 3}
 
     def words(name: str) -> dict[str, str]:
-        ledgers = {"sample_ledger": str(tmp_path / name / "ledger")} if name == "whole" else {}
-        return flags(shards, tmp_path / name, **common) | ledgers | {"sample_ledger": str(tmp_path / f"{name}-ledger")}
+        return flags(shards, tmp_path / name, **common) | {"sample_ledger": str(tmp_path / f"{name}-ledger")}
 
     done = pretrain(words("whole"), ranks=2, port=29621)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -192,10 +193,6 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(shards: Path, t
 
 
 def test_a_checkpoint_with_code_inside_is_not_executed(shards: Path, tmp_path: Path, pretrain: Run) -> None:
-    import hashlib
-
-    import torch
-
     words = flags(shards, tmp_path / "out", save_every=2)
     assert pretrain(words | {"stop_at_step": "2"}).returncode == 0
     folder = tmp_path / "out" / "checkpoints" / "step-00000002"

@@ -207,7 +207,7 @@ class Engine:
         for inputs in micro_batches:
             loss = self._engine(*inputs)
             self._engine.backward(loss)
-            total += loss.detach()
+            total.add_(loss.detach())
             if self.zero_stage == 0 and self.precision == "fp32" and self._engine.is_gradient_accumulation_boundary():
                 self._basic_grad_norm = nn.utils.get_total_norm(_gradients(self._engine.module))
             self._engine.step()

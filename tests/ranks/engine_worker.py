@@ -1,0 +1,70 @@
+"""One rank of tests/test_engine.py: 20 steps of a tiny MAE on fixed images; writes what it saw as JSON."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from trainer.engine import Engine, connect, disconnect, fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.models.encoder import PatchEncoder
+from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mask_utils import draw_mask
+from trainer.seeds import Purpose, random_words, uniforms
+from trainer.world import world_from_environment
+
+GLOBAL_BATCH, STEPS, LR = 8, 20, 2e-3
+
+
+def images_at(positions: list[int]) -> torch.Tensor:
+    """Smooth random pictures, one for each position."""
+    words = random_words(5, Purpose.AUGMENT, positions, 3 * 16) & 0xFF
+    small = torch.from_numpy(words.astype("uint8")).view(-1, 3, 4, 4).float()
+    large = torch.nn.functional.interpolate(small, size=32, mode="bilinear")
+    return large.to(torch.uint8)
+
+
+def main(ds_config: str, micro_batch: str, output: str, stage: str) -> None:
+    torch.set_num_threads(1)
+    world = connect(world_from_environment(), timeout_s=120)
+    owned = owned_by_recipe(
+        global_batch=GLOBAL_BATCH,
+        micro_batch=int(micro_batch),
+        num_ranks=world.size,
+        learning_rate=LR,
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+        clip_grad_norm=1.0,
+    )
+    config = fill_ds_config(read_ds_config(Path(ds_config)), owned)
+    config.setdefault("zero_optimization", {})["stage"] = int(stage)
+    torch.manual_seed(0)
+    encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2, fixed_positions=True)
+    model = MaskedAutoencoder(encoder, decoder_width=32, decoder_depth=2, decoder_heads=4)
+    engine = Engine(model, ds_config=config, weight_decay=0.05, world=world)
+
+    losses, norms = [], []
+    for step in range(STEPS):
+        mine = list(range(step * GLOBAL_BATCH + world.rank, (step + 1) * GLOBAL_BATCH, world.size))
+        parts = [mine[i : i + int(micro_batch)] for i in range(0, len(mine), int(micro_batch))]
+        loss = engine.step((inputs(part) for part in parts), learning_rate=LR * min(1, (step + 1) / 5))
+        losses.append(float(engine.mean_over_ranks(loss)))
+        norms.append(engine.grad_norm())
+    errors = engine.evaluate(*inputs(list(range(4))), want="error")
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().float().numpy().tobytes())
+    seen = {"losses": losses, "norms": norms, "errors": errors.tolist(), "parameters": digest.hexdigest()}
+    Path(output, f"rank-{world.rank}.json").write_text(json.dumps(seen))
+    world.wait_for_all()
+    disconnect()
+
+
+def inputs(positions: list[int]) -> tuple[torch.Tensor, ...]:
+    noise = torch.from_numpy(uniforms(5, Purpose.MASK, positions, 16))
+    return images_at(positions), *draw_mask(noise, mask_ratio=0.75, grid=(4, 4))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

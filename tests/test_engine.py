@@ -1,0 +1,125 @@
+"""The mathematics does not depend on ZeRO stage, world size or accumulation; configurations are filled or refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, environment
+
+from trainer.engine import fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.errors import ConfigError
+from trainer.optim import learning_rate_at
+
+CPU = ROOT / "ds_configs" / "cpu_fp32.json"
+
+
+def train(
+    folder: Path, *, ranks: int, stage: int, micro_batch: int, config: Path = CPU, port: int
+) -> list[dict[str, Any]]:
+    folder.mkdir()
+    worker = ROOT / "tests" / "ranks" / "engine_worker.py"
+    words = [sys.executable, str(worker), str(config), str(micro_batch), str(folder), str(stage)]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    started = [
+        subprocess.Popen(
+            words,
+            env=environment() | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    for process in started:
+        log, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, log[-4000:]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_all_stages_and_one_rank_and_accumulation_compute_the_same(tmp_path: Path) -> None:
+    alone = train(tmp_path / "alone", ranks=1, stage=0, micro_batch=8, port=29700)[0]
+    assert alone["losses"][-1] < alone["losses"][0]
+    for stage in (0, 1, 2, 3):
+        ranks = train(tmp_path / f"stage{stage}", ranks=2, stage=stage, micro_batch=2, port=29701 + stage)
+        assert ranks[0]["losses"] == ranks[1]["losses"]
+        assert ranks[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert ranks[0]["norms"] == pytest.approx(alone["norms"], rel=1e-3)
+        assert ranks[0]["errors"] == ranks[1]["errors"], "the ranks hold different weights"
+        if stage < 3:
+            assert ranks[0]["parameters"] == ranks[1]["parameters"]
+    accumulated = train(tmp_path / "accumulated", ranks=1, stage=1, micro_batch=2, port=29710)[0]
+    assert accumulated["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.parametrize(("name", "stage"), [("zero1_bf16", 1), ("zero2_bf16", 2), ("zero3_bf16", 3)])
+def test_bf16_follows_fp32_within_its_precision(tmp_path: Path, name: str, stage: int) -> None:
+    exact = train(tmp_path / "fp32", ranks=1, stage=1, micro_batch=8, port=29720 + stage)[0]
+    config = ROOT / "ds_configs" / f"{name}.json"
+    ranks = train(tmp_path / "bf16", ranks=2, stage=stage, micro_batch=4, config=config, port=29730 + stage)
+    assert ranks[0]["losses"] == pytest.approx(exact["losses"], rel=0.02)
+    assert ranks[0]["errors"] == ranks[1]["errors"]
+
+
+OWNED = owned_by_recipe(
+    global_batch=8,
+    micro_batch=2,
+    num_ranks=2,
+    learning_rate=1e-3,
+    betas=(0.9, 0.95),
+    weight_decay=0.05,
+    clip_grad_norm=0,
+)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_config_fills_without_a_rest(path: Path) -> None:
+    filled = fill_ds_config(read_ds_config(path), OWNED)
+    assert "auto" not in json.dumps(filled)
+    assert filled["gradient_accumulation_steps"] == 2
+    assert filled["optimizer"]["params"] == {
+        "torch_adam": True, "fused": True, "lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.05,
+    } or "offload_optimizer" in filled["zero_optimization"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "one JSON object"),
+        ('{"a": 1, "a": 2}', "stands twice"),
+        ('{"scheduler": {}}', "recipe owns the schedule"),
+        ('{"elasticity": {}}', "elasticity"),
+        ('{"train_batch_size": 16}', "train_batch_size to 16, but the recipe says 8"),
+        ('{"optimizer": {"type": "AdamW", "params": {"lr": 1}}}', "optimizer.params.lr"),
+        ('{"optimizer": 3}', "must be a JSON object"),
+        ('{"steps_per_print": "auto"}', "steps_per_print"),
+    ],
+)
+def test_a_config_that_contradicts_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        fill_ds_config(read_ds_config(path), OWNED)
+
+
+def test_a_global_batch_of_no_whole_micro_batches_is_refused_with_a_remedy() -> None:
+    options = {"learning_rate": 1.0, "betas": (0.9, 0.95), "weight_decay": 0.0, "clip_grad_norm": 0.0}
+    with pytest.raises(ConfigError, match="start 2 ranks"):
+        owned_by_recipe(global_batch=8, micro_batch=2, num_ranks=3, **options)
+    with pytest.raises(ConfigError, match="divisor of 4"):
+        owned_by_recipe(global_batch=8, micro_batch=3, num_ranks=2, **options)
+
+
+def test_the_schedule_warms_up_linearly_and_ends_at_its_floor() -> None:
+    at = [learning_rate_at(s, peak=1.0, floor=0.1, warmup_steps=4, total_steps=12) for s in range(13)]
+    assert at[:5] == [0, 0.25, 0.5, 0.75, 1.0]
+    assert at[8] == pytest.approx(0.55)
+    assert at[12] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(at[4:], at[5:], strict=False))

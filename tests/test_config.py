@@ -9,7 +9,8 @@ from trainer.errors import ConfigError
 
 
 def test_flags_and_overrides_and_the_launchers_words_mix() -> None:
-    words = "--local_rank=1 --mask_ratio 0.6 --override decoder_depth=3 --override=seed=5 --deepspeed --deepspeed_config f.json"
+    words = "--local_rank=1 --mask_ratio 0.6 --override decoder_depth=3 --override=seed=5 --deepspeed"
+    words += " --deepspeed_config f.json"
     assert read_flags(words.split()) == {"mask_ratio": "0.6", "decoder_depth": "3", "seed": "5", "ds_config": "f.json"}
 
 

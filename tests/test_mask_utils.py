@@ -44,7 +44,7 @@ def test_the_block_strategy_hides_one_connected_region() -> None:
             if place in reached or place not in hidden:
                 continue
             reached.add(place)
-            row, column = divmod(place, 14)
+            column = place % 14
             todo += [place - 14, place + 14] + [place - 1] * (column > 0) + [place + 1] * (column < 13)
         assert reached == set(hidden)
 

@@ -13,7 +13,6 @@ from conftest import jpeg, members_of, write_tar
 from trainer.data.shards import ShardIndex, ShardReader, list_shards, open_index, walk_tar
 from trainer.errors import ConfigError, DataError, SampleError
 
-
 # Plain webdataset leaves files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 

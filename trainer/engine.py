@@ -179,7 +179,7 @@ class Engine:
         self.world = world
         self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.precision = next((p for p in ("bf16", "fp16") if ds_config.get(p, {}).get("enabled")), "fp32")
-        self._accumulation = ds_config["gradient_accumulation_steps"]
+        self._accumulation: int = ds_config["gradient_accumulation_steps"]
         try:
             self._engine, *_ = deepspeed.initialize(
                 model=model, model_parameters=parameter_groups(model, weight_decay), config=ds_config
@@ -202,16 +202,16 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        total = torch.zeros((), device=self.device)
+        total: Tensor = torch.zeros((), device=self.device)
         self._engine.train()
         for inputs in micro_batches:
-            loss = self._engine(*inputs)
+            loss: Tensor = self._engine(*inputs)
             self._engine.backward(loss)
             total.add_(loss.detach())
             if self.zero_stage == 0 and self.precision == "fp32" and self._engine.is_gradient_accumulation_boundary():
                 self._basic_grad_norm = nn.utils.get_total_norm(_gradients(self._engine.module))
             self._engine.step()
-        return total / self._accumulation
+        return total.div_(self._accumulation)
 
     @property
     def module(self) -> Any:

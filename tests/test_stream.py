@@ -1,0 +1,98 @@
+"""What the optimizer consumes depends on the plan alone: not on workers, micro batch or world size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import members_of, write_tar
+
+from trainer.data.augment import CenterView, PretrainAugment
+from trainer.data.loader import Loader
+from trainer.data.plan import Plan
+from trainer.data.shards import ShardIndex, list_shards, open_index
+from trainer.data.stream import Batch, Slice, fixed_stream, train_stream
+from trainer.errors import DataError
+
+GLOBAL_BATCH, STEPS = 12, 8
+
+
+@pytest.fixture
+def index(shards: Path) -> ShardIndex:
+    return open_index(list_shards(str(shards), setting="--data"))
+
+
+def loader(index: ShardIndex, share: Slice, *, workers: int = 0, first_step: int = 0, seed: int = 3) -> Loader:
+    augment = PretrainAugment(image_size=16, crop_scale=(0.2, 1.0), flip_probability=0.5, seed=seed)
+    plan = Plan(len(index), seed, num_lanes=4, block_samples=4)
+    return Loader(
+        train_stream(index, plan, share, augment, first_step=first_step, noise_per_sample=4), num_workers=workers
+    )
+
+
+def consumed(index: ShardIndex, *, ranks: int, micro: int, workers: int, first_step: int = 0) -> dict[int, tuple]:
+    """Position -> (key, label, pixels, noise) of all ranks over some steps."""
+    found = {}
+    for rank in range(ranks):
+        share = Slice(GLOBAL_BATCH, micro, rank, ranks)
+        batches = iter(loader(index, share, workers=workers, first_step=first_step))
+        for _ in range((STEPS - first_step) * share.micro_batches_per_step):
+            batch: Batch = next(batches)
+            for i, position in enumerate(batch.positions):
+                pixels = batch.images_BCHW[i].numpy().tobytes()
+                found[position] = (batch.keys[i], batch.labels[i], pixels, batch.noise_BN[i].tolist())
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "micro", "workers"), [(1, 4, 2), (2, 6, 0), (2, 3, 3), (3, 2, 1), (4, 1, 2)])
+def test_the_global_batch_is_the_same_for_every_layout(index: ShardIndex, ranks: int, micro: int, workers: int) -> None:
+    assert consumed(index, ranks=ranks, micro=micro, workers=workers) == consumed(index, ranks=1, micro=12, workers=0)
+
+
+def test_a_stream_that_starts_later_is_the_rest_of_the_stream(index: ShardIndex) -> None:
+    whole = consumed(index, ranks=1, micro=12, workers=0)
+    rest = consumed(index, ranks=2, micro=3, workers=2, first_step=5)
+    assert rest == {position: value for position, value in whole.items() if position >= 5 * GLOBAL_BATCH}
+
+
+def test_labels_and_keys_belong_together(index: ShardIndex) -> None:
+    for key, label, *_ in consumed(index, ranks=1, micro=12, workers=0).values():
+        assert int(key.removeprefix("face")) % 2 == label
+
+
+def test_crops_and_mirrors_are_drawn_apart() -> None:
+    augment = PretrainAugment(image_size=8, crop_scale=(0.99, 1.0), flip_probability=0.5, seed=0)
+    ramp = torch.arange(64, dtype=torch.uint8).repeat(64, 1)[..., None].repeat(1, 1, 3).numpy()
+    mirrored = [bool(view[4, 0, 0] > view[4, -1, 0]) for view in (augment(ramp, p) for p in range(400))]
+    assert 150 < sum(mirrored) < 250
+    pairs = sum(a != b for a, b in zip(mirrored, mirrored[1:], strict=False))
+    assert 150 < pairs < 250
+
+
+def test_a_bad_sample_is_substituted_the_same_way_everywhere(tmp_path: Path) -> None:
+    members = members_of(range(24))
+    members[10] = (members[10][0], b"broken")
+    index = open_index([write_tar(tmp_path / "a.tar", members)])
+    whole = consumed(index, ranks=1, micro=12, workers=0)
+    assert consumed(index, ranks=3, micro=2, workers=2) == whole
+    assert "face0005" not in {key for key, *_ in whole.values()}
+    share = Slice(GLOBAL_BATCH, 12)
+    batches = iter(loader(index, share))
+    seen = [next(batches) for _ in range(2)]
+    assert sum(batch.bad.get("not_an_image", 0) for batch in seen) >= 1
+    assert "face0005" in [key for batch in seen for key in batch.bad_keys]
+
+
+def test_a_workers_failure_arrives_as_our_error_with_the_shards_name(index: ShardIndex, shards: Path) -> None:
+    batches = loader(index, Slice(GLOBAL_BATCH, 12), workers=1)
+    for path in shards.glob("*.tar"):
+        path.rename(path.with_suffix(".gone"))
+    with pytest.raises(DataError, match=r"s-00\d.tar"):
+        next(iter(batches))
+
+
+def test_the_fixed_stream_gives_the_chosen_samples_once(index: ShardIndex) -> None:
+    stream = fixed_stream(index, [5, 3, 60], CenterView(image_size=16), batch=2, noise_per_sample=4)
+    batches = list(Loader(stream))
+    assert [key for batch in batches for key in batch.keys] == ["face0005", "face0003", "face0060"]
+    again = list(Loader(stream))
+    assert all(torch.equal(a.noise_BN, b.noise_BN) for a, b in zip(batches, again, strict=True))

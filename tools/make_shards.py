@@ -7,6 +7,7 @@ after a kill, the same command goes on with the missing shards.
 Usage: python tools/make_shards.py --source FOLDER_OR_CSV --output_dir FOLDER [--name value]
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -255,9 +256,13 @@ def _write_all(jobs: list[tuple[Path, list[Entry], bool]], output: Path, num_ima
     done = num_images - sum(len(group) for _, group, _ in jobs)
     with (
         tqdm(total=num_images, initial=done, unit="image", disable=not settings.progress_bar) as bar,
-        ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool,
+        contextlib.ExitStack() as stack,
     ):
-        for (_, group, _), problems in zip(jobs, pool.map(_write_shard, jobs), strict=True):
+        results = map(_write_shard, jobs)
+        if num_processes > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")))
+            results = pool.map(_write_shard, jobs)
+        for (_, group, _), problems in zip(jobs, results, strict=True):
             bar.update(len(group))
             bad += problems
     report = output / "bad_images.csv"
@@ -278,7 +283,7 @@ def _write_shard(job: tuple[Path, list[Entry], bool]) -> list[tuple[str, str]]:
     draft = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         with draft.open("wb") as file:
-            with wds.TarWriter(file, user="trainer", group="trainer", mode=0o444, mtime=0.0, encoder=False) as writer:
+            with wds.TarWriter(file, user="trainer", group="trainer", mode=0o444, mtime=0, encoder=False) as writer:
                 for entry in group:
                     try:
                         writer.write(_sample(entry, verify=verify))

@@ -1,0 +1,67 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trainer.monitor import Ledger, Monitor, Speedometer
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # tensorboard's own
+
+VALUES = {"loss": 0.5, "lr": 1e-3, "images_per_s": 10.0, "grad_norm": float("nan")}
+
+
+def test_numbers_and_pictures_reach_every_sink(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, first_step=0, total_steps=2, is_main=True, progress_bar=False)
+    monitor.scalars(1, VALUES)
+    monitor.scalars(2, {"loss": 0.25}, group="heldout")
+    monitor.picture(2, "faces", torch.zeros(3, 8, 16, dtype=torch.uint8))
+    monitor.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"step": 1, "loss": 0.5, "lr": 1e-3, "images_per_s": 10.0, "grad_norm": None},
+        {"step": 2, "heldout_loss": 0.25},
+    ]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in board.Scalars("train/loss")] == [0.5]
+    assert board.Images("faces")[0].width == 16
+    assert (tmp_path / "pictures" / "step-00000002.png").exists()
+
+
+def test_a_resumed_monitor_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    for first in (0, 1):
+        monitor = Monitor(tmp_path, first_step=first, total_steps=3, is_main=True, progress_bar=False)
+        for step in range(first + 1, 4):
+            monitor.scalars(step, VALUES | {"loss": float(step + 10 * first)})
+        monitor.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 12.0), (3, 13.0)]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 1.0), (2, 12.0), (3, 13.0)]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path / "out", first_step=0, total_steps=2, is_main=False, progress_bar=False)
+    monitor.scalars(1, VALUES)
+    monitor.close()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_ledger_keeps_step_position_and_key(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l", rank=3)
+    ledger.consumed(7, [56, 57], ["a", "b"])
+    ledger.close()
+    rows = [json.loads(line) for line in (tmp_path / "l" / "rank-00003.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 7, "position": 56, "key": "a"}, {"step": 7, "position": 57, "key": "b"}]
+
+
+def test_rates_count_from_the_last_reading() -> None:
+    speed = Speedometer(global_batch=4, flops_per_image=10, num_ranks=1)
+    speed.waited(1e9)
+    for _ in range(3):
+        speed.step_done()
+    first = speed.read()
+    assert first["data_wait_share"] == 1.0
+    assert first["images_per_s"] == pytest.approx(4 / first["step_s"])
+    assert speed.read()["data_wait_share"] == 0.0

@@ -258,7 +258,7 @@ def _write_all(jobs: list[tuple[Path, list[Entry], bool]], output: Path, num_ima
         tqdm(total=num_images, initial=done, unit="image", disable=not settings.progress_bar) as bar,
         contextlib.ExitStack() as stack,
     ):
-        results = map(_write_shard, jobs)
+        results: Iterator[list[tuple[str, str]]] = map(_write_shard, jobs)
         if num_processes > 1:
             pool = stack.enter_context(ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")))
             results = pool.map(_write_shard, jobs)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -88,6 +89,8 @@ def pretrain(recipe: Recipe, runtime: Runtime) -> bool:
     world.on_main(lambda: claim_output(output, recipe, runtime, progress))
 
     finished = train_from(progress, engine, plan, index["data"], held_out, identity, recipe, runtime)
+    if held_out and math.isnan(held_out.last_loss):  # nothing was left to train
+        held_out.loss(engine)
     world.on_main(lambda: tell_where(output, finished, held_out))
     disconnect()
     return finished

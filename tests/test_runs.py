@@ -145,6 +145,15 @@ def test_a_run_killed_mid_epoch_goes_on_bitwise(shards: Path, tmp_path: Path, pr
         assert sorted(keys) == [f"face{i:04d}" for i in range(64)]
     _check_what_is_on_disk(killed)
 
+    again = pretrain(words("killed"), ranks=2, port=29624)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert numbers(killed) == numbers(tmp_path / "whole")
+    assert _held_out_line(again.stdout) == _held_out_line(resumed.stdout)
+
+
+def _held_out_line(stdout: str) -> str:
+    return next(line for line in stdout.splitlines() if "held-out masked MSE" in line)
+
 
 def _whole_rows(output: Path) -> list[dict[str, float]]:
     lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)

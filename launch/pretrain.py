@@ -125,7 +125,7 @@ def engine_settings(recipe: Recipe, runtime: Runtime, world: World) -> dict[str,
 
 def build_model(recipe: Recipe, runtime: Runtime) -> MaskedAutoencoder:
     """Build the model with weights drawn from the recipe's seed, the same on every rank."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         encoder = PatchEncoder(
             recipe.model,

@@ -55,6 +55,16 @@ def test_flags_are_unique_and_every_field_has_help() -> None:
     assert all(f"--{name} " in text for name in names)
 
 
+def test_help_lists_every_recipe_and_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    from launch.pretrain import main
+
+    assert main(["--local_rank=0", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"--recipe {name}\n" in text for name in RECIPES)
+    assert "--mask_ratio float\n        Share of patches hidden, strictly between 0 and 1. Default: 0.75" in text
+    assert "--timeout_s int\n        How long a collective may wait for a missing rank [seconds]. Default: 1800" in text
+
+
 def test_recipes_are_valid_and_the_published_ones_scale_their_learning_rate() -> None:
     for function in RECIPES.values():
         recipe, _ = function()

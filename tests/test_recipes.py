@@ -1,0 +1,27 @@
+"""A recipe's docstring states its cost; the model says what it is."""
+
+import re
+
+import pytest
+
+from launch.pretrain import build_model
+from launch.recipes import RECIPES
+from trainer.models.mask_utils import num_kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mae_vit_small", "mae_vit_base", "mae_vit_large"])
+def test_the_stated_cost_is_the_models(name: str) -> None:
+    recipe, runtime = RECIPES[name]()
+    model = build_model(recipe, runtime)
+    flops = model.flops_per_image(num_kept(model.encoder.num_patches, recipe.mask_ratio))
+    stated = re.search(r"Cost: (\d+) GFLOP an image and step, ([\de.]+) FLOP", RECIPES[name].__doc__ or "")
+    assert stated
+    assert flops / 1e9 == pytest.approx(float(stated[1]), rel=0.02)
+    assert flops * 800 * 1.28e6 == pytest.approx(float(stated[2]), rel=0.03)
+
+
+def test_the_same_seed_draws_the_same_weights() -> None:
+    recipe, runtime = RECIPES["demo"]()
+    one, two = (build_model(recipe, runtime).state_dict() for _ in range(2))
+    assert all(one[name].equal(two[name]) for name in one)

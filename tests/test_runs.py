@@ -176,12 +176,12 @@ def _check_what_is_on_disk(output: Path) -> None:
 def test_sigterm_saves_and_asks_to_be_queued_again(shards: Path, tmp_path: Path, pretrain: Run) -> None:
     words = flags(shards, tmp_path / "out", epochs=200, save_every=100000)
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command(words), env=environment(), stdout=log, stderr=log)
+        process = subprocess.Popen(command(words), env=environment(), stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not (tmp_path / "out" / "metrics.jsonl").exists():
             time.sleep(0.05)
         time.sleep(1)
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)  # a scheduler signals every process, loader workers too
         assert process.wait(timeout=60) == 85, (tmp_path / "log").read_text()[-2000:]
     last = metrics(tmp_path / "out")[-1]["step"]
     assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"

@@ -1,5 +1,6 @@
 """Workers, prefetch and the copy to the device: batches are ready when the step wants them."""
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -21,7 +22,7 @@ class Loader:
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
             pin_memory=pin_memory,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_prepare_worker,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -43,7 +44,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return batch
 
 
-def _one_thread(worker: int) -> None:
-    """Workers are the parallelism; threads inside each would only fight over the cores."""
+def _prepare_worker(worker: int) -> None:
+    """Workers are the parallelism: threads inside each would only fight over the cores.
+
+    A scheduler sends its warning to every process of the job. The training process answers it by saving, for which it
+    needs its workers alive.
+    """
     del worker
     torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -184,8 +184,8 @@ class HeldOutView:
         self, model: MaskedAutoencoder, recipe: Recipe, runtime: Runtime, index: dict[str, ShardIndex], world: World
     ) -> None:
         num_all = len(index["heldout_data"])
-        num_images = min(runtime.heldout_samples or num_all, num_all)
-        self._chosen = [i * num_all // num_images for i in range(num_images)]
+        self._chosen = _spread(runtime.heldout_samples or num_all, num_all)
+        num_images = len(self._chosen)
         self._index, self._recipe, self._runtime = index, recipe, runtime
         self._num_patches = model.encoder.num_patches
         self.draw_mask = mask_of(recipe, model.encoder)
@@ -201,15 +201,13 @@ class HeldOutView:
 
     def picture(self, engine: Engine) -> torch.Tensor:
         """Draw a few images from all over the set; all ranks call."""
-        spread = sorted({self._chosen[i * len(self._chosen) // _PICTURES] for i in range(_PICTURES)})
+        spread = [self._chosen[i] for i in _spread(_PICTURES, len(self._chosen))]
         return heldout.triplets(
             engine, next(iter(self._read("heldout_data", spread, batch=len(spread)))), self.draw_mask
         )
 
     def _measure_mean_face(self, model: MaskedAutoencoder) -> float:
-        num_all = len(self._index["data"])
-        num_images = min(num_all, _MEAN_FACE_IMAGES)
-        chosen = [i * num_all // num_images for i in range(num_images)]
+        chosen = _spread(_MEAN_FACE_IMAGES, len(self._index["data"]))
         mean_patch = heldout.MeanPatch(model, self._read("data", chosen))
         return mean_patch.error(self._read("heldout_data", self._chosen), self.draw_mask)
 
@@ -407,6 +405,12 @@ def versions() -> dict[str, str]:
     """Record what computed the numbers."""
     names = ("torch", "deepspeed", "timm", "webdataset", "albumentations", "numpy")
     return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
+
+
+def _spread(num_wanted: int, num_all: int) -> list[int]:
+    """Choose up to ``num_wanted`` of ``range(num_all)``, evenly from beginning to end."""
+    count = min(num_wanted, num_all)
+    return [i * num_all // count for i in range(count)]
 
 
 def _sources(runtime: Runtime) -> list[str]:

@@ -80,10 +80,10 @@ class MeanPatch:
         return float(torch.cat(errors).mean())
 
 
-def triplets(engine: Engine, batch: Batch, draw_mask: DrawMask, num_images: int = 8) -> Tensor:
+def triplets(engine: Engine, batch: Batch, draw_mask: DrawMask) -> Tensor:
     """Draw original, masked and reconstructed images in three rows, uint8 (3, 3*H, B*W); all ranks call."""
-    images_BCHW = batch.images_BCHW[:num_images].to(engine.device)
-    keep_BK, masked_BM = draw_mask(batch.noise_BN[:num_images].to(engine.device))
+    images_BCHW = batch.images_BCHW.to(engine.device)
+    keep_BK, masked_BM = draw_mask(batch.noise_BN.to(engine.device))
     rows_3BCHW = engine.evaluate(images_BCHW, keep_BK, masked_BM, want="pictures").cpu()
     return torch.cat([torch.cat(list(row_BCHW), dim=2) for row_BCHW in rows_3BCHW], dim=1)
 

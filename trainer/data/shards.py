@@ -278,7 +278,6 @@ class _ShardContents:
     columns: dict[str, bytes]
     keys: bytes
     num_samples: int
-    num_bytes: int
     sha256: str
 
 
@@ -351,7 +350,7 @@ def _read_shard(path: Path) -> _ShardContents:
         raise DataError(f"shard {path}: it holds no sample: remove the file, or write it anew")
     values = dict(zip(_COLUMNS, (*zip(*rows, strict=True), key_ends), strict=True))
     columns = {name: np.array(values[name], dtype=_COLUMNS[name]).tobytes() for name in _COLUMNS}
-    return _ShardContents(columns, b"".join(keys), len(rows), path.stat().st_size, digest.hexdigest())
+    return _ShardContents(columns, b"".join(keys), len(rows), digest.hexdigest())
 
 
 # ---------------------------------------------------------------------------------------------- the index

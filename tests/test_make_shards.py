@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from conftest import jpeg
 from PIL import Image
 
 from tools.make_shards import Settings, main, make_shards
+from trainer.data.decode import decode_image
 from trainer.data.shards import list_shards, open_index
 from trainer.errors import ConfigError, DataError
 
@@ -33,7 +35,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def settings(tree: Path, output: Path, **changes: object) -> Settings:
-    common = {"source": str(tree), "output_dir": str(output), "num_processes": 2, "progress_bar": False}
+    common = {"source": str(tree), "output_dir": str(output), "num_processes": 1, "progress_bar": False}
     return Settings(**(common | {"max_shard_samples": 5, "folder_labels": True} | changes))
 
 
@@ -60,8 +62,8 @@ def test_plain_webdataset_reads_the_original_bytes_labels_and_metadata(tree: Pat
 
 
 def test_the_same_source_gives_the_same_bytes_with_any_number_of_processes(tree: Path, tmp_path: Path) -> None:
-    one = make_shards(settings(tree, tmp_path / "one", num_processes=1))
-    two = make_shards(settings(tree, tmp_path / "two"))
+    one = make_shards(settings(tree, tmp_path / "one", max_side=30))
+    two = make_shards(settings(tree, tmp_path / "two", max_side=30, num_processes=2))
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
     assert [p.name for p in one] == [f"shard-{n:06d}.tar" for n in range(4)]
 
@@ -129,3 +131,98 @@ def test_wrong_input_is_refused_by_name(tree: Path, tmp_path: Path) -> None:
     make_shards(settings(tree, tmp_path / "out"))
     with pytest.raises(ConfigError, match="another source"):
         make_shards(settings(tree, tmp_path / "out", max_shard_samples=6))
+    make_shards(settings(tree, tmp_path / "small", max_side=16))
+    for change in ({}, {"max_side": 17}, {"max_side": 16, "encode": "png"}, {"max_side": 16, "jpeg_quality": 94}):
+        with pytest.raises(ConfigError, match="other settings"):
+            make_shards(settings(tree, tmp_path / "small", **change))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "rule"),
+    [
+        ("max_side", "7", "max_side is 7, but must be at least 8"),
+        ("jpeg_quality", "0", "jpeg_quality is 0, but must be from 1 to 100"),
+        ("jpeg_quality", "101", "jpeg_quality is 101, but must be from 1 to 100"),
+        ("encode", "webp", "encode is 'webp', but must be one of keep, jpeg, png"),
+    ],
+)
+def test_a_wrong_way_of_writing_anew_is_refused(flag: str, value: str, rule: str) -> None:
+    with pytest.raises(ConfigError, match=rule):
+        main([f"--{flag}", value])
+
+
+def encoded(image_HWC: np.ndarray, suffix: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image_HWC).save(file, suffix, **options)
+    return file.getvalue()
+
+
+def stored(tree: Path, output: Path, **changes: object) -> dict[str, dict[str, bytes]]:
+    return contents(make_shards(settings(tree, output, folder_labels=False, **changes)))
+
+
+@pytest.fixture
+def sizes(tmp_path: Path) -> Path:
+    """A large JPEG that its EXIF turns, one at the limit of 24 pixels, a large PNG and a large grey WebP."""
+    root = tmp_path / "sizes"
+    root.mkdir()
+    smooth_HWC = decode_image(jpeg(3, 60, 100))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    (root / "turned.jpg").write_bytes(encoded(smooth_HWC, "JPEG", exif=turned, quality=95))
+    (root / "limit.jpg").write_bytes(jpeg(4, 24, 50))
+    (root / "large.png").write_bytes(encoded(smooth_HWC, "PNG"))
+    (root / "other.webp").write_bytes(encoded(smooth_HWC, "WEBP", exif=turned))
+    return root
+
+
+def test_shrinking_makes_the_shorter_side_fit_and_leaves_smaller_images_untouched(sizes: Path, tmp_path: Path) -> None:
+    found = stored(sizes, tmp_path / "out", max_side=24)
+    assert found["limit"]["jpg"] == (sizes / "limit.jpg").read_bytes()
+    assert decode_image(found["turned"]["jpg"]).shape == (40, 24, 3)
+    assert decode_image(found["large"]["png"]).shape == (24, 40, 3)
+    assert decode_image(found["other"]["png"]).shape == (40, 24, 3)
+    original_HWC = decode_image((sizes / "large.png").read_bytes()).astype(float)
+    assert abs(decode_image(found["large"]["png"]).mean() - original_HWC.mean()) < 1
+
+
+@pytest.mark.parametrize(("encode", "suffix"), [("jpeg", "jpg"), ("png", "png")])
+def test_encoding_anew_gives_every_image_the_same_format_and_no_metadata(
+    sizes: Path, tmp_path: Path, encode: str, suffix: str
+) -> None:
+    for key, sample in stored(sizes, tmp_path / "out", encode=encode, jpeg_quality=90).items():
+        with Image.open(io.BytesIO(sample[suffix])) as image:
+            assert image.format == encode.upper()
+            assert not image.getexif()
+            assert encode == "png" or [part[1:3] for part in image.layer] == [(1, 1)] * 3, "colours at full resolution"
+        original = (sizes / key).with_suffix(".jpg")
+        if encode == "png" and original.exists():
+            np.testing.assert_array_equal(decode_image(sample["png"]), decode_image(original.read_bytes()))
+
+
+def test_another_format_keeps_its_orientation(sizes: Path, tmp_path: Path) -> None:
+    assert decode_image(stored(sizes, tmp_path / "out")["other"]["png"]).shape == (100, 60, 3)
+
+
+def test_no_shard_is_larger_than_asked_when_noise_is_written_anew(tmp_path: Path) -> None:
+    root = tmp_path / "noise"
+    root.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(12):
+        noise_HWC = random.integers(0, 256, (90, 90, 3), dtype=np.uint8)
+        (root / f"{number}.png").write_bytes(encoded(noise_HWC, "PNG"))
+    (root / "alpha.webp").write_bytes(encoded(random.integers(0, 256, (90, 90, 4), dtype=np.uint8), "WEBP", lossless=1))
+    for number, changes in enumerate(({"encode": "jpeg", "jpeg_quality": 100}, {"encode": "png", "max_side": 80}, {})):
+        out = tmp_path / str(number)
+        assert len(stored(root, out, max_shard_bytes=75_000, max_shard_samples=1000, **changes)) == 13
+        assert max(path.stat().st_size for path in out.glob("*.tar")) <= 75_000
+
+
+def test_a_damaged_image_is_listed_also_when_it_would_be_shrunk(sizes: Path, tmp_path: Path) -> None:
+    (sizes / "turned.jpg").write_bytes((sizes / "turned.jpg").read_bytes()[:500])
+    (sizes / "limit.jpg").write_bytes(b"\xff\xd8\xff but no image")
+    (sizes / "other.webp").write_bytes(b"RIFF no image either")
+    with pytest.raises(DataError, match="3 images are damaged"):
+        stored(sizes, tmp_path / "out", max_side=24)
+    report = (tmp_path / "out" / "bad_images.csv").read_text()
+    assert all(name in report for name in ("turned.jpg", "limit.jpg", "other.webp"))

@@ -4,6 +4,12 @@ JPEG and PNG files are stored byte for byte; other formats become PNG. Which ima
 before anything is written, from sorted names, so the same input gives the same bytes. A shard is whole or absent:
 after a kill, the same command goes on with the missing shards.
 
+--max_side and --encode write images anew, upright and without metadata. That destroys traces which a morph detector
+may need (compression history, sensor noise, fine seams), so use them for pre-training sets only. A JPEG that
+would be larger than the raw pixels is stored as PNG instead.
+
+Shapes: H, W image size; HWC uint8 RGB.
+
 Usage: python tools/make_shards.py --source FOLDER_OR_CSV --output_dir FOLDER [--name value]
 """
 
@@ -21,15 +27,18 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import cv2
+import numpy as np
 import webdataset as wds
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from launch.command_line import read_flags, run, wants_help
 from trainer.config import check_types, help_text, refuse_unknown, with_flags
-from trainer.data.decode import decode_image
+from trainer.data.decode import MIN_SIDE, decode_image
 from trainer.errors import ConfigError, DataError, SampleError
 
 READ_SUFFIXES = {".jpg", ".jpeg", ".png", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"}
@@ -37,6 +46,10 @@ _PLAN_NAME = "make_shards.json"
 _PROBERS = 16
 _TAR_BLOCK = 512
 _TAR_RECORD = 10240
+# What Pillow may raise for a damaged image; SampleError is what decode_image makes of it.
+_DAMAGE = (SampleError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+cv2.setNumThreads(0)  # one process a shard: the processes are the parallelism
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,11 +61,17 @@ class Settings:
     output_dir: str = ""
     """Where the shards go."""
     max_shard_bytes: int = 1_000_000_000
-    """Upper bound of a shard; an image larger than that gets a shard of its own [bytes]."""
+    """Upper bound of a shard; a larger image gets one of its own, a rewritten one counts as its raw pixels [bytes]."""
     max_shard_samples: int = 10_000
     """Upper bound of images in a shard [images]."""
     folder_labels: bool = False
     """Number the folders of the first level in sorted order and use the number as label."""
+    max_side: int | None = None
+    """For pre-training sets: shrink larger images until their shorter side is this long; none keeps sizes [pixels]."""
+    encode: Literal["keep", "jpeg", "png"] = "keep"
+    """Keep untouched bytes and write what is shrunk in its own format; or, for pre-training sets, write all anew."""
+    jpeg_quality: int = 95
+    """Quality of JPEGs that are written anew, from 1 to 100; their colours keep full resolution (4:4:4)."""
     verify: bool = True
     """Decode every image before it is stored, so that no damaged one gets in."""
     num_processes: int | None = None
@@ -66,6 +85,17 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, but must be at least 1")
+        if self.max_side is not None and self.max_side < MIN_SIDE:
+            raise ConfigError(f"max_side is {self.max_side}, but must be at least {MIN_SIDE}: smaller is refused later")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise ConfigError(f"jpeg_quality is {self.jpeg_quality}, but must be from 1 to 100 (try 95)")
+
+    @property
+    def rewriting(self) -> dict[str, Any]:
+        """The settings that decide the bytes of images; empty where all JPEG and PNG files stay untouched."""
+        if self.encode == "keep" and self.max_side is None:
+            return {}
+        return {name: getattr(self, name) for name in ("max_side", "encode", "jpeg_quality")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +111,9 @@ class Entry:
         """The sample's json member."""
         label = {} if self.label is None else {"label": self.label}
         return json.dumps(label | self.metadata, sort_keys=True, ensure_ascii=False).encode()
+
+
+_Job = tuple[Path, list[Entry], Settings]
 
 
 def main(words: list[str]) -> int:
@@ -109,12 +142,12 @@ def make_shards(settings: Settings) -> list[Path]:
     entries = read_manifest(source) if source.is_file() else walk_folder(source, folder_labels=settings.folder_labels)
     entries = _with_distinct_keys(entries)
     with ThreadPoolExecutor(_PROBERS) as pool:
-        sizes = list(pool.map(_stored_size, (entry.path for entry in entries)))
+        sizes = list(pool.map(lambda entry: _stored_size(entry.path, settings), entries))
     groups = list(_groups(entries, sizes, settings.max_shard_bytes, settings.max_shard_samples))
     output.mkdir(parents=True, exist_ok=True)
-    _claim(output, groups, sizes)
+    _claim(output, groups, sizes, settings)
     paths = [output / f"shard-{number:06d}.tar" for number in range(len(groups))]
-    jobs = [(path, group, settings.verify) for path, group in zip(paths, groups, strict=True)]
+    jobs = [(path, group, settings) for path, group in zip(paths, groups, strict=True)]
     _write_all([job for job in jobs if not job[0].exists()], output, len(entries), settings)
     print(f"{len(entries)} images in {len(paths)} shards: {output / 'shard-*.tar'}")
     return paths
@@ -198,16 +231,44 @@ def _with_distinct_keys(entries: list[Entry]) -> list[Entry]:
     return named
 
 
-def _stored_size(path: Path) -> int:
-    """Bound the bytes of the image member: exact for JPEG and PNG, raw pixels and a little for what becomes PNG."""
+def _stored_size(path: Path, settings: Settings) -> int:
+    """Bound the bytes of the image member: exact for what stays untouched, uncompressed for what is written anew."""
     try:
+        num_bytes = path.stat().st_size
         with path.open("rb") as file:
-            if _suffix_of(file.read(8)) is not None:
-                return path.stat().st_size
-        with Image.open(path) as image:
-            return int(image.width * image.height * 3 * 1.01) + 4096
+            suffix = _suffix_of(file.read(8))
     except OSError as error:
-        raise DataError(f"{path} is no readable image ({error}): remove it from the source") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}): check the path and the permissions") from error
+    try:
+        if suffix is not None and _stays_untouched(path, settings):
+            return num_bytes
+        with Image.open(path) as image:
+            profile = image.info.get("icc_profile") or b""
+            size = _shrunk_size(image.size, settings.max_side)
+            return _png_bound(size, num_channels=max(3, len(image.getbands()))) + len(profile)
+    except _DAMAGE:
+        return num_bytes  # never stored: the writer lists it with the other damaged images
+
+
+def _stays_untouched(jpeg_or_png: Path | io.BytesIO, settings: Settings) -> bool:
+    if settings.encode != "keep" or settings.max_side is None:
+        return settings.encode == "keep"
+    with Image.open(jpeg_or_png) as image:
+        return min(image.size) <= settings.max_side
+
+
+def _shrunk_size(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
+    """Scale a size so that its shorter side becomes ``max_side``; smaller ones stay as they are [pixels]."""
+    if max_side is None or min(size) <= max_side:
+        return size
+    scale = max_side / min(size)
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+def _png_bound(size: tuple[int, int], *, num_channels: int) -> int:
+    """Bound a PNG of 8-bit channels: deflate and the chunks add little to the pixels and one byte a row [bytes]."""
+    width, height = size
+    return int((width * height * num_channels + max(size)) * 1.01) + 4096
 
 
 def _suffix_of(head: bytes) -> str | None:
@@ -231,7 +292,7 @@ def _groups(entries: list[Entry], sizes: list[int], max_bytes: int, max_samples:
     yield group
 
 
-def _claim(output: Path, groups: list[list[Entry]], sizes: list[int]) -> None:
+def _claim(output: Path, groups: list[list[Entry]], sizes: list[int], settings: Settings) -> None:
     """Refuse to mix shards of two sources or two settings in one folder."""
     digest = hashlib.sha256()
     for group in groups:
@@ -239,7 +300,7 @@ def _claim(output: Path, groups: list[list[Entry]], sizes: list[int]) -> None:
         for entry in group:
             digest.update(entry.key.encode() + b"\0" + entry.json_text() + b"\0")
     digest.update(json.dumps(sizes).encode())
-    record = json.dumps({"plan": digest.hexdigest(), "num_shards": len(groups)}) + "\n"
+    record = json.dumps({"plan": digest.hexdigest(), "num_shards": len(groups)} | settings.rewriting) + "\n"
     path = output / _PLAN_NAME
     if path.exists() and path.read_text() != record:
         raise ConfigError(f"output_dir {output} holds shards of another source or other settings: name a new folder")
@@ -250,7 +311,7 @@ def _claim(output: Path, groups: list[list[Entry]], sizes: list[int]) -> None:
     path.write_text(record)
 
 
-def _write_all(jobs: list[tuple[Path, list[Entry], bool]], output: Path, num_images: int, settings: Settings) -> None:
+def _write_all(jobs: list[_Job], output: Path, num_images: int, settings: Settings) -> None:
     bad: list[tuple[str, str]] = []
     num_processes = min(settings.num_processes or len(os.sched_getaffinity(0)), max(1, len(jobs)))
     done = num_images - sum(len(group) for _, group, _ in jobs)
@@ -276,9 +337,9 @@ def _write_all(jobs: list[tuple[Path, list[Entry], bool]], output: Path, num_ima
         )
 
 
-def _write_shard(job: tuple[Path, list[Entry], bool]) -> list[tuple[str, str]]:
+def _write_shard(job: _Job) -> list[tuple[str, str]]:
     """Write one shard and return its damaged images; with any, the shard stays absent."""
-    path, group, verify = job
+    path, group, settings = job
     bad = []
     draft = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
@@ -286,8 +347,8 @@ def _write_shard(job: tuple[Path, list[Entry], bool]) -> list[tuple[str, str]]:
             with wds.TarWriter(file, user="trainer", group="trainer", mode=0o444, mtime=0, encoder=False) as writer:
                 for entry in group:
                     try:
-                        writer.write(_sample(entry, verify=verify))
-                    except (SampleError, OSError) as error:
+                        writer.write(_sample(entry, settings))
+                    except _DAMAGE as error:
                         bad.append((str(entry.path), str(error)))
             file.flush()
             os.fsync(file.fileno())
@@ -298,18 +359,54 @@ def _write_shard(job: tuple[Path, list[Entry], bool]) -> list[tuple[str, str]]:
     return bad
 
 
-def _sample(entry: Entry, *, verify: bool) -> dict[str, Any]:
-    payload = entry.path.read_bytes()
-    suffix = _suffix_of(payload[:8])
-    if suffix is None:
-        converted = io.BytesIO()
-        with Image.open(io.BytesIO(payload)) as image:
-            image.save(converted, "PNG")
-        payload, suffix = converted.getvalue(), "png"
-    if verify:
-        decode_image(payload)
+def _sample(entry: Entry, settings: Settings) -> dict[str, Any]:
+    suffix, payload = _stored_image(entry.path.read_bytes(), settings)
     label = {} if entry.label is None else {"cls": str(entry.label).encode()}
     return {"__key__": entry.key, suffix: payload, "json": entry.json_text(), **label}
+
+
+def _stored_image(payload: bytes, settings: Settings) -> tuple[str, bytes]:
+    """Return the suffix and the bytes of the image member.
+
+    Raises:
+        SampleError: the image is damaged; where Pillow finds out first, its own error.
+    """
+    suffix = _suffix_of(payload[:8])
+    if suffix is None:
+        suffix, payload = "png", _converted_to_png(payload)
+    if _stays_untouched(io.BytesIO(payload), settings):
+        if settings.verify:
+            decode_image(payload)
+        return suffix, payload
+    wanted = {"keep": suffix, "jpeg": "jpg", "png": "png"}[settings.encode]
+    return _encoded(_shrunk(decode_image(payload), settings.max_side), wanted, settings.jpeg_quality)
+
+
+def _converted_to_png(payload: bytes) -> bytes:
+    converted = io.BytesIO()
+    with Image.open(io.BytesIO(payload)) as image:
+        ImageOps.exif_transpose(image).save(converted, "PNG")  # the orientation would not come along
+    return converted.getvalue()
+
+
+def _shrunk(image_HWC: NDArray[np.uint8], max_side: int | None) -> NDArray[np.uint8]:
+    height, width, _ = image_HWC.shape
+    size = _shrunk_size((width, height), max_side)
+    if size == (width, height):
+        return image_HWC
+    return np.asarray(cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
+def _encoded(image_HWC: NDArray[np.uint8], suffix: str, jpeg_quality: int) -> tuple[str, bytes]:
+    """Encode as asked, but never larger than planned: a JPEG that outgrows the raw pixels is no gain over PNG."""
+    image, file = Image.fromarray(image_HWC), io.BytesIO()
+    if suffix == "jpg":
+        image.save(file, "JPEG", quality=jpeg_quality, subsampling="4:4:4")
+        if file.tell() <= _png_bound(image.size, num_channels=3):
+            return "jpg", file.getvalue()
+        file = io.BytesIO()
+    image.save(file, "PNG")
+    return "png", file.getvalue()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""Show what is inside shards: one PNG with evenly spread images, each with its key and label.
+
+An image that the trainer could not use shows as a grey tile with the reason.
+
+Usage: python tools/contact_sheet.py --data 'shards/*.tar' --output sheet.png [--name value]
+
+Shapes: H, W image size; HWC uint8 RGB.
+"""
+
+import math
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from launch.command_line import read_flags, run, wants_help
+from trainer.config import check_types, help_text, refuse_unknown, with_flags
+from trainer.data.decode import decode_image
+from trainer.data.shards import NO_LABEL, ShardReader, list_shards, open_index
+from trainer.errors import ConfigError, SampleError
+
+_SIDE = 160
+_LINE = 16
+_GAP = 8
+_MIN_COLUMNS = 4
+_MAX_LABELS_NAMED = 6
+_GREY = (160, 160, 160)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the user may set."""
+
+    data: str = ""
+    """Shards: paths, globs or {000..099} ranges, separated by commas."""
+    output: str = "contact_sheet.png"
+    """The picture; an older one is replaced."""
+    num_images: int = 64
+    """How many images to show, evenly spread over all [images]."""
+    index_dir: str | None = None
+    """Where shard indices are kept; none keeps them beside the shards."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.num_images < 1:
+            raise ConfigError(f"num_images is {self.num_images}, but must be at least 1")
+        if not self.output.lower().endswith(".png"):
+            raise ConfigError(f"output is {self.output!r}, but must end in .png")
+        if not Path(self.output).parent.is_dir():
+            raise ConfigError(f"output is {self.output!r}, but its folder does not exist: create it")
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One image of the sheet."""
+
+    key: str
+    label: int
+    image_HWC: NDArray[np.uint8] | None
+    reason: str
+    """Why there is no image; empty where there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What the shards hold, and the images that were picked."""
+
+    num_shards: int
+    num_images_by_label: dict[int, int]
+    tiles: list[Tile]
+
+
+def main(words: list[str]) -> int:
+    """Draw the sheet; returns the exit code."""
+    if wants_help(words):
+        print(__doc__, help_text(Settings, "Settings"))
+        return 0
+    flags = read_flags(words)
+    refuse_unknown(flags, Settings.__dataclass_fields__)
+    settings = with_flags(Settings(), flags)
+    contents = read_images(settings.data, settings.num_images, settings.index_dir)
+    output = Path(settings.output)
+    draft = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        draw_sheet(contents).save(draft, "PNG")
+        draft.replace(output)
+    finally:
+        draft.unlink(missing_ok=True)
+    print(f"{output}: {title_of(contents)}")
+    return 0
+
+
+def read_images(data: str, num_images: int, index_dir: str | None = None) -> Contents:
+    """Read up to ``num_images`` images, evenly from the first to the last.
+
+    Raises:
+        ConfigError: no shard matches, or the index cannot be written.
+        DataError: a shard breaks the rules.
+    """
+    shards = list_shards(data, setting="--data")
+    index = open_index(shards, index_dir=None if index_dir is None else Path(index_dir))
+    reader = ShardReader()
+    count = min(num_images, len(index))
+    tiles = []
+    for sample in (index.sample(i * len(index) // count) for i in range(count)):
+        try:
+            tiles.append(Tile(sample.key, sample.label, decode_image(reader.read(sample)), ""))
+        except SampleError as error:
+            tiles.append(Tile(sample.key, sample.label, None, error.reason))
+    labels, counts = np.unique(index.labels, return_counts=True)
+    return Contents(len(shards), dict(zip(labels.tolist(), counts.tolist(), strict=True)), tiles)
+
+
+def title_of(contents: Contents) -> str:
+    """Say how many images are shown of how many, and their labels."""
+    by_label = contents.num_images_by_label
+    if len(by_label) > _MAX_LABELS_NAMED:
+        labels = f"{len(by_label)} labels"
+    else:
+        labels = ", ".join(f"{_name_of(label)}: {count}" for label, count in by_label.items())
+    num_damaged = sum(tile.image_HWC is None for tile in contents.tiles)
+    damaged = f" ({num_damaged} damaged)" if num_damaged else ""
+    total = sum(by_label.values())
+    return f"{len(contents.tiles)}{damaged} of {total} images in {contents.num_shards} shards; {labels}"
+
+
+def draw_sheet(contents: Contents) -> Image.Image:
+    """Draw the tiles in a grid below a title, row by row."""
+    font = ImageFont.load_default(_LINE - 4)
+    num_columns = max(_MIN_COLUMNS, math.ceil(math.sqrt(len(contents.tiles))))
+    num_rows = math.ceil(len(contents.tiles) / num_columns)
+    step_x, step_y, top = _SIDE + _GAP, _SIDE + 2 * _LINE + _GAP, _LINE + 2 * _GAP
+    sheet = Image.new("RGB", (num_columns * step_x + _GAP, top + num_rows * step_y), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP, _GAP), title_of(contents), "black", font)
+    for number, tile in enumerate(contents.tiles):
+        row, column = divmod(number, num_columns)
+        x, y = _GAP + column * step_x, top + row * step_y
+        sheet.paste(_picture(tile, font), (x, y))
+        draw.text((x, y + _SIDE), shorten(tile.key, _SIDE, font), "black", font)
+        draw.text((x, y + _SIDE + _LINE), _name_of(tile.label), "dimgrey", font)
+    return sheet
+
+
+def _picture(tile: Tile, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> Image.Image:
+    if tile.image_HWC is not None:
+        return ImageOps.pad(Image.fromarray(tile.image_HWC), (_SIDE, _SIDE), color="white")
+    grey = Image.new("RGB", (_SIDE, _SIDE), _GREY)
+    ImageDraw.Draw(grey).text((_SIDE // 2, _SIDE // 2), tile.reason, "black", font, anchor="mm")
+    return grey
+
+
+def shorten(key: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    """Cut a key from the left until it fits into ``width``; line ends and what is not ASCII are escaped [pixels]."""
+    text = key.encode("unicode_escape").decode()
+    if font.getlength(text) <= width:
+        return text
+    start = next(start for start in range(1, len(text) + 1) if font.getlength("..." + text[start:]) <= width)
+    return "..." + text[start:]
+
+
+def _name_of(label: int) -> str:
+    return "no label" if label == NO_LABEL else f"label {label}"
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

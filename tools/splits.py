@@ -1,0 +1,356 @@
+"""Split a set of faces and morphs into train, dev and test so that no person is in two of them.
+
+People are assigned to splits, and an image goes where all the people in it are. A morph shows two people: where these
+fall into different splits the morph is dropped, and listed in OUTPUT/dropped.csv. Who is assigned where depends only on
+the seed, the shares and the set of people, not on the order of rows or files.
+
+Who is in an image comes from one of: columns identity and identity_2 of the manifest; --identities, a CSV with columns
+path, identity and optional identity_2; or --identity_pattern on each path. Paths are meant as the manifest writes them,
+or below the source folder. Name people alike in all the sets that you join: '1' and '001' are two people here.
+
+Usage: python tools/splits.py --source FOLDER_OR_CSV --output_dir FOLDER [--name value]
+"""
+
+import csv
+import hashlib
+import itertools
+import re
+import shutil
+import sys
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.command_line import read_flags, run, wants_help
+from tools.make_shards import Entry, read_manifest, walk_folder
+from trainer.config import check_types, help_text, refuse_unknown, with_flags
+from trainer.errors import ConfigError
+
+SPLITS = ("train", "dev", "test")
+PATTERNS = {
+    # 001_03.jpg and the morphs 001_045.jpg, 001_03_045_03.jpg, 001_03_vs_045_03.jpg, 001_03_morph_045_02.png
+    "frll": r"(?:^|/)(?P<a>\d{3})(?:_\d{2})?(?:_(?:(?:vs|morph)_)?(?P<b>\d{3})(?:_\d{2})?)?\.\w+$",
+    # 04927d04.png and the morphs 04424d82-vs-04559d102.jpg, 02463d252.png_vs_04494d50.png
+    "frgc": r"(?:^|/)(?P<a>\d{5})d\d+(?:(?:\.\w+)?[_-]vs[_-](?P<b>\d{5})d\d+)?\.\w+$",
+    # img000184.png and the morphs morphed_img000184_img282038.png
+    "smdd": r"(?:^|/)(?:morphed_)?(?P<a>img\d+)(?:_(?P<b>img\d+))?\.\w+$",
+}
+
+IdentitiesOf = Callable[[str, Entry], tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the user may set."""
+
+    source: str = ""
+    """Folder tree of images, or a CSV file with a column path and optional identity, identity_2, label and others."""
+    output_dir: str = ""
+    """Where train.csv, dev.csv, test.csv and dropped.csv go; must be empty or absent."""
+    identities: str | None = None
+    """CSV with columns path, identity and optional identity_2; none takes them from the source or the pattern."""
+    identity_pattern: str | None = None
+    """Naming of frll, frgc or smdd, or a regular expression on the path: (?P<a>...), and (?P<b>...) for morphs."""
+    shares: str = "0.7,0.1,0.2"
+    """Shares of the people in train, dev and test."""
+    seed: int = 0
+    """Other seeds give other splits."""
+    keep_components: bool = False
+    """Keep people together who are linked through morphs, so that nothing is dropped; refused where too many are."""
+    folder_labels: bool = False
+    """Number the folders of the first level of a source folder in sorted order and use the number as label."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        parse_shares(self.shares)
+        if self.identity_pattern is not None:
+            compile_pattern(self.identity_pattern)
+        if self.identities is not None and self.identity_pattern is not None:
+            raise ConfigError(f"identities is {self.identities!r}, but identity_pattern is set too: keep one of them")
+
+
+@dataclass(frozen=True, slots=True)
+class Photo:
+    """One image and who is in it."""
+
+    entry: Entry
+    identities: tuple[str, ...]
+    """One person, or both parents of a morph."""
+
+
+def main(words: list[str]) -> int:
+    """Write the splits; returns the exit code."""
+    if wants_help(words):
+        print(__doc__, help_text(Settings, "Settings"))
+        return 0
+    flags = read_flags(words)
+    refuse_unknown(flags, Settings.__dataclass_fields__)
+    settings = with_flags(Settings(), flags)
+    for name in ("source", "output_dir"):
+        if not getattr(settings, name):
+            raise ConfigError(f"{name} is empty: pass --{name}")
+    make_splits(settings)
+    return 0
+
+
+def make_splits(settings: Settings) -> None:
+    """Read the images, assign the people, write the manifests and print how many images went where.
+
+    Raises:
+        ConfigError: an image has no identity, a split would stay empty, or the output is in use.
+    """
+    output, shares = Path(settings.output_dir).absolute(), parse_shares(settings.shares)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"output_dir {output} is not empty: name a new folder")
+    photos = read_photos(settings)
+    people = sorted({person for photo in photos for person in photo.identities})
+    groups = components(photos) if settings.keep_components else [[person] for person in people]
+    _refuse_giant(groups, shares, len(people))
+    split_of = assign(groups, shares, settings.seed)
+    placed, dropped = place(photos, split_of)
+    _refuse_empty(placed, shares, len(people))
+    _write(output, placed, dropped, split_of)
+    print(_table(placed, dropped, split_of))
+    print(f"Next: python tools/make_shards.py --source {output / 'train.csv'} --output_dir shards/train")
+
+
+# ---------------------------------------------------------------------------------------------- who goes where
+
+
+def assign(groups: Sequence[Sequence[str]], shares: Sequence[float], seed: int) -> dict[str, str]:
+    """Give each group of people to the split that lacks most of its share, large groups first, in hashed order.
+
+    Groups of one person fill each share to within two people. A new person may move others: splits of two versions
+    of a set are not disjoint from each other.
+    """
+    wanted = [share * sum(map(len, groups)) for share in shares]
+    split_of: dict[str, str] = {}
+    for group in sorted(groups, key=lambda group: (-len(group), _hash(seed, min(group)))):
+        number = max(range(len(wanted)), key=lambda i: wanted[i])
+        wanted[number] -= len(group)
+        split_of |= dict.fromkeys(group, SPLITS[number])
+    return split_of
+
+
+def place(photos: Iterable[Photo], split_of: dict[str, str]) -> tuple[dict[str, list[Photo]], list[Photo]]:
+    """Sort the images into the splits of their people; second, those whose people are in different splits."""
+    placed: dict[str, list[Photo]] = {split: [] for split in SPLITS}
+    dropped: list[Photo] = []
+    for photo in photos:
+        splits = {split_of[person] for person in photo.identities}
+        (placed[splits.pop()] if len(splits) == 1 else dropped).append(photo)
+    return placed, dropped
+
+
+def components(photos: Iterable[Photo]) -> list[list[str]]:
+    """Group the people who are linked through morphs, directly or through others."""
+    linked: dict[str, set[str]] = defaultdict(set)
+    for photo in photos:
+        for person in photo.identities:
+            linked[person].update(photo.identities)
+    groups, seen = [], set[str]()
+    for start in sorted(linked):
+        group, waiting = set[str](), {start} - seen
+        while waiting:
+            group |= waiting
+            waiting = {other for person in waiting for other in linked[person]} - group
+        seen |= group
+        if group:
+            groups.append(sorted(group))
+    return groups
+
+
+def _hash(seed: int, person: str) -> str:
+    return hashlib.sha256(f"{seed}\0{person}".encode()).hexdigest()
+
+
+def _refuse_giant(groups: Sequence[Sequence[str]], shares: Sequence[float], num_people: int) -> None:
+    largest = max(map(len, groups))
+    if largest > 1 and largest > max(shares) * num_people:
+        raise ConfigError(
+            f"keep_components is True, but morphs link {largest} of {num_people} people, more than the largest share "
+            f"({max(shares):.0%}): leave it away, then morphs across splits are dropped"
+        )
+
+
+def _refuse_empty(placed: dict[str, list[Photo]], shares: Sequence[float], num_people: int) -> None:
+    for split, share in zip(SPLITS, shares, strict=True):
+        if share > 0 and not placed[split]:
+            raise ConfigError(
+                f"shares gives {share} to {split}, but no image of the {num_people} people falls there: "
+                "raise that share, set it to 0, or try another seed"
+            )
+
+
+# ---------------------------------------------------------------------------------------------- who is in an image
+
+
+def read_photos(settings: Settings) -> list[Photo]:
+    """List the images with their identities, sorted by path.
+
+    Raises:
+        ConfigError: no source of identities or several, an image without one, or an image that is listed twice.
+    """
+    source = Path(settings.source)
+    entries = read_manifest(source) if source.is_file() else walk_folder(source, folder_labels=settings.folder_labels)
+    entries = sorted(entries, key=lambda entry: str(entry.path))
+    for one, two in itertools.pairwise(entries):
+        if one.path == two.path:
+            raise ConfigError(f"source {source} lists {one.path} more than once: keep one of the rows")
+    identities_of, remedy = _identities_by(settings, has_column="identity" in entries[0].metadata)
+    root = source.parent if source.is_file() else source
+    photos = [Photo(entry, identities_of(_name_below(root, entry.path), entry)) for entry in entries]
+    unknown = [str(photo.entry.path) for photo in photos if not photo.identities]
+    if unknown:
+        raise ConfigError(f"{unknown[0]} has no identity ({len(unknown)} images in all): {remedy}")
+    return photos
+
+
+def _name_below(root: Path, path: Path) -> str:
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
+def _identities_by(settings: Settings, *, has_column: bool) -> tuple[IdentitiesOf, str]:
+    """Choose the one way to the identities; second, what helps where it finds none."""
+    flag = next((name for name in ("identities", "identity_pattern") if getattr(settings, name) is not None), None)
+    if has_column and flag is not None:
+        raise ConfigError(f"{flag} is set, but source {settings.source} has a column identity: keep one of them")
+    if has_column:
+        return lambda _, entry: _people(entry.metadata), "fill its column identity"
+    if settings.identities is not None:
+        known = read_identities(Path(settings.identities))
+        return lambda name, _: known.get(name, ()), f"add its path to {settings.identities}"
+    if settings.identity_pattern is not None:
+        pattern = compile_pattern(settings.identity_pattern)
+        return (
+            lambda name, _: _people_in(pattern.search(name)),
+            f"identity_pattern {settings.identity_pattern!r} does not match its path: mend it, or pass --identities",
+        )
+    raise ConfigError(
+        f"source {settings.source} has no column identity: add it, or pass --identities or --identity_pattern"
+    )
+
+
+def read_identities(path: Path) -> dict[str, tuple[str, ...]]:
+    """Read a CSV with columns path, identity and optional identity_2.
+
+    Raises:
+        ConfigError: the file is absent, has other columns, or names a path twice.
+    """
+    if not path.is_file():
+        raise ConfigError(f"identities is {str(path)!r}, but no such file exists: check the path")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, restval="")
+        columns = reader.fieldnames or []
+        if sorted(columns) not in (["identity", "path"], ["identity", "identity_2", "path"]):
+            raise ConfigError(f"identities {path} has columns {columns}, but must have path, identity and identity_2")
+        known: dict[str, tuple[str, ...]] = {}
+        for row in reader:
+            name = Path(row["path"]).as_posix()
+            if name in known:
+                raise ConfigError(f"identities {path} names {name} more than once: keep one of the rows")
+            known[name] = _people(row)
+    return known
+
+
+def _people(row: dict[str, str]) -> tuple[str, ...]:
+    """Read both columns; a second person without a first is as bad as none."""
+    first, second = (str(row.get(column) or "").strip() for column in ("identity", "identity_2"))
+    return _distinct(first, second) if first else ()
+
+
+def _people_in(match: re.Match[str] | None) -> tuple[str, ...]:
+    groups = match.groupdict() if match else {}
+    return _distinct(groups["a"], groups.get("b")) if groups.get("a") else ()
+
+
+def _distinct(first: str, second: str | None) -> tuple[str, ...]:
+    return (first, second) if second and second != first else (first,)
+
+
+def compile_pattern(text: str) -> re.Pattern[str]:
+    """Compile a named pattern or a regular expression.
+
+    Raises:
+        ConfigError: it is no regular expression with a group ``a`` and at most ``b`` beside it.
+    """
+    rule = (
+        f"must be one of {', '.join(PATTERNS)} or a regular expression with a group (?P<a>...) and perhaps (?P<b>...)"
+    )
+    try:
+        pattern = re.compile(PATTERNS.get(text, text))
+    except re.error as error:
+        raise ConfigError(f"identity_pattern is {text!r}, but {rule} ({error})") from error
+    if set(pattern.groupindex) not in ({"a"}, {"a", "b"}):
+        raise ConfigError(f"identity_pattern is {text!r}, but {rule}")
+    return pattern
+
+
+def parse_shares(text: str) -> list[float]:
+    """Read three shares that add up to 1, or raise `ConfigError`."""
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != len(SPLITS) or not all(share >= 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
+        raise ConfigError(f"shares is {text!r}, but must be three numbers from 0 that add up to 1 (try 0.7,0.1,0.2)")
+    return shares
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+def _write(output: Path, placed: dict[str, list[Photo]], dropped: list[Photo], split_of: dict[str, str]) -> None:
+    """Write the manifests into a draft that becomes the output at once."""
+    draft = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")
+    draft.mkdir(parents=True)
+    try:
+        for split, photos in placed.items():
+            _write_csv(draft / f"{split}.csv", [_row(photo) for photo in photos])
+        _write_csv(draft / "dropped.csv", [_row(photo) | _whereabouts(photo, split_of) for photo in dropped])
+        draft.rename(output)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _row(photo: Photo) -> dict[str, str]:
+    """Describe an image for make_shards; the key is that of the whole set, whatever else is in the split."""
+    label = "" if photo.entry.label is None else str(photo.entry.label)
+    first, second = (*photo.identities, "")[:2]
+    own = {"path": str(photo.entry.path.absolute()), "key": photo.entry.key, "label": label}
+    others = {name: value for name, value in photo.entry.metadata.items() if name != "path"}
+    return own | others | {"identity": first, "identity_2": second}
+
+
+def _whereabouts(photo: Photo, split_of: dict[str, str]) -> dict[str, str]:
+    return {f"split{suffix}": split_of[person] for suffix, person in zip(("", "_2"), photo.identities, strict=True)}
+
+
+def _write_csv(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else ["path", "key", "label", "identity", "identity_2"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _table(placed: dict[str, list[Photo]], dropped: list[Photo], split_of: dict[str, str]) -> str:
+    """Count people and images by split and label."""
+    everywhere = placed | {"dropped": dropped}
+    labels = sorted({_label(photo) for photos in everywhere.values() for photo in photos})
+    people = Counter(split_of.values())
+    lines = ["".join(f"{word:>12}" for word in ("", "people", "images", *labels))]
+    for name, photos in everywhere.items():
+        counts = Counter(map(_label, photos))
+        cells = (name, people[name] if name in SPLITS else "", len(photos), *(counts[label] for label in labels))
+        lines.append("".join(f"{cell:>12}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _label(photo: Photo) -> str:
+    return "no label" if photo.entry.label is None else f"label {photo.entry.label}"
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

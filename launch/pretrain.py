@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from launch.command_line import EXIT_REQUEUE, configure, recipes_help, run, wants_help
+from launch.data import describe_shares, find_sources, open_on_all_ranks, order_of, span_reader, tell_all_ranks
 from launch.recipes import DEFAULT, RECIPES
 from trainer import checkpoint, heldout
 from trainer.config import Recipe, Runtime, differing_fields
-from trainer.data.augment import CenterView, PretrainAugment
+from trainer.data.augment import CenterView, PretrainView
 from trainer.data.loader import Loader
-from trainer.data.plan import PLAN_VERSION, Plan
-from trainer.data.shards import ShardIndex, list_shards, open_index
+from trainer.data.plan import PLAN_VERSION, Order
+from trainer.data.shards import ShardIndex
 from trainer.data.stream import Batch, Slice, fixed_stream, train_stream
 from trainer.engine import (
     Engine,
@@ -66,20 +66,22 @@ def pretrain(recipe: Recipe, runtime: Runtime) -> bool:
     use_devices(world, runtime)
     ds_config = engine_settings(recipe, runtime, world)
     model = build_model(recipe, runtime)
-    shards = {setting: list_shards(getattr(runtime, setting), setting=f"--{setting}") for setting in _sources(runtime)}
+    found = find_sources(recipe, runtime) if world.is_main else None
 
     world = connect(world, timeout_s=runtime.timeout_s)
     output = Path(runtime.output_dir)
     world.on_main(lambda: check_output(output, recipe, runtime.resume))
     start_logging(output, is_main=world.is_main, rank=world.rank)
-    index = {setting: open_on_all_ranks(paths, runtime, world) for setting, paths in shards.items()}
-    plan = Plan(len(index["data"]), recipe.seed, recipe.num_lanes, recipe.block_samples, recipe.window_blocks)
+    sources = tell_all_ranks(found, world)
+    index = {setting: open_on_all_ranks(wanted, runtime, world) for setting, wanted in sources.items()}
+    order = order_of(recipe, index["data"], sources["data"])
     held_out = HeldOutView(model, recipe, runtime, index, world) if "heldout_data" in index else None
 
     engine = Engine(model, ds_config=ds_config, weight_decay=recipe.weight_decay, world=world)
     identity = checkpoint.Identity(
         recipe=dataclasses.asdict(recipe),
         data_fingerprint=index["data"].fingerprint,
+        data_shares=describe_shares(index["data"], sources["data"]),
         plan_version=PLAN_VERSION,
         zero_stage=engine.zero_stage,
         precision=engine.precision,
@@ -88,7 +90,7 @@ def pretrain(recipe: Recipe, runtime: Runtime) -> bool:
     progress = resume(engine, output / "checkpoints", identity, runtime)
     world.on_main(lambda: claim_output(output, recipe, runtime, progress))
 
-    finished = train_from(progress, engine, plan, index["data"], held_out, identity, recipe, runtime)
+    finished = train_from(progress, engine, order, index["data"], held_out, identity, recipe, runtime)
     if held_out and math.isnan(held_out.last_loss):  # nothing was left to train
         held_out.loss(engine)
     world.on_main(lambda: tell_where(output, finished, held_out))
@@ -159,24 +161,6 @@ def mask_of(recipe: Recipe, encoder: PatchEncoder) -> heldout.DrawMask:
     )
 
 
-def open_on_all_ranks(shards: list[Path], runtime: Runtime, world: World) -> ShardIndex:
-    """Build a missing index once, on rank 0, while the others wait."""
-    index_dir = Path(runtime.index_dir) if runtime.index_dir else None
-
-    def build() -> str:
-        with tqdm(total=len(shards), desc="indexing shards", unit="shard", disable=not runtime.progress_bar) as bar:
-            index = open_index(
-                shards,
-                index_dir=index_dir,
-                num_processes=len(os.sched_getaffinity(0)),
-                on_shard=lambda done, _: bar.update(done - bar.n),
-            )
-        return str(index.folder)
-
-    folder = world.on_main(build)
-    return ShardIndex(Path(folder), shards)
-
-
 class HeldOutView:
     """The fixed held-out images: their loss, the mean-face baseline, and their pictures."""
 
@@ -212,10 +196,17 @@ class HeldOutView:
         return mean_patch.error(self._read("heldout_data", self._chosen), self.draw_mask)
 
     def _read(self, setting: str, samples: list[int], *, batch: int | None = None) -> Iterable[Batch]:
-        view = CenterView(image_size=self._recipe.image_size)
+        view = CenterView(size=self._recipe.image_size)
         batch = batch or min(self._runtime.micro_batch, len(samples))
         return Loader(
-            fixed_stream(self._index[setting], samples, view, batch=batch, noise_per_sample=self._num_patches)
+            fixed_stream(
+                self._index[setting],
+                samples,
+                view,
+                batch=batch,
+                noise_per_sample=self._num_patches,
+                spans=span_reader(self._runtime),
+            )
         )
 
 
@@ -269,22 +260,22 @@ def resume(engine: Engine, root: Path, identity: checkpoint.Identity, runtime: R
                 )
             return []
         path, manifest = found
-        checkpoint.check_identity(manifest, identity, path)
-        return [str(path), manifest["progress"]["step"]]
+        progress = checkpoint.check_identity(manifest, identity, path, allow_data_change=runtime.allow_data_change)
+        return [str(path), dataclasses.asdict(progress)]
 
     chosen = engine.world.on_main(choose)
     if not chosen:
         return checkpoint.Progress()
-    path, step = chosen
+    path, progress = chosen
     engine.world.together(lambda: engine.load(Path(path)))
     logger.info("resumed from %s", path)
-    return checkpoint.Progress(step=step)
+    return checkpoint.Progress(**progress)
 
 
 def train_from(
     progress: checkpoint.Progress,
     engine: Engine,
-    plan: Plan,
+    order: Order,
     index: ShardIndex,
     held_out: HeldOutView | None,
     identity: checkpoint.Identity,
@@ -324,16 +315,18 @@ def train_from(
                 Loader(
                     train_stream(
                         index,
-                        plan,
+                        order,
                         share,
-                        PretrainAugment(
-                            image_size=recipe.image_size,
+                        PretrainView(
+                            size=recipe.image_size,
                             crop_scale=(recipe.crop_scale_min, recipe.crop_scale_max),
                             flip_probability=recipe.flip_probability,
                             seed=recipe.seed,
+                            fast=recipe.decode_quality == "fast",
                         ),
                         first_step=progress.step,
                         noise_per_sample=model.encoder.num_patches,
+                        spans=span_reader(runtime),
                     ),
                     num_workers=runtime.num_workers,
                     prefetch=runtime.prefetch,
@@ -411,10 +404,6 @@ def _spread(num_wanted: int, num_all: int) -> list[int]:
     """Choose up to ``num_wanted`` of ``range(num_all)``, evenly from beginning to end."""
     count = min(num_wanted, num_all)
     return [i * num_all // count for i in range(count)]
-
-
-def _sources(runtime: Runtime) -> list[str]:
-    return ["data", "heldout_data"] if runtime.heldout_data else ["data"]
 
 
 if __name__ == "__main__":

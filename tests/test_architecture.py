@@ -6,15 +6,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = (
     *("errors", "world", "seeds", "config"),
-    *("data.shards", "data.plan", "data.decode", "data.augment", "data.stream", "data.loader"),
+    *("data.storage", "data.tar", "data.shards", "data.plan", "data.sampler", "data.mixture"),
+    *("data.decode", "data.augment", "data.stream", "data.loader"),
     *("losses", "models.mask_utils", "models.encoder", "models.mae"),
     *("optim", "engine", "checkpoint", "monitor", "heldout", "loop"),
 )
 OWNERS = {
     "deepspeed": {"trainer/engine.py"},
-    "webdataset": {"trainer/data/stream.py", "tools/make_shards.py"},
+    "webdataset": {"trainer/data/stream.py", "tools/make_shards.py", "tools/bench_loader.py"},
     "timm": {"trainer/models/encoder.py"},
     "albumentations": {"trainer/data/augment.py"},
+    "fsspec": {"trainer/data/storage.py"},
     "fire": {"launch/command_line.py"},
 }
 

@@ -10,7 +10,7 @@ from trainer.errors import CheckpointError
 from trainer.monitor import cut_after
 from trainer.world import World
 
-IDENTITY = Identity({"global_batch": 8, "seed": 0}, "abc", 1, 1, "fp32", 1)
+IDENTITY = Identity({"global_batch": 8, "seed": 0}, "abc", "", 1, 1, "fp32", 1)
 
 
 def save(root: Path, step: int, keep: int = 3, fail: bool = False) -> Path:
@@ -69,7 +69,7 @@ def test_saving_a_step_again_replaces_only_a_damaged_one(tmp_path: Path) -> None
     root = tmp_path / "c"
     path = save(root, 5)
     (path / "state" / "weights.pt").write_bytes(b"damaged")
-    assert checkpoint.verify(save(root, 5))["progress"] == {"step": 5}
+    assert checkpoint.verify(save(root, 5))["progress"]["step"] == 5
     checkpoint.sweep(root)
     assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000005"]
 

@@ -23,7 +23,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ from trainer.world import World
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _HASHERS = 4
+_DATA = ("data_fingerprint", "data_shares")
+_CHANGE = "pass --allow_data_change true, which the checkpoint will record, or choose another output_dir"
 
 
 @dataclass(slots=True)
@@ -45,6 +47,8 @@ class Progress:
 
     step: int = 0
     """Optimizer steps taken."""
+    data_changes: list[dict[str, Any]] = field(default_factory=list)
+    """Each time that the user let the run go on with other data: the step, and the data before and after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class Identity:
 
     recipe: dict[str, Any]
     data_fingerprint: str
+    data_shares: str
     plan_version: int
     zero_stage: int
     precision: str
@@ -144,7 +149,7 @@ def verify(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
         files, version = manifest["files"], manifest["format_version"]
         entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-        Progress(step=int(manifest["progress"]["step"]))
+        Progress(**manifest["progress"])
         Identity(**manifest["identity"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -162,8 +167,13 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_identity(manifest: dict[str, Any], identity: Identity, path: Path) -> None:
-    """Refuse to resume a checkpoint of another run.
+def check_identity(
+    manifest: dict[str, Any], identity: Identity, path: Path, *, allow_data_change: bool = False
+) -> Progress:
+    """Return where the run stands, or refuse to resume a checkpoint of another run.
+
+    The world size may differ at ZeRO stage 0, where every rank holds the whole state. Data may differ where the user
+    allows it; the change becomes part of the progress.
 
     Raises:
         CheckpointError: data, plan or recipe differ, naming both values.
@@ -176,17 +186,27 @@ def check_identity(manifest: dict[str, Any], identity: Identity, path: Path) -> 
             "undo the change, or choose another output_dir"
         )
     remedies = {
-        "data_fingerprint": "point --data at the shards of that run, or choose another output_dir",
+        "data_fingerprint": f"point --data at the shards of that run, or {_CHANGE}",
+        "data_shares": f"give --data the shares of that run, or {_CHANGE}",
         "plan_version": "resume with the version of this package that wrote it, or choose another output_dir",
         "zero_stage": "use the ds_config of that run",
         "precision": "use the ds_config of that run",
-        "num_ranks": f"start {theirs['num_ranks']} ranks",
+        "num_ranks": f"start {theirs['num_ranks']} ranks (any number goes on from ZeRO stage 0)",
     }
+    free = set(_DATA) if allow_data_change else set()
+    if identity.zero_stage == theirs["zero_stage"] == 0:
+        free.add("num_ranks")
     for name, remedy in remedies.items():
-        if theirs[name] != ours[name]:
+        if theirs[name] != ours[name] and name not in free:
             raise CheckpointError(
                 f"checkpoint {path} was written with {name} {theirs[name]}, but this run has {ours[name]}: {remedy}"
             )
+    progress = Progress(**manifest["progress"])
+    before, after = ({name: values[name] for name in _DATA} for values in (theirs, ours))
+    if before != after:
+        logger.warning("the data changed at step %d from %s to %s", progress.step, before, after)
+        progress.data_changes.append({"step": progress.step, "before": before, "after": after})
+    return progress
 
 
 def sweep(root: Path) -> None:

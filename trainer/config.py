@@ -87,6 +87,12 @@ class Recipe:
     """Largest share of the image that a random crop keeps."""
     flip_probability: float = 0.5
     """Chance of mirroring a training image left to right."""
+    decode_quality: Literal["fast", "full"] = "fast"
+    """fast: JPEGs through faster transforms, reduced where the crop allows; full: every pixel exact, for detection."""
+    balance_by: Literal["none", "label", "source", "attack"] = "none"
+    """Give each class, or each value of that field of the samples' json, an equal part of every batch."""
+    use_balanced_sampler: bool = False
+    """Draw samples with replacement, weighted inversely to the size of their class."""
     num_lanes: int = 192
     """Interleaved reading lanes of an epoch; world sizes that divide it read sequentially."""
     block_samples: int = 128
@@ -126,13 +132,20 @@ class Runtime:
     """Everything that does not change the numbers: where things are, how fast, how often we look."""
 
     data: str = ""
-    """Training shards: paths, globs or {000..099} ranges, separated by commas."""
+    """Training shards: paths, globs, URLs or {000..099} ranges, separated by commas; a share of every batch may
+    follow each, as in a/*.tar@0.7,b/*.tar@0.3, or a YAML file lists {shards, share}."""
     heldout_data: str = ""
     """Held-out shards for the held-out loss and the pictures; empty for none."""
     output_dir: str = "runs/pretrain"
     """Where checkpoints, logs and pictures go."""
     index_dir: str | None = None
     """Where shard indices are kept; none keeps them beside the shards."""
+    cache_dir: str | None = None
+    """Folder on a fast local disk for blocks of remote shards, shared by the ranks of a host; none keeps nothing."""
+    cache_bytes: int = 50_000_000_000
+    """Upper bound of that folder [bytes]."""
+    allow_data_change: bool = False
+    """Go on although the shards or their shares are not those of the checkpoint; the change is recorded in it."""
     sample_ledger: str | None = None
     """Folder for JSON lines of every sample that the optimizer consumed; none writes nothing."""
     ds_config: str | None = None
@@ -185,7 +198,16 @@ class Runtime:
 _AT_LEAST_ONE = {
     *("image_size", "patch_size", "encoder_depth", "mask_block", "decoder_width", "decoder_depth", "decoder_heads"),
     *("global_batch", "num_lanes", "block_samples", "window_blocks"),
-    *("micro_batch", "prefetch", "num_threads", "log_every", "save_every", "heldout_every", "picture_every"),
+    *(
+        "cache_bytes",
+        "micro_batch",
+        "prefetch",
+        "num_threads",
+        "log_every",
+        "save_every",
+        "heldout_every",
+        "picture_every",
+    ),
     *("keep_checkpoints", "stop_at_step", "timeout_s"),
 }
 
@@ -306,5 +328,5 @@ def _field_docs(config: type) -> dict[str, str]:
     docs = {}
     for field, below in zip(body.body, body.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            docs[field.target.id] = str(ast.literal_eval(below.value))
+            docs[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
     return docs

@@ -33,6 +33,9 @@ class Purpose(IntEnum):
     AUGMENT = 5
     MASK = 6
     HELD_OUT_MASK = 7
+    WEIGHTED_DRAW = 8
+    WEIGHTED_ORDER = 9
+    GROUP_SEED = 10
 
 
 def philox4x32(counter_N4: NDArray[np.uint64], key_2: tuple[int, int]) -> NDArray[np.uint64]:
@@ -86,6 +89,19 @@ def uniforms(seed: int, purpose: Purpose, position_N: ArrayLike, num_draws: int)
     """Draw uniform numbers in [0, 1) with 24 random bits each, exact in float32; shape (N, num_draws)."""
     words = random_words(seed, purpose, position_N, num_draws)
     return (words >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
+
+
+def uniform_integers(seed: int, purpose: Purpose, position: int, count: int, bound: int) -> NDArray[np.int64]:
+    """Draw ``count`` integers in [0, bound) for one position. The bias of the modulus is below bound / 2**62."""
+    words = random_words(seed, purpose, position, 2 * count)[0].astype(np.uint64)
+    drawn: NDArray[np.uint64] = ((words[::2] << np.uint64(30)) ^ words[1::2]) % np.uint64(bound)
+    return drawn.astype(np.int64)
+
+
+def uniform_doubles(seed: int, purpose: Purpose, position_N: ArrayLike) -> NDArray[np.float64]:
+    """Draw one uniform number in [0, 1) with 53 random bits for each position, exact in float64; shape (N,)."""
+    words = random_words(seed, purpose, position_N, 2).astype(np.uint64)
+    return ((words[:, 0] << np.uint64(21)) | (words[:, 1] >> np.uint64(11))).astype(np.float64) * 2.0**-53
 
 
 def shuffled(index: ArrayLike, size: ArrayLike, *, seed: int, purpose: Purpose, which: ArrayLike) -> NDArray[np.int64]:

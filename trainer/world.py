@@ -54,7 +54,18 @@ class World:
         padded[: len(word)] = word
         words = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(words, padded, group=self.decisions)
-        return [json.loads(bytes(w[: int(n)].tolist())) for w, n in zip(words, lengths, strict=True)]
+        return [json.loads(w[: int(n)].numpy().tobytes()) for w, n in zip(words, lengths, strict=True)]
+
+    def _from_main(self, value: Any) -> Any:
+        """Give every rank the JSON-able value of rank 0."""
+        if self.size == 1:
+            return value
+        word = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        length = torch.tensor([len(word)])
+        dist.broadcast(length, src=0, group=self.decisions)
+        received = word.clone() if self.is_main else torch.zeros(int(length), dtype=torch.uint8)
+        dist.broadcast(received, src=0, group=self.decisions)
+        return json.loads(received.numpy().tobytes())
 
     def on_main(self, decide: Callable[[], T]) -> T:
         """Run ``decide`` on rank 0 and give its JSON-able result to all; its `TrainerError` is raised on all."""
@@ -64,7 +75,7 @@ class World:
                 verdict = {"value": decide()}
             except TrainerError as error:
                 verdict = {"error": str(error), "kind": type(error).__name__}
-        verdict = self.gather_over_ranks(verdict)[0]
+        verdict = self._from_main(verdict)
         if "error" in verdict:
             raise _KINDS.get(verdict["kind"], DataError)(verdict["error"])
         value: T = verdict["value"]

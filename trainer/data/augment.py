@@ -1,17 +1,21 @@
-"""Image pipelines: the random one of pre-training, keyed by position, and the fixed one of measurements.
+"""Views of images: bytes -> the S x S pixels that a model sees, written straight into the batch.
 
-Each transform gets a seed of its own from (run seed, position). albumentations would give one seed to all transforms
-of a pipeline, and then every coin of one sample falls on the same side.
+The random view of pre-training is a function of (seed, position). Its crop is drawn from the file's header, before any
+pixel is decoded, so that a JPEG which the crop would shrink anyway is decoded at a half, a quarter or an eighth.
 
-Shapes: H, W input size, S output size; images are HWC uint8 RGB.
+Shapes: H, W input size, S output size, N positions, K draws; images are HWC uint8 RGB.
 """
 
+import math
 import os
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from trainer.seeds import Purpose, random_words
+from trainer.data.decode import decode_image, upright_jpeg_size
+from trainer.seeds import Purpose, uniforms
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for a newer version at import
 
@@ -20,45 +24,98 @@ import cv2
 
 cv2.setNumThreads(0)  # one loader process, one thread: the workers are the parallelism
 
+_CROP_ATTEMPTS = 10
+_SMALLEST_RATIO, _LARGEST_RATIO = 3 / 4, 4 / 3
 
-class PretrainAugment:
-    """Random resized crop and mirror, as the published MAE (He et al. 2021, arXiv 2111.06377, appendix A.1)."""
 
-    def __init__(self, *, image_size: int, crop_scale: tuple[float, float], flip_probability: float, seed: int) -> None:
-        self._seed = seed
-        self._pipeline = A.Compose(
-            [
-                A.RandomResizedCrop(
-                    size=(image_size, image_size), scale=crop_scale, ratio=(3 / 4, 4 / 3), interpolation=cv2.INTER_CUBIC
-                ),
-                A.HorizontalFlip(p=flip_probability),
-            ],
-            seed=0,
-        )
+class View(Protocol):
+    """A way to look at images."""
 
-    def __call__(self, image_HWC: NDArray[np.uint8], position: int) -> NDArray[np.uint8]:
-        """Return the SxSx3 view of the image that belongs to this position of the run."""
-        words = random_words(self._seed, Purpose.AUGMENT, position, len(self._pipeline.transforms))[0]
-        for transform, word in zip(self._pipeline.transforms, words, strict=True):
-            transform.set_random_seed(int(word))
-        image_SSC: NDArray[np.uint8] = self._pipeline(image=image_HWC)["image"]
-        return image_SSC
+    size: int
+    """Side S of the view [pixels]."""
+
+    def draw(self, position_N: ArrayLike) -> NDArray[np.float32]:
+        """Return the random numbers (N, K) of some positions."""
+
+    def __call__(self, payload: bytes, draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]) -> None:
+        """Decode one image and write the view of it; raises `SampleError` if it is none."""
+
+
+class PretrainView:
+    """Random resized crop and mirror, as the published MAE (He et al. 2021, arXiv 2111.06377, appendix A.1).
+
+    Crops are drawn as torchvision's RandomResizedCrop draws them: ten attempts at an area and a ratio, then the whole
+    of a centre. Sides are scaled with bicubic interpolation.
+
+    Args:
+        size: side of the view [pixels].
+        crop_scale: smallest and largest share of the image's area.
+        flip_probability: chance of a mirror.
+        seed: run seed.
+        fast: decode with libjpeg-turbo's faster transforms, and reduced where the crop is at least twice the view.
+            Never for detection: artefacts are the signal.
+    """
+
+    def __init__(
+        self, *, size: int, crop_scale: tuple[float, float], flip_probability: float, seed: int, fast: bool
+    ) -> None:
+        self.size = size
+        self._crop_scale, self._flip_probability, self._seed, self._fast = crop_scale, flip_probability, seed, fast
+
+    def draw(self, position_N: ArrayLike) -> NDArray[np.float32]:
+        """Return areas, ratios, top, left and mirror, in [0, 1)."""
+        return uniforms(self._seed, Purpose.AUGMENT, position_N, 2 * _CROP_ATTEMPTS + 3)
+
+    def __call__(self, payload: bytes, draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]) -> None:
+        """Decode one image and write its crop."""
+        size = upright_jpeg_size(payload) if self._fast else None
+        shrink, image_HWC = 1, None
+        if size is None:
+            image_HWC = decode_image(payload, fast=self._fast)
+            size = image_HWC.shape[0], image_HWC.shape[1]
+        top, left, height, width = self.box(*size, draws_K.tolist())
+        if image_HWC is None:
+            shrink = self._shrink(min(height, width))
+            image_HWC = decode_image(payload, shrink=shrink, fast=True)
+        rows, columns = slice(top // shrink, (top + height) // shrink), slice(left // shrink, (left + width) // shrink)
+        cv2.resize(image_HWC[rows, columns], (self.size, self.size), dst=out_SSC, interpolation=cv2.INTER_CUBIC)
+        if draws_K[-1] < self._flip_probability:
+            cv2.flip(out_SSC, 1, dst=out_SSC)
+
+    def box(self, height: int, width: int, draws: Sequence[float]) -> tuple[int, int, int, int]:
+        """Choose (top, left, height, width) of the crop [pixels] from the numbers of one position."""
+        low, high = self._crop_scale
+        for attempt in range(_CROP_ATTEMPTS):
+            area = height * width * (low + (high - low) * draws[2 * attempt])
+            ratio = _SMALLEST_RATIO * (_LARGEST_RATIO / _SMALLEST_RATIO) ** draws[2 * attempt + 1]
+            crop_height, crop_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 0 < crop_height <= height and 0 < crop_width <= width:
+                top, left = int(draws[-3] * (height - crop_height + 1)), int(draws[-2] * (width - crop_width + 1))
+                return top, left, crop_height, crop_width
+        crop_height = min(height, round(width / _SMALLEST_RATIO))
+        crop_width = min(width, round(height * _LARGEST_RATIO))
+        return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+    def _shrink(self, shorter_side: int) -> int:
+        """Return how much smaller a crop may be decoded and still not be enlarged."""
+        return next((shrink for shrink in (8, 4, 2) if shorter_side >= shrink * (self.size + 1)), 1)
 
 
 class CenterView:
-    """Resize the shorter side and cut the centre: the same view of an image every time."""
+    """Resize the shorter side and cut the centre: the same view of an image every time, fully decoded."""
 
-    def __init__(self, *, image_size: int) -> None:
+    def __init__(self, *, size: int) -> None:
+        self.size = size
         self._pipeline = A.Compose(
-            [
-                A.SmallestMaxSize(max_size=image_size, interpolation=cv2.INTER_AREA),
-                A.CenterCrop(height=image_size, width=image_size),
-            ],
+            [A.SmallestMaxSize(max_size=size, interpolation=cv2.INTER_AREA), A.CenterCrop(height=size, width=size)],
             seed=0,
         )
 
-    def __call__(self, image_HWC: NDArray[np.uint8], position: int) -> NDArray[np.uint8]:
-        """Return the SxSx3 centre; the position is of no account."""
-        del position
-        image_SSC: NDArray[np.uint8] = self._pipeline(image=image_HWC)["image"]
-        return image_SSC
+    def draw(self, position_N: ArrayLike) -> NDArray[np.float32]:
+        """Return nothing for each position: there is nothing random."""
+        return np.empty((np.size(position_N), 0), dtype=np.float32)
+
+    def __call__(self, payload: bytes, draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]) -> None:
+        """Decode one image and write its centre."""
+        del draws_K
+        out_SSC[...] = self._pipeline(image=decode_image(payload))["image"]

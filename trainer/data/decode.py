@@ -7,28 +7,52 @@ Shapes: H, W image size; HWC uint8 RGB.
 """
 
 import io
+import re
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from trainer.errors import SampleError
 
 MAX_PIXELS = 50_000_000
 MIN_SIDE = 8
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+_APP1, _START_OF_SCAN, _END = 0xE1, 0xDA, 0xD9
 _ORIENTATION = 0x0112
+_PLAIN = ("YCbCr", "Gray")
+# What libjpeg says of missing pixels, which it paints grey; its other warnings leave the picture whole.
+_DAMAGED = re.compile("premature end|bad huffman|bad arithmetic|instead of rst", re.IGNORECASE)
+_PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, struct.error, zlib.error)
 
 
-def decode_image(payload: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> NDArray[np.uint8]:
-    """Decode one image.
+def upright_jpeg_size(payload: bytes) -> tuple[int, int] | None:
+    """Return height and width of a JPEG that `decode_image` need not turn; None for every other file."""
+    try:
+        height, width, colour_space, _ = simplejpeg.decode_jpeg_header(payload, strict=True)
+    except ValueError:
+        return None
+    if colour_space not in _PLAIN or _orientation(_exif_segment(payload)) != 1:
+        return None
+    return height, width
 
-    Plain JPEGs without EXIF take the fast path (libjpeg-turbo); everything else goes through Pillow, which turns the
-    image as its EXIF orientation says and converts grey, palette, CMYK, alpha (on black) and 16-bit images to RGB.
+
+def decode_image(
+    payload: bytes, *, shrink: int = 1, fast: bool = False, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
+) -> NDArray[np.uint8]:
+    """Decode one image and turn it as its EXIF orientation says.
+
+    Colour and grey JPEGs take the fast path (libjpeg-turbo); everything else goes through Pillow, with palette, CMYK,
+    alpha (on black) and 16-bit images converted to RGB.
 
     Args:
         payload: the bytes of a JPEG or PNG file.
+        shrink: 1, 2, 4 or 8: a JPEG is decoded at this part of its size, rounded up; other files are not.
+        fast: take libjpeg-turbo's faster, less exact transforms. Never for detection: artefacts are the signal.
         max_pixels: larger images are refused before decoding [pixels].
         min_side: images with a shorter side are refused [pixels].
 
@@ -40,24 +64,76 @@ def decode_image(payload: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int 
     """
     if not payload:
         raise SampleError("empty", "the image has no bytes")
-    if payload.startswith(b"\xff\xd8") and b"Exif\0" not in payload[:4096]:
-        fast = _decode_plain_jpeg(payload, max_pixels, min_side)
-        if fast is not None:
-            return fast
-    return _decode_any(payload, max_pixels, min_side)
+    if not payload.startswith((_JPEG, _PNG)):
+        raise SampleError("not_an_image", "neither JPEG nor PNG")
+    image_HWC = _decode_jpeg(payload, shrink, fast, max_pixels, min_side) if payload.startswith(_JPEG) else None
+    return _decode_any(payload, max_pixels, min_side) if image_HWC is None else image_HWC
 
 
-def _decode_plain_jpeg(payload: bytes, max_pixels: int, min_side: int) -> NDArray[np.uint8] | None:
+def _decode_jpeg(payload: bytes, shrink: int, fast: bool, max_pixels: int, min_side: int) -> NDArray[np.uint8] | None:
     """Decode a JPEG in YCbCr or grey; None leaves it to Pillow."""
     try:
         height, width, colour_space, _ = simplejpeg.decode_jpeg_header(payload, strict=True)
         _check_size(width, height, max_pixels, min_side)
-        if colour_space not in ("YCbCr", "Gray"):
+        if colour_space not in _PLAIN:
             return None
-        image_HWC: NDArray[np.uint8] = simplejpeg.decode_jpeg(payload, colorspace="RGB", strict=True)
-    except ValueError:
-        return None  # damaged or unusual: Pillow decides which
-    return image_HWC
+        image_HWC: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            payload,
+            colorspace="RGB",
+            fastdct=fast,
+            fastupsample=fast,
+            min_height=-(-height // shrink),
+            min_width=-(-width // shrink),
+            strict=True,
+        )
+    except ValueError as error:
+        if _DAMAGED.search(str(error)):
+            raise SampleError("corrupt", f"the image is damaged ({error})") from error
+        return None  # unusual: Pillow decides
+    return _upright(image_HWC, _orientation(_exif_segment(payload)))
+
+
+def _exif_segment(jpeg: bytes) -> bytes:
+    """Return the EXIF segment of a JPEG, or nothing; it may stand behind long segments of other programs."""
+    start = len(_JPEG)
+    while start + 4 <= len(jpeg) and jpeg[start] == 0xFF and jpeg[start + 1] not in (_START_OF_SCAN, _END):
+        if jpeg[start + 1] == 0xFF:  # a fill byte
+            start += 1
+            continue
+        end = start + 2 + int.from_bytes(jpeg[start + 2 : start + 4], "big")
+        if jpeg[start + 1] == _APP1 and jpeg.startswith(b"Exif\0\0", start + 4):
+            return jpeg[start + 4 : end]
+        start = end
+    return b""
+
+
+def _orientation(source: bytes | Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) where there is none or the EXIF is damaged."""
+    if source == b"":
+        return 1
+    tags = Image.Exif()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if isinstance(source, bytes):
+                tags.load(source)
+            else:
+                tags = source.getexif()
+            orientation = tags.get(_ORIENTATION)
+    except _PILLOW_ERRORS:
+        return 1  # broken metadata do not spoil the picture
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _upright(image_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Undo an EXIF orientation, 1 to 8: perhaps a transposition, then perhaps flips (CIPA DC-008, orientation tag)."""
+    if orientation in (5, 6, 7, 8):
+        image_HWC = image_HWC.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        image_HWC = image_HWC[::-1]
+    if orientation in (2, 3, 6, 7):
+        image_HWC = image_HWC[:, ::-1]
+    return np.ascontiguousarray(image_HWC)
 
 
 def _decode_any(payload: bytes, max_pixels: int, min_side: int) -> NDArray[np.uint8]:
@@ -66,17 +142,15 @@ def _decode_any(payload: bytes, max_pixels: int, min_side: int) -> NDArray[np.ui
             warnings.simplefilter("ignore")  # oddities of metadata, and Pillow's own bomb warning: we have a limit
             with Image.open(io.BytesIO(payload), formats=("JPEG", "PNG")) as image:
                 _check_size(image.width, image.height, max_pixels, min_side)
-                return np.ascontiguousarray(_to_rgb(image))
-    except UnidentifiedImageError as error:
-        raise SampleError("not_an_image", "neither JPEG nor PNG") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                return _upright(_to_rgb(image), _orientation(image))
+    except Image.DecompressionBombError as error:
+        raise SampleError("too_large", str(error)) from error
+    except _PILLOW_ERRORS as error:
         raise SampleError("corrupt", f"the image is damaged ({error})") from error
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     image.load()
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # convert() would clip 16 bits instead of scaling them
         grey_HW = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(grey_HW[..., None], 3, axis=2)

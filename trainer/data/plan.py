@@ -16,14 +16,42 @@ Shapes: N positions.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from trainer.seeds import Purpose, random_words, shuffled
+from trainer.seeds import Purpose, random_words, shuffled, uniform_integers
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 """Changes whenever the same (seed, position) would give another sample; a resume across versions is refused."""
+
+
+class Located(NamedTuple):
+    """Where the positions of a run lie, each array int64 of shape (N,)."""
+
+    sample_N: NDArray[np.int64]
+    first_N: NDArray[np.int64]
+    """First sample of the block in which the sample stands: the neighbours that the same rank reads soon."""
+    last_N: NDArray[np.int64]
+    """Last sample of that block."""
+
+
+class Order(Protocol):
+    """What a run visits when: `Plan`, or one of those in `trainer.data.sampler` and `trainer.data.mixture`."""
+
+    @property
+    def seed(self) -> int:
+        """Root of the order's randomness."""
+
+    def locate(self, position: ArrayLike) -> Located:
+        """Return the sample at each position >= 0 and its block."""
+
+    def substitutes(self, position: int, count: int) -> NDArray[np.int64]:
+        """Return the samples to try, in this order, where the one at a position is bad."""
+
+    def reads_blocks(self, num_ranks: int) -> bool:
+        """Whether each of so many ranks reads whole blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +80,30 @@ class Plan:
 
     def samples_at(self, position: ArrayLike) -> NDArray[np.int64]:
         """Return the sample index in [0, num_samples) at each position >= 0, as int64 of shape (N,)."""
+        return self.locate(position)[0]
+
+    def locate(self, position: ArrayLike) -> Located:
+        """Return the sample at each position >= 0 and the block of neighbours that are read together with it."""
         epoch_N, offset_N = np.divmod(np.atleast_1d(np.asarray(position, dtype=np.int64)), self.num_samples)
-        return self._unrotate(epoch_N, self._unblock(epoch_N, self._unlane(epoch_N, offset_N)))
+        index_N = self._unblock(epoch_N, self._unlane(epoch_N, offset_N))
+        first_N = index_N - index_N % self.block_size
+        last_N = np.minimum(first_N + self.block_size, self.num_samples) - 1
+        rotation_N = self._epoch_draw(epoch_N, Purpose.EPOCH_ROTATION, self.num_samples)
+        sample_N, first_N, last_N = ((x_N + rotation_N) % self.num_samples for x_N in (index_N, first_N, last_N))
+        parted_N = first_N > last_N  # a block over the end of the set goes on at its beginning: keep our side of it
+        return Located(
+            sample_N,
+            np.where(parted_N & (sample_N <= last_N), 0, first_N),
+            np.where(parted_N & (sample_N >= first_N), self.num_samples - 1, last_N),
+        )
+
+    def substitutes(self, position: int, count: int) -> NDArray[np.int64]:
+        """Return the samples to try, in this order, where the one at a position is bad."""
+        return uniform_integers(self.seed, Purpose.SUBSTITUTE, position, count, self.num_samples)
+
+    def reads_blocks(self, num_ranks: int) -> bool:
+        """Whether each of so many ranks reads whole blocks: it has lanes of its own."""
+        return self.num_lanes % num_ranks == 0
 
     def _unlane(self, epoch_N: NDArray[np.int64], offset_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """Place of a position in the sequence of permuted blocks, whose L equal cuts are the lanes."""
@@ -88,9 +138,6 @@ class Plan:
             np.where(in_short_N, 0, slot_N), num_full, seed=self.seed, purpose=Purpose.BLOCK_ORDER, which=epoch_N
         )
         return np.where(in_short_N, num_full * size + after_N, block_N * size + inside_N)
-
-    def _unrotate(self, epoch_N: NDArray[np.int64], index_N: NDArray[np.int64]) -> NDArray[np.int64]:
-        return (index_N + self._epoch_draw(epoch_N, Purpose.EPOCH_ROTATION, self.num_samples)) % self.num_samples
 
     def _epoch_draw(self, epoch_N: NDArray[np.int64], purpose: Purpose, bound: int) -> NDArray[np.int64]:
         """Draw one integer in [0, bound) an epoch. The bias of the modulus is below bound / 2**62."""

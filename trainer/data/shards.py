@@ -1,13 +1,16 @@
-"""Tar shards: which files, what is inside, and how one sample's bytes are read back.
+"""Shards: which files, which samples, and how one sample's bytes are read back.
 
-A shard is a plain ustar, pax or GNU tar in webdataset's layout: neighbouring members that share a name up to the first
-dot are one sample. The first use of a set of shards walks every byte once, strictly, and keeps what it found in an
-*index*: flat arrays that are memory-mapped, so a billion samples cost no memory and open at once.
+A shard is a plain tar in webdataset's layout: neighbouring members that share a name up to the first dot are one
+sample. The first use of a set of shards walks every byte once, strictly, and keeps what it found in an *index*: flat
+arrays that are memory-mapped, so a billion samples cost no memory and open at once.
 
 Layout of an index folder::
 
-    index.json     version, fingerprint, and name, size, time, sha256 and sample count of every shard
-    offset.i64 size.i64 crc32.u32 label.i32 key_end.i64 keys.utf8      one entry a sample, in shard order
+    index.json      version, fingerprint, counts, and the group fields that occur
+    shards.json     name, length, version and sha256 of every shard; read only where the index is checked
+    shard_end.i64   one entry a shard: how many samples stand up to its end
+    offset.i64 size.i64 crc32.u32 label.i32 key_end.i64 keys.utf8         one entry a sample, in shard order
+    group-FIELD.i32 group-FIELD.json                                       code of the field's value, and the values
 
 The fingerprint depends on the bytes of the shards and their order, not on where they lie.
 """
@@ -19,45 +22,36 @@ import logging
 import os
 import re
 import shutil
-import tarfile
 import time
 import uuid
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import braceexpand
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.storage import Span, SpanReader, find, is_url, stamp
+from trainer.data.tar import Member, walk_tar
 from trainer.errors import ConfigError, DataError, SampleError
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = 1
-MAX_MEMBER_BYTES = 256 << 20
+INDEX_VERSION = 2
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
 NO_LABEL = -1
+GROUP_FIELDS = ("source", "attack", "identity", "identity_2")
+"""Fields of a sample's json that the index keeps, where they are short texts or integers."""
+NO_GROUP = -1
 
-_BLOCK = 512
-_MAX_EXTENDED_HEADER_BYTES = 1 << 20
-_CHUNK_BYTES = 1 << 20
+_MAX_GROUP_CHARS = 200
 _BYTES_WORTH_A_PROCESS = 1 << 30
-_MAGIC = {
-    b"\x1f\x8b": "gzip-compressed",
-    b"\x28\xb5\x2f\xfd": "zstd-compressed",
-    b"\xfd7zXZ": "xz-compressed",
-    b"BZh": "bzip2-compressed",
-    b"\x04\x22\x4d\x18": "lz4-compressed",
-    b"PK\x03\x04": "a zip file",
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
-}
-_COLUMNS: dict[str, type[np.generic]] = {
+_SHARD_COLUMNS: dict[str, type[np.generic]] = {
     "offset.i64": np.int64,
     "size.i64": np.int64,
     "crc32.u32": np.uint32,
@@ -72,218 +66,52 @@ _KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)
 # ---------------------------------------------------------------------------------------------- which files
 
 
-def list_shards(patterns: str, *, setting: str) -> list[Path]:
-    """Expand comma-separated paths, globs, folders and ``{000..099}`` ranges into existing files, in sorted order.
+def list_shards(patterns: str, *, setting: str) -> list[str]:
+    """Expand comma-separated paths, globs, folders, URLs and ``{000..099}`` ranges into locations, in sorted order.
 
     Args:
         patterns: what the user wrote.
         setting: the flag it came from, for messages.
 
     Raises:
-        ConfigError: a pattern matches nothing, is a URL or a command, or a shard is named twice.
+        ConfigError: a pattern matches nothing, is a command, or a shard is named twice.
     """
-    found: list[Path] = []
-    for pattern in _split_outside_braces(patterns):
-        if re.match(r"[A-Za-z][\w+.-]*:", pattern) or pattern == "-" or "::" in pattern or "${" in pattern:
-            raise ConfigError(f"{setting} is {pattern!r}, but only files are read: mount or copy the shards")
-        for path in _expand(pattern):
-            matches = sorted(path.glob("*.tar")) if path.is_dir() else _glob(path)
-            if not matches:
-                raise ConfigError(f"{setting}: no shard matches {str(path)!r}: check the path (from {Path.cwd()})")
-            found += matches
+    parts = [part.strip() for part in re.split(r",(?![^{]*\})", patterns)]
+    found = [location for part in parts if part for location in find(part, setting=setting, suffix=".tar")]
     if not found:
         raise ConfigError(f"{setting} is empty: name the shards, for example {setting} 'shards/*.tar'")
-    twice = {path for path in found if found.count(path) > 1} if len(set(found)) < len(found) else set()
-    if twice:
-        raise ConfigError(f"{setting} names {min(twice)} more than once: every sample must be seen once an epoch")
+    location, count = Counter(found).most_common(1)[0]
+    if count > 1:
+        raise ConfigError(f"{setting} names {location} more than once: every sample must be seen once an epoch")
     return sorted(found)
-
-
-def _split_outside_braces(patterns: str) -> list[str]:
-    parts = re.split(r",(?![^{]*\})", patterns)
-    return [part.strip() for part in parts if part.strip()]
-
-
-def _glob(pattern: Path) -> list[Path]:
-    if pattern.exists():  # also a name that holds a star or a bracket itself
-        return [pattern]
-    anchor = Path(pattern.anchor)
-    return sorted(anchor.glob(str(pattern.relative_to(anchor)))) if pattern.name else []
-
-
-def _expand(pattern: str) -> Iterator[Path]:
-    try:
-        yield from (Path(text).expanduser() for text in braceexpand.braceexpand(pattern))
-    except ValueError as error:  # braceexpand's UnbalancedBracesError
-        raise ConfigError(f"{pattern!r} has unbalanced braces: write ranges like shard-{{000..099}}.tar") from error
 
 
 # ---------------------------------------------------------------------------------------------- what is inside
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One regular file inside a tar."""
-
-    name: str
-    offset: int
-    """Where its bytes begin in the tar [bytes]."""
-    size: int
-    crc32: int
-    payload: bytes | None
-    """The bytes themselves, kept for small members only."""
-
-
-def walk_tar(path: Path, *, digest: "hashlib._Hash | None" = None, keep_payload_below: int = 0) -> Iterator[Member]:
-    """Read every regular file of a plain tar in order, and every byte of the tar once.
-
-    Python's own ``tarfile`` takes a damaged header in the middle for the end of the archive and returns fewer members
-    without a word; here everything that is not a whole, plain tar is an error.
-
-    Args:
-        path: the tar.
-        digest: is updated with every byte of the file.
-        keep_payload_below: members smaller than this carry their bytes [bytes].
-
-    Raises:
-        DataError: not a tar, compressed, cut, damaged, or with links or sparse files.
-    """
-    try:
-        with path.open("rb") as file:
-            yield from _TarWalk(path, file, digest, keep_payload_below)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): check the storage and permissions") from error
-
-
-class _TarWalk:
-    def __init__(self, path: Path, file: BinaryIO, digest: "hashlib._Hash | None", keep_payload_below: int) -> None:
-        self._path, self._file, self._digest, self._keep_below = path, file, digest, keep_payload_below
-        self._position, self._total = 0, os.fstat(file.fileno()).st_size
-
-    def __iter__(self) -> Iterator[Member]:
-        extended: dict[str, str] = {}
-        while not self._at_end(header := self._take(_BLOCK, "a header")):
-            info = self._parse(header)
-            size = self._number(extended["size"]) if "size" in extended else info.size
-            if info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-                extended |= self._pax_records(self._padded(size, _MAX_EXTENDED_HEADER_BYTES))
-            elif info.type == tarfile.GNUTYPE_LONGNAME:
-                extended["path"] = _text(self._padded(size, _MAX_EXTENDED_HEADER_BYTES).rstrip(b"\0"))
-            elif info.type in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
-                self._padded(size, _MAX_EXTENDED_HEADER_BYTES)  # global comments, and the targets of links
-            else:
-                name = extended.get("path", info.name)
-                self._check_kind(info, name, extended)
-                extended = {}
-                if info.type != tarfile.DIRTYPE:
-                    yield self._read_member(name, size)
-
-    def _read_member(self, name: str, size: int) -> Member:
-        if size > MAX_MEMBER_BYTES:
-            raise self._broken(f"member {name!r} has {size} bytes, more than the limit of {MAX_MEMBER_BYTES}")
-        offset = self._position
-        crc, kept, left = 0, [], size
-        while left:
-            chunk = self._take(min(left, _CHUNK_BYTES), f"member {name!r}")
-            crc, left = zlib.crc32(chunk, crc), left - len(chunk)
-            if size < self._keep_below:
-                kept.append(chunk)
-        self._take(-size % _BLOCK, f"the padding of {name!r}")
-        return Member(name, offset, size, crc, b"".join(kept) if size < self._keep_below else None)
-
-    def _parse(self, header: bytes) -> tarfile.TarInfo:
-        try:
-            return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            if self._position > _BLOCK:
-                raise self._broken(f"the header at byte {self._position - _BLOCK} is damaged ({error})") from error
-            kind = next((kind for magic, kind in _MAGIC.items() if header.startswith(magic)), "not a tar file")
-            if header.lstrip()[:1] in (b"<", b"{"):
-                kind = "a web page or a message, perhaps of a failed download, not a tar file"
-            raise self._broken(f"it is {kind}", "write plain, uncompressed tars with tools/make_shards.py") from error
-
-    def _check_kind(self, info: tarfile.TarInfo, name: str, extended: dict[str, str]) -> None:
-        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) or any(
-            field.startswith("GNU.sparse") for field in extended
-        ):
-            raise self._broken(f"member {name!r} is a link, a sparse file or a device", "store regular files only")
-
-    def _pax_records(self, block: bytes) -> dict[str, str]:
-        """Parse ``LENGTH NAME=VALUE NEWLINE`` records (POSIX.1-2001, pax extended header)."""
-        records, rest = {}, block
-        while rest.rstrip(b"\0"):
-            match = re.match(rb"(\d{1,9}) ([^=\n]+)=", rest)
-            end = int(match[1]) if match else 0
-            if not match or not match.end() < end <= len(rest) or rest[end - 1 : end] != b"\n":
-                raise self._broken(f"the extended header before byte {self._position} is damaged")
-            records[_text(match[2])] = _text(rest[match.end() : end - 1])
-            rest = rest[end:]
-        return records
-
-    def _number(self, text: str) -> int:
-        if not (text.isascii() and text.isdecimal()):
-            raise self._broken(f"the extended header before byte {self._position} gives the size {text!r}")
-        return int(text)
-
-    def _at_end(self, header: bytes) -> bool:
-        """Whether the archive ends here; then everything behind must be zero."""
-        if header.strip(b"\0"):
-            return False
-        while self._position < self._total:
-            if self._take(min(_CHUNK_BYTES, self._total - self._position), "the end").strip(b"\0"):
-                raise self._broken("data stands behind its end mark", "join tars with tar -A, not with cat")
-        return True
-
-    def _padded(self, size: int, limit: int) -> bytes:
-        if size > limit:
-            raise self._broken(f"the extended header at byte {self._position} claims {size} bytes")
-        return self._take(size + -size % _BLOCK, "an extended header")[:size]
-
-    def _take(self, size: int, what: str) -> bytes:
-        chunk = self._file.read(size)
-        self._position += len(chunk)
-        if self._digest is not None:
-            self._digest.update(chunk)
-        if len(chunk) < size:
-            if self._total == 0:
-                raise self._broken("it is empty (0 bytes)")
-            start = chunk.lstrip()[:1]
-            if self._position == len(chunk) and start in (b"<", b"{"):
-                raise self._broken("it is a web page or a message, perhaps of a failed download, not a tar file")
-            if self._position == len(chunk):
-                self._parse(chunk.ljust(_BLOCK, b"\0") if chunk.strip(b"\0") else b"?" * _BLOCK)
-            raise self._broken(f"it ends at byte {self._position}, inside {what} or before its end mark: it was cut")
-        return chunk
-
-    def _broken(self, problem: str, remedy: str = "copy or write this shard anew") -> DataError:
-        return DataError(f"shard {self._path}: {problem}: {remedy}")
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogateescape")
-
-
 @dataclass(slots=True)
-class _Sample:
+class Sample:
+    """The members of one sample, as far as the trainer cares."""
+
     key: str
-    suffixes: set[str]
+    suffixes: set[str] = field(default_factory=set)
     image: Member | None = None
     label: int = NO_LABEL
+    groups: dict[str, str] = field(default_factory=dict)
+    """Values of the `GROUP_FIELDS` that its json holds."""
 
 
-@dataclass(frozen=True, slots=True)
-class _ShardContents:
-    """What one shard holds, on its way from a worker process to the index."""
+def samples_of(location: str, members: Iterator[Member]) -> Iterator[Sample]:
+    """Group neighbouring members as webdataset does.
 
-    columns: dict[str, bytes]
-    keys: bytes
-    num_samples: int
-    sha256: str
+    Args:
+        location: the shard, for messages.
+        members: what `walk_tar` found, small members with their bytes.
 
-
-def _samples_of(path: Path, members: Iterator[Member]) -> Iterator[_Sample]:
-    """Group neighbouring members as webdataset does; every sample must have exactly one image."""
-    current: _Sample | None = None
+    Raises:
+        DataError: a sample has no image or two, a key comes back later, or a label is no class number.
+    """
+    current: Sample | None = None
     seen: set[str] = set()
     for member in members:
         match = _KEY_AND_SUFFIX.fullmatch(member.name)
@@ -292,65 +120,94 @@ def _samples_of(path: Path, members: Iterator[Member]) -> Iterator[_Sample]:
         key, suffix = match[1], match[2].lower()
         if current is None or key != current.key:
             if current is not None:
-                yield _checked(path, current)
+                yield _checked(location, current)
             if key in seen:
-                raise DataError(f"shard {path}: the members of sample {key!r} are not neighbours: write it sorted")
+                raise DataError(f"shard {location}: the members of sample {key!r} are not neighbours: write it sorted")
             seen.add(key)
-            current = _Sample(key, set())
+            current = Sample(key)
         if suffix in current.suffixes:
-            raise DataError(f"shard {path}: sample {key!r} has two members .{suffix}: write the shard anew")
+            raise DataError(f"shard {location}: sample {key!r} has two members .{suffix}: write the shard anew")
         current.suffixes.add(suffix)
-        _take_member(path, current, suffix, member)
+        _take_member(location, current, suffix, member)
     if current is not None:
-        yield _checked(path, current)
+        yield _checked(location, current)
 
 
-def _checked(path: Path, sample: _Sample) -> _Sample:
+def _checked(location: str, sample: Sample) -> Sample:
     if sample.image is None:
         raise DataError(
-            f"shard {path}: sample {sample.key!r} has no image member (.{', .'.join(IMAGE_SUFFIXES)}), "
+            f"shard {location}: sample {sample.key!r} has no image member (.{', .'.join(IMAGE_SUFFIXES)}), "
             f"only .{', .'.join(sorted(sample.suffixes))}: write the shard anew with tools/make_shards.py"
         )
     return sample
 
 
-def _take_member(path: Path, sample: _Sample, suffix: str, member: Member) -> None:
+def _take_member(location: str, sample: Sample, suffix: str, member: Member) -> None:
     if suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
         if sample.image is not None:
-            raise DataError(f"shard {path}: sample {sample.key!r} has two images: keep one image a sample")
+            raise DataError(f"shard {location}: sample {sample.key!r} has two images: keep one image a sample")
         sample.image = member
     elif suffix == "cls":
         text = (member.payload or b"").decode("ascii", "replace").strip()
-        if not re.fullmatch(r"\d{1,9}", text):
-            raise DataError(f"shard {path}: member {member.name!r} holds {text[:20]!r}, but must be a class number")
+        if not re.fullmatch(r"[0-9]{1,9}", text):
+            raise DataError(f"shard {location}: member {member.name!r} holds {text[:20]!r}, but must be a class number")
         sample.label = int(text)
-    elif suffix == "json" and sample.label == NO_LABEL and member.payload is not None:
-        sample.label = _label_in(member.payload)
+    elif suffix == "json" and member.payload is not None:
+        _take_json(sample, member.payload)
 
 
-def _label_in(text: bytes) -> int:
+def _take_json(sample: Sample, text: bytes) -> None:
+    """Read label and groups; other tools keep other things in their json, which are of no account."""
     try:
-        label = json.loads(text).get("label")
-    except (ValueError, AttributeError, RecursionError):
-        return NO_LABEL  # other tools keep other things in their json
-    return label if type(label) is int and 0 <= label < 2**31 else NO_LABEL
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(values, dict):
+        return
+    label = values.get("label")
+    if sample.label == NO_LABEL and type(label) is int and 0 <= label < 2**31:
+        sample.label = label
+    for name in GROUP_FIELDS:
+        value = values.get(name)
+        if type(value) in (str, int) and 0 < len(str(value)) <= _MAX_GROUP_CHARS:
+            sample.groups[name] = str(value)
 
 
-def _read_shard(path: Path) -> _ShardContents:
+@dataclass(slots=True)
+class _ShardContents:
+    """What one shard holds, on its way from a worker process to the index."""
+
+    columns: dict[str, NDArray[Any]]
+    keys: bytes
+    groups: dict[str, tuple[list[str], NDArray[np.int32]]]
+    """Field -> its values in order of appearance, and the code of each sample among them."""
+    sha256: str
+
+
+def _read_shard(location: str) -> _ShardContents:
     digest = hashlib.sha256()
     rows, keys, key_ends, num_key_bytes = [], [], [], 0
-    members = walk_tar(path, digest=digest, keep_payload_below=64 << 10)
-    for sample in _samples_of(path, members):
+    groups: dict[str, list[str | None]] = {name: [] for name in GROUP_FIELDS}
+    for sample in samples_of(location, walk_tar(location, digest=digest, keep_payload_below=64 << 10)):
         assert sample.image is not None
         rows.append((sample.image.offset, sample.image.size, sample.image.crc32, sample.label))
         keys.append(sample.key.encode("utf-8", "surrogateescape"))
         num_key_bytes += len(keys[-1])
         key_ends.append(num_key_bytes)
+        for name, values in groups.items():
+            values.append(sample.groups.get(name))
     if not rows:
-        raise DataError(f"shard {path}: it holds no sample: remove the file, or write it anew")
-    values = dict(zip(_COLUMNS, (*zip(*rows, strict=True), key_ends), strict=True))
-    columns = {name: np.array(values[name], dtype=_COLUMNS[name]).tobytes() for name in _COLUMNS}
-    return _ShardContents(columns, b"".join(keys), len(rows), digest.hexdigest())
+        raise DataError(f"shard {location}: it holds no sample: remove the file, or write it anew")
+    values_of = dict(zip(_SHARD_COLUMNS, (*zip(*rows, strict=True), key_ends), strict=True))
+    columns = {name: np.array(values_of[name], dtype=dtype) for name, dtype in _SHARD_COLUMNS.items()}
+    coded = {name: _coded(values) for name, values in groups.items()}
+    return _ShardContents(columns, b"".join(keys), coded, digest.hexdigest())
+
+
+def _coded(values: Sequence[str | None]) -> tuple[list[str], NDArray[np.int32]]:
+    codes: dict[str, int] = {}
+    numbers = [NO_GROUP if value is None else codes.setdefault(value, len(codes)) for value in values]
+    return list(codes), np.array(numbers, dtype=np.int32)
 
 
 # ---------------------------------------------------------------------------------------------- the index
@@ -361,7 +218,7 @@ class SampleRef:
     """Where the image bytes of one sample lie."""
 
     key: str
-    shard: Path
+    shard: str
     offset: int
     size: int
     crc32: int
@@ -369,74 +226,113 @@ class SampleRef:
 
 
 class ShardIndex:
-    """What a set of shards holds, memory-mapped. Cheap to pickle: workers open the arrays themselves."""
+    """What a set of shards holds, memory-mapped. Cheap to pickle: workers open the arrays themselves.
 
-    def __init__(self, folder: Path, shards: list[Path]) -> None:
+    Opening does not look at the shards: `open_index` has compared them with the index, once, on one rank.
+    """
+
+    def __init__(self, folder: Path, shards: list[str]) -> None:
         """Open the index of these shards.
 
         Raises:
-            DataError: the folder is not a whole index of exactly these files as they are now.
+            DataError: the folder is not a whole index of so many shards.
         """
         self.folder, self.shards = folder, shards
-        self._header = _read_header(folder)
-        if self._header["shards"] != [entry | _stamp(p) for entry, p in zip(self._entries(), shards, strict=False)]:
-            raise DataError(f"index {folder} is out of date: it will be built anew")
-        counts = [int(entry["num_samples"]) for entry in self._entries()]
-        if len(counts) != len(shards) or sum(counts) == 0:
-            raise DataError(f"index {folder} describes {len(counts)} shards instead of {len(shards)}: remove it")
-        self._shard_end = np.cumsum(counts)
-        self._columns = {name: self._map(name, dtype) for name, dtype in _COLUMNS.items()}
+        header = _read_json(folder / "index.json")
+        if header.get("version") != INDEX_VERSION or not header.get("fingerprint"):
+            raise DataError(f"index {folder} has another version: it will be built anew")
+        self.fingerprint = str(header["fingerprint"])
+        """Hash of the bytes of all shards in order: equal where and only where the samples are."""
+        self.group_fields: tuple[str, ...] = tuple(header["group_fields"])
+        """Those of `GROUP_FIELDS` that occur."""
+        self._num_samples = int(header["num_samples"])
+        if header["num_shards"] != len(shards) or self._num_samples == 0:
+            raise DataError(f"index {folder} describes {header['num_shards']} shards instead of {len(shards)}")
+        self._shard_end = self._map("shard_end.i64", np.int64, len(shards))
+        self._columns = {name: self._map(name, dtype, len(self)) for name, dtype in _SHARD_COLUMNS.items()}
         self._keys = np.memmap(folder / _KEYS, dtype=np.uint8, mode="r")
 
     def __len__(self) -> int:
-        return int(self._shard_end[-1])
+        return self._num_samples
 
-    def __reduce__(self) -> tuple[type["ShardIndex"], tuple[Path, list[Path]]]:
+    def __reduce__(self) -> tuple[type["ShardIndex"], tuple[Path, list[str]]]:
         return ShardIndex, (self.folder, self.shards)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the bytes of all shards in order: equal where and only where the samples are."""
-        return str(self._header["fingerprint"])
 
     @property
     def labels(self) -> NDArray[np.int32]:
         """Class of every sample, `NO_LABEL` where there is none."""
         return self._columns["label.i32"]
 
+    @property
+    def image_bytes(self) -> NDArray[np.int64]:
+        """Length of every sample's image [bytes]."""
+        return self._columns["size.i64"]
+
+    def groups(self, name: str) -> tuple[list[str], NDArray[np.int32]]:
+        """Return the values of a group field and the code of every sample among them, `NO_GROUP` where absent.
+
+        Raises:
+            DataError: no sample has that field.
+        """
+        if name not in self.group_fields:
+            raise DataError(
+                f"no sample of {self.shards[0]} and others has a field {name!r} in its json: write the shards from "
+                "a manifest with that column (tools/make_shards.py)"
+            )
+        values: list[str] = json.loads((self.folder / f"group-{name}.json").read_text())
+        return values, self._map(f"group-{name}.i32", np.int32, len(self))
+
+    def samples_of_shards(self, first: int, end: int) -> tuple[int, int]:
+        """Return the range of samples [first, end) that a range of shards holds."""
+        return int(self._shard_end[first - 1]) if first else 0, int(self._shard_end[end - 1])
+
     def sample(self, i: int) -> SampleRef:
         """Return sample i, 0 <= i < len(self)."""
-        shard = int(np.searchsorted(self._shard_end, i, side="right"))
-        first = int(self._shard_end[shard - 1]) if shard else 0
-        ends = self._columns["key_end.i64"]  # counted from the beginning of the shard
-        start, end = (int(ends[i - 1]) if i > first else 0), int(ends[i])
-        base = int(self._entries()[shard]["keys_start"])
-        key = self._keys[base + start : base + end].tobytes().decode("utf-8", "surrogateescape")
-        numbers = (int(self._columns[name][i]) for name in ("offset.i64", "size.i64", "crc32.u32", "label.i32"))
-        return SampleRef(key, self.shards[shard], *numbers)
+        return self.samples(np.array([i]))[0]
 
-    def _entries(self) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = self._header["shards"]
-        return entries
+    def samples(self, sample_N: NDArray[np.int64]) -> list[SampleRef]:
+        """Return several samples; see `sample`."""
+        shard_N = np.searchsorted(self._shard_end, sample_N, side="right").tolist()
+        ends = self._columns["key_end.i64"]
+        start_N, end_N = np.where(sample_N > 0, ends[sample_N - 1], 0).tolist(), ends[sample_N].tolist()
+        keys = [
+            self._keys[a:b].tobytes().decode("utf-8", "surrogateescape") for a, b in zip(start_N, end_N, strict=True)
+        ]
+        numbers = (self._columns[name][sample_N].tolist() for name in _SHARD_COLUMNS if name != "key_end.i64")
+        return [
+            SampleRef(key, self.shards[shard], *row) for key, shard, *row in zip(keys, shard_N, *numbers, strict=True)
+        ]
 
-    def _map(self, name: str, dtype: type[np.generic]) -> NDArray[Any]:
-        column = np.memmap(self.folder / name, dtype=dtype, mode="r")
-        if len(column) != len(self):
-            raise DataError(f"index {self.folder}: {name} was cut: remove the folder, it will be built anew")
-        return column
+    def blocks(self, sample_N: NDArray[np.int64], first_N: NDArray[np.int64], last_N: NDArray[np.int64]) -> list[Span]:
+        """Return the bytes from image ``first`` to image ``last``, cut to the shard in which ``sample`` stands."""
+        shard_N = np.searchsorted(self._shard_end, sample_N, side="right")
+        begin_N = np.where(shard_N > 0, self._shard_end[shard_N - 1], 0)
+        first_N, last_N = np.maximum(first_N, begin_N), np.minimum(last_N, self._shard_end[shard_N] - 1)
+        offsets, sizes = self._columns["offset.i64"], self._columns["size.i64"]
+        start_N, stop_N = offsets[first_N], offsets[last_N] + sizes[last_N]
+        return [
+            Span(self.shards[shard], start, stop - start)
+            for shard, start, stop in zip(shard_N.tolist(), start_N.tolist(), stop_N.tolist(), strict=True)
+        ]
+
+    def _map(self, name: str, dtype: type[np.generic], length: int) -> NDArray[Any]:
+        path = self.folder / name
+        if not path.exists() or path.stat().st_size != length * np.dtype(dtype).itemsize:
+            raise DataError(f"index {self.folder}: {name} is missing or cut: remove the folder, it will be built anew")
+        return np.memmap(path, dtype=dtype, mode="r")
 
 
 def open_index(
-    shards: list[Path],
+    locations: Sequence[str | os.PathLike[str]],
     *,
     index_dir: Path | None = None,
     num_processes: int = 1,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> ShardIndex:
-    """Open the index of these shards, building it where it is missing or out of date.
+    """Open the index of these shards, building it where it is missing or older than a shard.
 
     Args:
-        shards: in the order that `list_shards` gave.
+        locations: in the order that `list_shards` gave.
         index_dir: where indices are kept; None means beside the first shard.
         num_processes: how many shards are read at a time.
         on_shard: is told (shards done, shards in all).
@@ -445,19 +341,35 @@ def open_index(
         DataError: a shard breaks the rules; every broken shard is read before the first is reported.
         ConfigError: the index cannot be written.
     """
-    root = shards[0].parent if index_dir is None else index_dir
-    names = "\0".join(os.path.relpath(shard, shards[0].parent) for shard in shards)
-    folder = root / f".index-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
+    shards = [os.fspath(location) for location in locations]
+    folder = _index_folder(shards, index_dir)
     if folder.exists():
         try:
+            _compare(folder, shards)
             return ShardIndex(folder, shards)
-        except (DataError, OSError, ValueError) as error:
+        except (DataError, OSError, ValueError, KeyError, TypeError) as error:
             logger.info("building the index anew: %s", error)
     _build(folder, shards, num_processes, on_shard)
     return ShardIndex(folder, shards)
 
 
-def _build(folder: Path, shards: list[Path], num_processes: int, on_shard: Callable[[int, int], None] | None) -> None:
+def _index_folder(shards: list[str], index_dir: Path | None) -> Path:
+    home = shards[0].rpartition("/")[0]
+    if index_dir is None and is_url(shards[0]):
+        raise ConfigError(f"{shards[0]} is remote: name a folder for its index with --index_dir, which all hosts see")
+    names = "\0".join(shard if is_url(shard) else os.path.relpath(shard, home or ".") for shard in shards)
+    return (index_dir or Path(home)) / f".index-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
+
+
+def _compare(folder: Path, shards: list[str]) -> None:
+    """Raise `DataError` unless the shards are, by name, length and version, those that were indexed."""
+    entries = _read_json(folder / "shards.json")["shards"]
+    for entry, shard in zip(entries, shards, strict=True):
+        if {name: entry[name] for name in ("name", "num_bytes", "version")} != _stamp(shard):
+            raise DataError(f"{shard} has changed")
+
+
+def _build(folder: Path, shards: list[str], num_processes: int, on_shard: Callable[[int, int], None] | None) -> None:
     draft = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         draft.mkdir(parents=True)
@@ -467,14 +379,7 @@ def _build(folder: Path, shards: list[Path], num_processes: int, on_shard: Calla
             "name a writable folder with --index_dir"
         ) from error
     try:
-        entries = _write_columns(draft, shards, num_processes, on_shard)
-        content = "".join(entry["sha256"] for entry in entries)
-        header = {
-            "version": INDEX_VERSION,
-            "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
-            "shards": entries,
-        }
-        (draft / "index.json").write_text(json.dumps(header, indent=1))
+        _Writer(draft).write(shards, num_processes, on_shard)
         _publish(draft, folder)
     except OSError as error:
         raise DataError(f"index {folder} cannot be written ({error}): free space or set --index_dir") from error
@@ -496,39 +401,69 @@ def _publish(draft: Path, folder: Path) -> None:
             raise  # otherwise another job put the same index there just now
 
 
-def _write_columns(
-    draft: Path, shards: list[Path], num_processes: int, on_shard: Callable[[int, int], None] | None
-) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = []
-    problems: list[str] = []
-    keys_start = 0
-    files = {name: (draft / name).open("wb") for name in (*_COLUMNS, _KEYS)}
-    try:
-        for path, contents in zip(shards, _read_shards(shards, num_processes), strict=True):
-            if isinstance(contents, DataError):
-                problems.append(str(contents))
+class _Writer:
+    """Joins the contents of the shards, one after the other, into the files of an index."""
+
+    def __init__(self, draft: Path) -> None:
+        self._draft = draft
+        self._entries: list[dict[str, Any]] = []
+        self._problems: list[str] = []
+        self._num_samples = self._num_key_bytes = 0
+        self._codes: dict[str, dict[str, int]] = {name: {} for name in GROUP_FIELDS}
+
+    def write(self, shards: list[str], num_processes: int, on_shard: Callable[[int, int], None] | None) -> None:
+        names = ["shard_end.i64", *_SHARD_COLUMNS, _KEYS, *(f"group-{name}.i32" for name in GROUP_FIELDS)]
+        files = {name: (self._draft / name).open("wb") for name in names}
+        try:
+            for shard, contents in zip(shards, _read_shards(shards, num_processes), strict=True):
+                if isinstance(contents, DataError):
+                    self._problems.append(str(contents))
+                else:
+                    for name, data in self._joined(contents).items():
+                        files[name].write(data)
+                    self._entries.append(_stamp(shard) | {"sha256": contents.sha256})
+                if on_shard is not None:
+                    on_shard(len(self._entries) + len(self._problems), len(shards))
+        finally:
+            for file in files.values():
+                file.close()
+        if self._problems:
+            more = len(self._problems) - 1
+            others = f"\n({more} more shards are broken, the next: {self._problems[1]})" if more else ""
+            raise DataError(self._problems[0] + others)
+        self._finish()
+
+    def _joined(self, contents: _ShardContents) -> dict[str, bytes]:
+        columns = contents.columns | {"key_end.i64": contents.columns["key_end.i64"] + self._num_key_bytes}
+        self._num_key_bytes += len(contents.keys)
+        self._num_samples += len(columns["offset.i64"])
+        joined = {name: column.tobytes() for name, column in columns.items()}
+        for name, (values, codes_N) in contents.groups.items():
+            known = self._codes[name]
+            ours = np.array([known.setdefault(value, len(known)) for value in values] + [NO_GROUP], dtype=np.int32)
+            joined[f"group-{name}.i32"] = ours[codes_N].tobytes()  # NO_GROUP picks the last entry, itself
+        return joined | {"shard_end.i64": np.int64(self._num_samples).tobytes(), _KEYS: contents.keys}
+
+    def _finish(self) -> None:
+        for name, codes in self._codes.items():
+            if codes:
+                (self._draft / f"group-{name}.json").write_text(json.dumps(list(codes)))
             else:
-                for name, column in contents.columns.items():
-                    files[name].write(column)
-                files[_KEYS].write(contents.keys)
-                entries.append(
-                    _stamp(path)
-                    | {"sha256": contents.sha256, "num_samples": contents.num_samples, "keys_start": keys_start}
-                )
-                keys_start += len(contents.keys)
-            if on_shard is not None:
-                on_shard(len(entries) + len(problems), len(shards))
-    finally:
-        for file in files.values():
-            file.close()
-    if problems:
-        others = f"\n({len(problems) - 1} more shards are broken, the next: {problems[1]})" if problems[1:] else ""
-        raise DataError(problems[0] + others)
-    return entries
+                (self._draft / f"group-{name}.i32").unlink()
+        content = "".join(entry["sha256"] for entry in self._entries)
+        header = {
+            "version": INDEX_VERSION,
+            "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
+            "num_samples": self._num_samples,
+            "num_shards": len(self._entries),
+            "group_fields": [name for name, codes in self._codes.items() if codes],
+        }
+        (self._draft / "shards.json").write_text(json.dumps({"shards": self._entries}, indent=1))
+        (self._draft / "index.json").write_text(json.dumps(header, indent=1))
 
 
-def _read_shards(shards: list[Path], num_processes: int) -> Iterator[_ShardContents | DataError]:
-    num_processes = min(num_processes, sum(path.stat().st_size for path in shards) // _BYTES_WORTH_A_PROCESS)
+def _read_shards(shards: list[str], num_processes: int) -> Iterator[_ShardContents | DataError]:
+    num_processes = min(num_processes, sum(_stamp(shard)["num_bytes"] for shard in shards) // _BYTES_WORTH_A_PROCESS)
     if num_processes <= 1:
         yield from map(_read_shard_or_error, shards)
         return
@@ -536,41 +471,42 @@ def _read_shards(shards: list[Path], num_processes: int) -> Iterator[_ShardConte
         yield from pool.map(_read_shard_or_error, shards)
 
 
-def _read_shard_or_error(path: Path) -> _ShardContents | DataError:
+def _read_shard_or_error(shard: str) -> _ShardContents | DataError:
     try:
-        return _read_shard(path)
+        return _read_shard(shard)
     except DataError as error:
         return DataError(str(error))  # rebuilt, because only plain exceptions travel between processes
 
 
-def _stamp(path: Path) -> dict[str, Any]:
+def _stamp(shard: str) -> dict[str, Any]:
     try:
-        status = path.stat()
+        return stamp(shard)
     except OSError as error:
-        raise DataError(f"shard {path} cannot be read ({error.strerror}): check the path") from error
-    return {"name": path.name, "num_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        raise DataError(f"shard {shard} cannot be read ({error.strerror}): check the path and access") from error
 
 
-def _read_header(folder: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        header: dict[str, Any] = json.loads((folder / "index.json").read_text())
-        known = header["version"] == INDEX_VERSION and isinstance(header["shards"], list) and header["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"index {folder} is unreadable ({error!r}): remove it, it will be built anew") from error
-    if not known:
-        raise DataError(f"index {folder} has another version: it will be built anew")
-    return header
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"index {path.parent} is unreadable ({error!r}): it must stand where every host sees it; if it is "
+            "damaged, remove it and it will be built anew"
+        ) from error
+    if not isinstance(values, dict):
+        raise DataError(f"index {path.parent}: {path.name} is damaged: remove the folder, it will be built anew")
+    return values
 
 
 # ---------------------------------------------------------------------------------------------- reading back
 
 
 class ShardReader:
-    """Reads image bytes and checks them. Keeps a few files open; safe to fork and to pickle."""
+    """Reads image bytes and checks them. What storage fails to give is asked for again, with growing pauses."""
 
-    def __init__(self, *, max_open_files: int = 64, num_retries: int = 4, first_wait_s: float = 0.5) -> None:
-        self._max_open, self._num_retries, self._first_wait_s = max_open_files, num_retries, first_wait_s
-        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+    def __init__(self, spans: SpanReader | None = None, *, num_retries: int = 4, first_wait_s: float = 0.5) -> None:
+        self._spans = spans or SpanReader()
+        self._num_retries, self._first_wait_s = num_retries, first_wait_s
 
     def read(self, ref: SampleRef) -> bytes:
         """Return the image bytes of one sample.
@@ -579,52 +515,38 @@ class ShardReader:
             SampleError: the bytes differ from those that were indexed (reason ``checksum``).
             DataError: the shard is gone, shorter than indexed, or the storage fails again and again.
         """
-        payload = self._retrying(ref)
+        return self.check(ref, self.read_all([ref])[0])
+
+    def read_all(self, refs: Sequence[SampleRef], blocks: Sequence[Span] | None = None) -> list[bytes]:
+        """Return the bytes of several samples, unchecked; blocks as in `SpanReader.read`.
+
+        Raises:
+            DataError: as `read`.
+        """
+        spans = [Span(ref.shard, ref.offset, ref.size) for ref in refs]
+        wait_s = self._first_wait_s
+        for attempt in range(self._num_retries + 1):
+            try:
+                return self._spans.read(spans, blocks)
+            except OSError as error:
+                shard = str(error.filename)
+                self._spans.forget(shard)
+                lasting = error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EOPNOTSUPP)
+                if lasting or attempt == self._num_retries:
+                    key = next((ref.key for ref in refs if ref.shard == shard), refs[0].key)
+                    raise DataError(
+                        f"shard {shard}: {key} cannot be read ({error.strerror}) after {attempt + 1} attempts: "
+                        "check the storage, then resume"
+                    ) from error
+                logger.warning("reading %s failed (%s), trying again in %.1f s", shard, error.strerror, wait_s)
+                time.sleep(wait_s)
+                wait_s *= 2
+        raise AssertionError("the last attempt returns or raises")
+
+    def check(self, ref: SampleRef, payload: bytes) -> bytes:
+        """Return the payload if it is what was indexed; raises as `read`."""
         if len(payload) < ref.size:
             raise DataError(f"shard {ref.shard} is shorter than when it was indexed: restore the file")
         if zlib.crc32(payload) != ref.crc32:
             raise SampleError("checksum", f"{ref.key} in {ref.shard} differs from what was indexed")
         return payload
-
-    def _retrying(self, ref: SampleRef) -> bytes:
-        wait_s = self._first_wait_s
-        for attempt in range(self._num_retries + 1):
-            try:
-                return os.pread(self._descriptor(ref.shard), ref.size, ref.offset)
-            except OSError as error:
-                self._forget(ref.shard)
-                lasting = error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR)
-                if lasting or attempt == self._num_retries:
-                    raise DataError(
-                        f"shard {ref.shard}: {ref.key} cannot be read ({error.strerror}) after {attempt + 1} attempts: "
-                        "check the storage, then resume"
-                    ) from error
-                logger.warning("reading %s failed (%s), trying again in %.1f s", ref.shard, error.strerror, wait_s)
-                time.sleep(wait_s)
-                wait_s *= 2
-        raise AssertionError("the last attempt returns or raises")
-
-    def _descriptor(self, shard: Path) -> int:
-        if shard in self._descriptors:
-            self._descriptors.move_to_end(shard)
-        else:
-            self._descriptors[shard] = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._descriptors) > self._max_open:
-                self._forget(next(iter(self._descriptors)))
-        return self._descriptors[shard]
-
-    def _forget(self, shard: Path) -> None:
-        descriptor = self._descriptors.pop(shard, None)
-        if descriptor is not None:
-            os.close(descriptor)
-
-    def __getstate__(self) -> tuple[int, int, float]:
-        return self._max_open, self._num_retries, self._first_wait_s
-
-    def __setstate__(self, state: tuple[int, int, float]) -> None:
-        self._max_open, self._num_retries, self._first_wait_s = state
-        self._descriptors = OrderedDict()
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Executes a plan: positions -> bytes -> pixels -> batches, as a webdataset pipeline.
+"""Executes an order: positions -> bytes -> pixels -> batches, as a webdataset pipeline.
 
 webdataset supplies the container format and the composition of stages. Its URL handling, its decoders and its shuffle
 buffer stay out: the first two run code that stands in data, the third cannot be resumed
@@ -9,7 +9,7 @@ Shapes: B samples of a micro batch, S image side, N patches.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,14 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from trainer.data.decode import decode_image
-from trainer.data.plan import Plan, positions_of
+from trainer.data.augment import View
+from trainer.data.plan import Located, Order, Plan, positions_of
 from trainer.data.shards import SampleRef, ShardIndex, ShardReader
+from trainer.data.storage import SpanReader
 from trainer.errors import DataError, SampleError, TrainerError
-from trainer.seeds import Purpose, random_words, uniforms
+from trainer.seeds import Purpose, uniforms
 
-Augment = Callable[[NDArray[np.uint8], int], NDArray[np.uint8]]
 _MAX_SUBSTITUTES = 100
+_PLANNED_AT_ONCE = 8
+"""Micro batches whose places are computed together: the arithmetic is on arrays and likes them long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,127 +73,165 @@ class Batch:
         return self
 
 
-@dataclass(slots=True)
-class Loaded:
-    """One decoded and augmented sample on its way into a batch."""
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The places of one batch, before anything is read."""
 
-    position: int
-    ref: SampleRef
-    image_SSC: NDArray[np.uint8]
-    bad: list[tuple[str, str]]
+    position_B: NDArray[np.int64]
+    located: Located
 
 
-class SampleLoader:
-    """Turns a position into pixels. A bad sample gives way to another, the same one for every world size."""
+class PlannedRequests:
+    """Source stage: the micro batches of one worker, one after the other, without end."""
 
-    def __init__(self, index: ShardIndex, plan: Plan, augment: Augment) -> None:
-        self._index, self._plan, self._augment = index, plan, augment
-        self._reader = ShardReader()
+    def __init__(self, order: Order, share: Slice, first_step: int) -> None:
+        self._order, self._share = order, share
+        self._first_micro_step = first_step * share.micro_batches_per_step
 
-    def __call__(self, item: tuple[int, int]) -> Loaded:
-        """Load the (position, sample index) pair.
+    def __call__(self) -> Iterator[Request]:
+        """Interleave the workers by micro batch: the DataLoader takes from them in turn, so order is kept."""
+        worker = get_worker_info()
+        start, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        micro_steps = itertools.count(self._first_micro_step + start, stride)
+        while True:
+            positions = [self._share.positions(next(micro_steps)) for _ in range(_PLANNED_AT_ONCE)]
+            located = self._order.locate(np.concatenate(positions))
+            parts = zip(*(np.split(array, _PLANNED_AT_ONCE) for array in located), strict=True)
+            for position_B, part in zip(positions, parts, strict=True):
+                yield Request(position_B, Located(*part))
+
+
+class ChosenRequests:
+    """Source stage: the given samples once, in the given order; a sample's own number serves as its position."""
+
+    def __init__(self, samples: list[int], batch: int) -> None:
+        self._samples, self._batch = np.array(samples, dtype=np.int64), batch
+
+    def __call__(self) -> Iterator[Request]:
+        """Yield batches, the last one perhaps shorter."""
+        for start in range(0, len(self._samples), self._batch):
+            sample_B = self._samples[start : start + self._batch]
+            yield Request(sample_B, Located(sample_B, sample_B, sample_B))
+
+
+class BatchLoader:
+    """Turns the places of a batch into pixels. A bad sample gives way to another, the same one for every world size.
+
+    Args:
+        index: where samples lie.
+        order: says which samples stand in for bad ones.
+        view: what of an image is seen.
+        spans: reads the bytes.
+        whole_blocks: read a sample's whole block, because the others of it are wanted soon as well.
+        noise_per_sample: uniform numbers a sample, for its mask.
+        purpose: of those numbers.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        order: Order,
+        view: View,
+        *,
+        spans: SpanReader,
+        whole_blocks: bool,
+        noise_per_sample: int,
+        purpose: Purpose,
+    ) -> None:
+        self._index, self._order, self._view = index, order, view
+        self._reader, self._whole_blocks = ShardReader(spans), whole_blocks
+        self._noise_per_sample, self._purpose = noise_per_sample, purpose
+
+    def __call__(self, request: Request) -> Batch:
+        """Load one batch.
 
         Raises:
             DataError: storage failed for good, or a hundred substitutes were bad as well.
         """
-        position, sample = item
+        size, position_B = self._view.size, request.position_B
+        images_BSSC = torch.empty((len(position_B), size, size, 3), dtype=torch.uint8)
+        refs = self._index.samples(request.located.sample_N)
+        payloads = self._reader.read_all(refs, self._index.blocks(*request.located) if self._whole_blocks else None)
         bad: list[tuple[str, str]] = []
-        for attempt in range(_MAX_SUBSTITUTES):
-            ref = self._index.sample(sample)
+        draws_BK, rows_BSSC = self._view.draw(position_B), images_BSSC.numpy()
+        for i, payload in enumerate(payloads):
             try:
-                image_HWC = decode_image(self._reader.read(ref))
-                return Loaded(position, ref, self._augment(image_HWC, position), bad)
+                self._view(self._reader.check(refs[i], payload), draws_BK[i], rows_BSSC[i])
             except SampleError as error:
-                bad.append((error.reason, ref.key))
-                sample = self._substitute(position, attempt)
-        raise DataError(
-            f"position {position}: {_MAX_SUBSTITUTES} samples in a row could not be decoded, the last one {ref.key} "
-            f"in {ref.shard} ({bad[-1][0]}): verify the shards and write them anew with tools/make_shards.py"
-        )
-
-    def _substitute(self, position: int, attempt: int) -> int:
-        words = random_words(self._plan.seed, Purpose.SUBSTITUTE, position, 2 * _MAX_SUBSTITUTES)[0]
-        draw = (int(words[2 * attempt]) << 32) | int(words[2 * attempt + 1])
-        return draw % self._plan.num_samples
-
-
-class PlannedPositions:
-    """Source stage: (position, sample) pairs of one worker, micro batch after micro batch, without end."""
-
-    def __init__(self, plan: Plan, share: Slice, first_step: int) -> None:
-        self._plan, self._share = plan, share
-        self._first_micro_step = first_step * share.micro_batches_per_step
-
-    def __call__(self) -> Iterator[tuple[int, int]]:
-        """Interleave the workers by micro batch: the DataLoader takes from them in turn, so order is kept."""
-        worker = get_worker_info()
-        start, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        for micro_step in itertools.count(self._first_micro_step + start, stride):
-            positions = self._share.positions(micro_step)
-            yield from zip(positions.tolist(), self._plan.samples_at(positions).tolist(), strict=True)
-
-
-class ChosenSamples:
-    """Source stage: the given samples once, in the given order; a sample's own number serves as its position."""
-
-    def __init__(self, samples: list[int]) -> None:
-        self._samples = samples
-
-    def __call__(self) -> Iterator[tuple[int, int]]:
-        """Yield (position, sample) pairs."""
-        return zip(self._samples, self._samples, strict=True)
-
-
-class Collate:
-    """Copies samples into one buffer a batch and draws their mask noise."""
-
-    def __init__(self, *, seed: int, noise_per_sample: int, purpose: Purpose = Purpose.MASK) -> None:
-        self._seed, self._noise_per_sample, self._purpose = seed, noise_per_sample, purpose
-
-    def __call__(self, samples: list[Loaded]) -> Batch:
-        """Build the batch; see `Batch`."""
-        images_BSSC = torch.empty((len(samples), *samples[0].image_SSC.shape), dtype=torch.uint8)
-        for row, sample in zip(images_BSSC.numpy(), samples, strict=True):
-            row[...] = sample.image_SSC
-        positions = [sample.position for sample in samples]
-        bad = [pair for sample in samples for pair in sample.bad]
+                bad.append((error.reason, refs[i].key))
+                refs[i] = self._substitute(int(position_B[i]), bad, draws_BK[i], rows_BSSC[i])
         return Batch(
             images_BCHW=images_BSSC.permute(0, 3, 1, 2),
-            noise_BN=torch.from_numpy(uniforms(self._seed, self._purpose, positions, self._noise_per_sample)),
-            positions=positions,
-            keys=[sample.ref.key for sample in samples],
-            labels=[sample.ref.label for sample in samples],
+            noise_BN=torch.from_numpy(uniforms(self._order.seed, self._purpose, position_B, self._noise_per_sample)),
+            positions=position_B.tolist(),
+            keys=[ref.key for ref in refs],
+            labels=[ref.label for ref in refs],
             bad=dict(Counter(reason for reason, _ in bad)),
             bad_keys=[key for _, key in bad],
         )
 
+    def _substitute(
+        self, position: int, bad: list[tuple[str, str]], draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]
+    ) -> SampleRef:
+        for ref in self._index.samples(self._order.substitutes(position, _MAX_SUBSTITUTES)):
+            try:
+                self._view(self._reader.read(ref), draws_K, out_SSC)
+            except SampleError as error:
+                bad.append((error.reason, ref.key))
+            else:
+                return ref
+        raise DataError(
+            f"position {position}: {_MAX_SUBSTITUTES} samples in a row could not be decoded, the last one {ref.key} "
+            f"in {ref.shard} ({bad[-1][0]}): verify the shards with tools/check_shards.py and mend them"
+        )
+
 
 def train_stream(
-    index: ShardIndex, plan: Plan, share: Slice, augment: Augment, *, first_step: int, noise_per_sample: int
+    index: ShardIndex,
+    order: Order,
+    share: Slice,
+    view: View,
+    *,
+    first_step: int,
+    noise_per_sample: int,
+    spans: SpanReader | None = None,
 ) -> wds.DataPipeline:
     """Compose the endless stream of one rank's micro batches from ``first_step`` on."""
-    return wds.DataPipeline(
-        PlannedPositions(plan, share, first_step),
-        wds.map(SampleLoader(index, plan, augment)),
-        wds.batched(share.micro_batch, collation_fn=Collate(seed=plan.seed, noise_per_sample=noise_per_sample)),
+    load = BatchLoader(
+        index,
+        order,
+        view,
+        spans=spans or SpanReader(),
+        whole_blocks=order.reads_blocks(share.num_ranks),
+        noise_per_sample=noise_per_sample,
+        purpose=Purpose.MASK,
     )
+    return wds.DataPipeline(PlannedRequests(order, share, first_step), wds.map(load))
 
 
 def fixed_stream(
-    index: ShardIndex, samples: list[int], view: Augment, *, batch: int, noise_per_sample: int
+    index: ShardIndex,
+    samples: list[int],
+    view: View,
+    *,
+    batch: int,
+    noise_per_sample: int,
+    spans: SpanReader | None = None,
 ) -> wds.DataPipeline:
     """Compose one pass over chosen samples in their own order, with masks that never change.
 
     The seed of masks and substitutes is 0 whatever the run's seed, so that held-out figures of runs compare.
     """
-    return wds.DataPipeline(
-        ChosenSamples(samples),
-        wds.map(SampleLoader(index, Plan(len(index), seed=0), view)),
-        wds.batched(
-            batch,
-            collation_fn=Collate(seed=0, noise_per_sample=noise_per_sample, purpose=Purpose.HELD_OUT_MASK),
-        ),
+    load = BatchLoader(
+        index,
+        Plan(len(index), seed=0),
+        view,
+        spans=spans or SpanReader(),
+        whole_blocks=False,
+        noise_per_sample=noise_per_sample,
+        purpose=Purpose.HELD_OUT_MASK,
     )
+    return wds.DataPipeline(ChosenRequests(samples, batch), wds.map(load))
 
 
 class Guarded(torch.utils.data.IterableDataset[Batch | TrainerError]):

@@ -1,0 +1,118 @@
+"""From the data settings of a command to shards, index and order: shared by the commands that train or evaluate."""
+
+import os
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from trainer.config import Recipe, Runtime
+from trainer.data.mixture import Mixture, Source, groups_by_value, groups_of_sources, read_sources
+from trainer.data.plan import Order, Plan
+from trainer.data.sampler import WeightedOrder, class_weights
+from trainer.data.shards import ShardIndex, list_shards, open_index
+from trainer.data.storage import SpanReader
+from trainer.errors import ConfigError, DataError
+from trainer.world import World
+
+
+def find_sources(recipe: Recipe, runtime: Runtime) -> dict[str, list[Source]]:
+    """List the shards of ``data`` and ``heldout_data``; one rank does, because a thousand would storm the storage.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or shares meet another way of balancing.
+    """
+    found = {"data": read_sources(runtime.data, setting="--data")}
+    ways = {
+        "shares in data": found["data"][0].share is not None,
+        "balance_by": recipe.balance_by != "none",
+        "use_balanced_sampler": recipe.use_balanced_sampler,
+    }
+    chosen = [name for name, is_chosen in ways.items() if is_chosen]
+    if len(chosen) > 1:
+        raise ConfigError(f"{' and '.join(chosen)} are both set, but a batch is balanced in one way: keep one")
+    if runtime.heldout_data:
+        found["heldout_data"] = [Source(list_shards(runtime.heldout_data, setting="--heldout_data"), None)]
+    return found
+
+
+def tell_all_ranks(found: dict[str, list[Source]] | None, world: World) -> dict[str, list[Source]]:
+    """Give what rank 0 found to every rank."""
+
+    def as_text() -> dict[str, Any]:
+        assert found is not None
+        return {
+            name: [[source.shards, None if source.share is None else str(source.share)] for source in sources]
+            for name, sources in found.items()
+        }
+
+    told: dict[str, Any] = world.on_main(as_text)
+    return {
+        name: [Source(shards, None if share is None else Fraction(share)) for shards, share in sources]
+        for name, sources in told.items()
+    }
+
+
+def open_on_all_ranks(sources: list[Source], runtime: Runtime, world: World) -> ShardIndex:
+    """Build a missing index once, on rank 0, while the others wait."""
+    shards = [shard for source in sources for shard in source.shards]
+    index_dir = Path(runtime.index_dir) if runtime.index_dir else None
+
+    def build() -> str:
+        with tqdm(total=len(shards), desc="indexing shards", unit="shard", disable=not runtime.progress_bar) as bar:
+            index = open_index(
+                shards,
+                index_dir=index_dir,
+                num_processes=len(os.sched_getaffinity(0)),
+                on_shard=lambda done, _: bar.update(done - bar.n),
+            )
+        return str(index.folder)
+
+    folder = world.on_main(build)
+    return world.together(lambda: ShardIndex(Path(folder), shards))
+
+
+def order_of(recipe: Recipe, index: ShardIndex, sources: list[Source]) -> Order:
+    """Choose what the run visits when.
+
+    Raises:
+        ConfigError: shares cannot be dealt.
+        DataError: samples lack the label or field to balance by.
+    """
+    lanes = {
+        "num_lanes": recipe.num_lanes,
+        "block_samples": recipe.block_samples,
+        "window_blocks": recipe.window_blocks,
+    }
+    if recipe.use_balanced_sampler:
+        return WeightedOrder(class_weights(index.labels), seed=recipe.seed)
+    if recipe.balance_by == "label":
+        classes = int(index.labels.max()) + 1
+        groups = groups_by_value(index.labels, [f"class {label}" for label in range(classes)])
+        shares = [Fraction(1)] * len(groups)
+    elif recipe.balance_by != "none":
+        names, codes_N = index.groups(recipe.balance_by)
+        groups = groups_by_value(codes_N, names)
+        shares = [Fraction(1)] * len(groups)
+    elif sources[0].share is not None:
+        groups = groups_of_sources(index, sources)
+        shares = [source.share for source in sources if source.share is not None]
+    else:
+        return Plan(len(index), recipe.seed, **lanes)
+    if len(groups) == 1 and len(sources) == 1:
+        raise DataError(f"balance_by is {recipe.balance_by}, but all samples have the same: set balance_by none")
+    return Mixture(groups, shares, batch=recipe.global_batch, seed=recipe.seed, **lanes)
+
+
+def describe_shares(index: ShardIndex, sources: list[Source]) -> str:
+    """Write down what the shards' bytes do not say about a run's data; empty for plain data."""
+    if sources[0].share is None:
+        return ""
+    sizes = (len(group) for group in groups_of_sources(index, sources))
+    return ", ".join(f"{size} samples at {source.share}" for size, source in zip(sizes, sources, strict=True))
+
+
+def span_reader(runtime: Runtime) -> SpanReader:
+    """Read bytes as the runtime says."""
+    return SpanReader(cache_dir=Path(runtime.cache_dir) if runtime.cache_dir else None, cache_bytes=runtime.cache_bytes)

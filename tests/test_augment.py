@@ -1,0 +1,106 @@
+"""Views: the crops have torchvision's distribution, decoding small changes little, and coins fall apart."""
+
+import io
+import itertools
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import jpeg
+from PIL import Image
+from scipy import stats
+from torchvision.transforms import RandomResizedCrop
+
+from trainer.data.augment import CenterView, PretrainView
+from trainer.errors import SampleError
+
+
+def view_of(payload: bytes, position: int, **changes: object) -> np.ndarray:
+    settings = {"size": 32, "crop_scale": (0.2, 1.0), "flip_probability": 0.5, "seed": 3, "fast": True} | changes
+    view = PretrainView(**settings)
+    out = np.zeros((view.size, view.size, 3), dtype=np.uint8)
+    view(payload, view.draw([position])[0], out)
+    return out
+
+
+def smooth(height: int, width: int) -> bytes:
+    y, x = np.mgrid[:height, :width]
+    image = np.stack([y * 255 / height, x * 255 / width, (x + y) * 255 / (height + width)], axis=2).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=98, subsampling=0)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("size", [(300, 200), (100, 900)])
+def test_crops_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
+    view = PretrainView(size=32, crop_scale=(0.2, 1.0), flip_probability=0.5, seed=1, fast=True)
+    ours = np.array([view.box(*size, draws) for draws in view.draw(range(3000)).tolist()])
+    torch.manual_seed(0)
+    image = torch.zeros(3, *size)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)])
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, :2] + ours[:, 2:] <= size).all()
+    for column in range(4):
+        assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("side", [100, 130, 270, 600])
+def test_decoding_small_shows_the_same_view(side: int) -> None:
+    payload = smooth(side, side + 17)
+    for position in range(20):
+        fast, full = (view_of(payload, position, fast=fast).astype(int) for fast in (True, False))
+        assert np.abs(fast - full).mean() < 255 * 12 / side  # half a source pixel beside each other, at most
+
+
+def test_full_quality_is_the_plain_decoders_pixels() -> None:
+    payload = jpeg(4, 90, 80)
+    view = PretrainView(size=32, crop_scale=(0.2, 1.0), flip_probability=0.0, seed=3, fast=False)
+    draws = view.draw([7])[0]
+    top, left, height, width = view.box(90, 80, draws.tolist())
+    pixels = np.asarray(Image.open(io.BytesIO(payload)).convert("RGB"))[top : top + height, left : left + width]
+    expected = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_CUBIC)
+    assert np.abs(view_of(payload, 7, flip_probability=0.0, fast=False).astype(int) - expected).max() <= 3
+
+
+def test_a_view_depends_on_seed_and_position_alone() -> None:
+    payload = jpeg(1)
+    assert (view_of(payload, 5) == view_of(payload, 5)).all()
+    assert (view_of(payload, 5) != view_of(payload, 6)).any()
+    assert (view_of(payload, 5) != view_of(payload, 5, seed=4)).any()
+
+
+def test_crops_and_mirrors_are_drawn_apart() -> None:
+    payload = smooth(64, 64)
+    options = {"size": 8, "crop_scale": (0.99, 1.0)}
+    views = [view_of(payload, position, **options) for position in range(400)]
+    mirrored = [bool(view[4, 0, 1] > view[4, -1, 1]) for view in views]
+    assert 150 < sum(mirrored) < 250
+    assert 150 < sum(a != b for a, b in itertools.pairwise(mirrored)) < 250
+
+
+def test_exif_turned_and_png_images_take_the_same_way(tmp_path: object) -> None:
+    image = Image.open(io.BytesIO(smooth(200, 300)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned, plain, png = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    image.save(turned, "JPEG", quality=98, subsampling=0, exif=exif)
+    upright = image.transpose(Image.Transpose.ROTATE_270)
+    upright.save(plain, "JPEG", quality=98, subsampling=0)
+    upright.save(png, "PNG")
+    views = [view_of(file.getvalue(), 2, fast=False).astype(int) for file in (turned, plain, png)]
+    assert np.abs(views[0] - views[1]).max() < 12
+    assert np.abs(views[2] - views[1]).max() < 12
+
+
+def test_the_centre_is_always_the_same_and_what_is_no_image_is_refused() -> None:
+    out = np.zeros((2, 16, 16, 3), dtype=np.uint8)
+    view = CenterView(size=16)
+    for row, draws in zip(out, view.draw([3, 9]), strict=True):
+        view(jpeg(2), draws, row)
+    assert (out[0] == out[1]).all()
+    assert out[0].std() > 10
+    with pytest.raises(SampleError):
+        view(b"nothing", view.draw([0])[0], out[0])
+    with pytest.raises(SampleError):
+        view_of(jpeg(2)[:200], 0)

@@ -1,0 +1,194 @@
+"""The strict walk through a tar: every member, every byte, or an error.
+
+Python's own ``tarfile`` takes a damaged header in the middle for the end of the archive and returns fewer members
+without a word, and opens compressed archives of any size; here everything that is not a whole, plain tar is refused.
+"""
+
+import hashlib
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from trainer.data.storage import reading, stamp
+from trainer.errors import DataError
+
+MAX_MEMBER_BYTES = 256 << 20
+
+_BLOCK = 512
+_MAX_EXTENDED_HEADER_BYTES = 1 << 20
+_MAX_PADDING_BYTES = 64 << 10
+"""Writers fill their last record with zeros: 10 kB by default, and no more than this."""
+_CHUNK_BYTES = 1 << 20
+_MAGIC = {
+    b"\x1f\x8b": "gzip-compressed",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed",
+    b"\xfd7zXZ": "xz-compressed",
+    b"BZh": "bzip2-compressed",
+    b"\x04\x22\x4d\x18": "lz4-compressed",
+    b"PK\x03\x04": "a zip file",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
+}
+_WEB_PAGE = "a web page or a message, perhaps of a failed download, not a tar file"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One regular file inside a tar."""
+
+    name: str
+    offset: int
+    """Where its bytes begin in the tar [bytes]."""
+    size: int
+    crc32: int
+    payload: bytes | None
+    """The bytes themselves, kept for small members only."""
+
+
+def walk_tar(
+    location: str | os.PathLike[str], *, digest: "hashlib._Hash | None" = None, keep_payload_below: int = 0
+) -> Iterator[Member]:
+    """Read every regular file of a plain tar in order, and every byte of the tar once.
+
+    Args:
+        location: the tar, a path or a URL.
+        digest: is updated with every byte of the file.
+        keep_payload_below: members smaller than this carry their bytes [bytes].
+
+    Raises:
+        DataError: not a tar, compressed, cut, damaged, or with links or sparse files.
+    """
+    location = os.fspath(location)
+    try:
+        total = stamp(location)["num_bytes"]
+        with reading(location) as file:
+            yield from _TarWalk(location, file, total, digest, keep_payload_below)
+    except OSError as error:
+        raise DataError(f"{location} cannot be read ({error.strerror}): check the storage and permissions") from error
+
+
+class _TarWalk:
+    def __init__(
+        self, location: str, file: BinaryIO, total: int, digest: "hashlib._Hash | None", keep_payload_below: int
+    ) -> None:
+        self._location, self._file, self._digest, self._keep_below = location, file, digest, keep_payload_below
+        self._position, self._total = 0, total
+
+    def __iter__(self) -> Iterator[Member]:
+        extended: dict[str, str] = {}
+        while not self._at_end(header := self._take(_BLOCK, "a header"), extended):
+            info = self._parse(header)
+            size = self._number(extended["size"]) if "size" in extended else info.size
+            if size < 0:
+                raise self._broken(f"the header at byte {self._position - _BLOCK} gives the size {size}")
+            if info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+                extended |= self._pax_records(self._padded(size, _MAX_EXTENDED_HEADER_BYTES))
+            elif info.type == tarfile.GNUTYPE_LONGNAME:
+                extended["path"] = _text(self._padded(size, _MAX_EXTENDED_HEADER_BYTES).rstrip(b"\0"))
+            elif info.type == tarfile.XGLTYPE:
+                self._check_global(self._pax_records(self._padded(size, _MAX_EXTENDED_HEADER_BYTES)))
+            elif info.type == tarfile.GNUTYPE_LONGLINK:
+                self._padded(size, _MAX_EXTENDED_HEADER_BYTES)
+            else:
+                name = extended.get("path", info.name)
+                self._check_kind(info, name, extended)
+                extended = {}
+                if info.type != tarfile.DIRTYPE:
+                    yield self._read_member(name, size)
+
+    def _read_member(self, name: str, size: int) -> Member:
+        if size > MAX_MEMBER_BYTES:
+            raise self._broken(f"member {name!r} has {size} bytes, more than the limit of {MAX_MEMBER_BYTES}")
+        offset = self._position
+        crc, kept, left = 0, [], size
+        while left:
+            chunk = self._take(min(left, _CHUNK_BYTES), f"member {name!r}")
+            crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+            if size < self._keep_below:
+                kept.append(chunk)
+        self._take(-size % _BLOCK, f"the padding of {name!r}")
+        return Member(name, offset, size, crc, b"".join(kept) if size < self._keep_below else None)
+
+    def _parse(self, header: bytes) -> tarfile.TarInfo:
+        try:
+            return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            if self._position > _BLOCK:
+                raise self._broken(f"the header at byte {self._position - _BLOCK} is damaged ({error})") from error
+            kind = next((kind for magic, kind in _MAGIC.items() if header.startswith(magic)), "not a tar file")
+            if header.lstrip()[:1] in (b"<", b"{"):
+                kind = _WEB_PAGE
+            raise self._broken(f"it is {kind}", "write plain, uncompressed tars with tools/make_shards.py") from error
+
+    def _check_kind(self, info: tarfile.TarInfo, name: str, extended: dict[str, str]) -> None:
+        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) or any(
+            field.startswith("GNU.sparse") for field in extended
+        ):
+            raise self._broken(f"member {name!r} is a link, a sparse file or a device", "store regular files only")
+
+    def _pax_records(self, block: bytes) -> dict[str, str]:
+        """Parse ``LENGTH NAME=VALUE NEWLINE`` records (POSIX.1-2001, pax extended header)."""
+        records, rest = {}, block
+        while rest.rstrip(b"\0"):
+            match = re.match(rb"([0-9]{1,9}) ([^= \n][^=\n]*)=", rest)
+            end = int(match[1]) if match else 0
+            if not match or not match.end() < end <= len(rest) or rest[end - 1 : end] != b"\n":
+                raise self._broken(f"the extended header before byte {self._position} is damaged")
+            records[_text(match[2])] = _text(rest[match.end() : end - 1])
+            rest = rest[end:]
+        return records
+
+    def _number(self, text: str) -> int:
+        if not re.fullmatch("[0-9]{1,18}", text):
+            raise self._broken(f"the extended header before byte {self._position} gives the size {text[:20]!r}")
+        return int(text)
+
+    def _check_global(self, records: dict[str, str]) -> None:
+        """Comments for the whole archive are harmless; what would rename or resize its members is not."""
+        for name in records:
+            if name in ("path", "linkpath", "size") or name.startswith("GNU.sparse"):
+                raise self._broken(f"a global header sets {name!r} for every member")
+
+    def _at_end(self, header: bytes, extended: dict[str, str]) -> bool:
+        """Whether the archive ends here; then everything behind must be zero, and not much."""
+        if header.strip(b"\0"):
+            return False
+        if extended:
+            raise self._broken(f"the member of the extended header before byte {self._position} is missing")
+        if self._total - self._position > _MAX_PADDING_BYTES:
+            raise self._broken(
+                f"from byte {self._position - _BLOCK} on it holds {self._total - self._position + _BLOCK} zeros, "
+                "perhaps of an interrupted copy"
+            )
+        while self._position < self._total:
+            if self._take(min(_CHUNK_BYTES, self._total - self._position), "the end").strip(b"\0"):
+                raise self._broken("data stands behind its end mark", "join tars with tar -A, not with cat")
+        return True
+
+    def _padded(self, size: int, limit: int) -> bytes:
+        if size > limit:
+            raise self._broken(f"the extended header at byte {self._position} claims {size} bytes")
+        return self._take(size + -size % _BLOCK, "an extended header")[:size]
+
+    def _take(self, size: int, what: str) -> bytes:
+        chunk = self._file.read(size)
+        self._position += len(chunk)
+        if self._digest is not None:
+            self._digest.update(chunk)
+        if len(chunk) < size:
+            if self._total == 0:
+                raise self._broken("it is empty (0 bytes)")
+            if self._position == len(chunk):  # shorter than one header: perhaps something else altogether
+                self._parse(chunk.ljust(_BLOCK, b"\0"))
+            raise self._broken(f"it ends at byte {self._position}, inside {what} or before its end mark: it was cut")
+        return chunk
+
+    def _broken(self, problem: str, remedy: str = "copy or write this shard anew") -> DataError:
+        return DataError(f"shard {self._location}: {problem}: {remedy}")
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from trainer.data.decode import decode_image, upright_jpeg_size
+from trainer.data.decode import Scratch, decode_image, upright_jpeg_size
 from trainer.seeds import Purpose, uniforms
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for a newer version at import
@@ -60,6 +60,7 @@ class PretrainView:
         self, *, size: int, crop_scale: tuple[float, float], flip_probability: float, seed: int, fast: bool
     ) -> None:
         self.size = size
+        self._scratch = Scratch()
         self._crop_scale, self._flip_probability, self._seed, self._fast = crop_scale, flip_probability, seed, fast
 
     def draw(self, position_N: ArrayLike) -> NDArray[np.float32]:
@@ -71,12 +72,12 @@ class PretrainView:
         size = upright_jpeg_size(payload) if self._fast else None
         shrink, image_HWC = 1, None
         if size is None:
-            image_HWC = decode_image(payload, fast=self._fast)
+            image_HWC = decode_image(payload, fast=self._fast, scratch=self._scratch)
             size = image_HWC.shape[0], image_HWC.shape[1]
         top, left, height, width = self.box(*size, draws_K.tolist())
         if image_HWC is None:
             shrink = self._shrink(min(height, width))
-            image_HWC = decode_image(payload, shrink=shrink, fast=True)
+            image_HWC = decode_image(payload, shrink=shrink, fast=True, scratch=self._scratch)
         rows, columns = slice(top // shrink, (top + height) // shrink), slice(left // shrink, (left + width) // shrink)
         cv2.resize(image_HWC[rows, columns], (self.size, self.size), dst=out_SSC, interpolation=cv2.INTER_CUBIC)
         if draws_K[-1] < self._flip_probability:

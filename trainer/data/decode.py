@@ -30,6 +30,19 @@ _DAMAGED = re.compile("premature end|bad huffman|bad arithmetic|instead of rst",
 _PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, struct.error, zlib.error)
 
 
+class Scratch:
+    """Memory that decoding uses again and again: fresh pages for every image cost a tenth of its decoding."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, dtype=np.uint8)
+
+    def of(self, num_bytes: int) -> NDArray[np.uint8]:
+        """Return so many bytes or more; what they held before is lost."""
+        if len(self._memory) < num_bytes:
+            self._memory = np.empty(num_bytes, dtype=np.uint8)
+        return self._memory
+
+
 def upright_jpeg_size(payload: bytes) -> tuple[int, int] | None:
     """Return height and width of a JPEG that `decode_image` need not turn; None for every other file."""
     try:
@@ -42,7 +55,13 @@ def upright_jpeg_size(payload: bytes) -> tuple[int, int] | None:
 
 
 def decode_image(
-    payload: bytes, *, shrink: int = 1, fast: bool = False, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
+    payload: bytes,
+    *,
+    shrink: int = 1,
+    fast: bool = False,
+    scratch: Scratch | None = None,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = MIN_SIDE,
 ) -> NDArray[np.uint8]:
     """Decode one image and turn it as its EXIF orientation says.
 
@@ -53,6 +72,7 @@ def decode_image(
         payload: the bytes of a JPEG or PNG file.
         shrink: 1, 2, 4 or 8: a JPEG is decoded at this part of its size, rounded up; other files are not.
         fast: take libjpeg-turbo's faster, less exact transforms. Never for detection: artefacts are the signal.
+        scratch: may lend the memory of the result, which then lasts until the next image only.
         max_pixels: larger images are refused before decoding [pixels].
         min_side: images with a shorter side are refused [pixels].
 
@@ -66,11 +86,15 @@ def decode_image(
         raise SampleError("empty", "the image has no bytes")
     if not payload.startswith((_JPEG, _PNG)):
         raise SampleError("not_an_image", "neither JPEG nor PNG")
-    image_HWC = _decode_jpeg(payload, shrink, fast, max_pixels, min_side) if payload.startswith(_JPEG) else None
-    return _decode_any(payload, max_pixels, min_side) if image_HWC is None else image_HWC
+    image_HWC = (
+        _decode_jpeg(payload, shrink, fast, scratch, max_pixels, min_side) if payload.startswith(_JPEG) else None
+    )
+    return _decode_any(payload, shrink, max_pixels, min_side) if image_HWC is None else image_HWC
 
 
-def _decode_jpeg(payload: bytes, shrink: int, fast: bool, max_pixels: int, min_side: int) -> NDArray[np.uint8] | None:
+def _decode_jpeg(
+    payload: bytes, shrink: int, fast: bool, scratch: Scratch | None, max_pixels: int, min_side: int
+) -> NDArray[np.uint8] | None:
     """Decode a JPEG in YCbCr or grey; None leaves it to Pillow."""
     try:
         height, width, colour_space, _ = simplejpeg.decode_jpeg_header(payload, strict=True)
@@ -84,6 +108,7 @@ def _decode_jpeg(payload: bytes, shrink: int, fast: bool, max_pixels: int, min_s
             fastupsample=fast,
             min_height=-(-height // shrink),
             min_width=-(-width // shrink),
+            buffer=scratch.of(3 * height * width) if scratch else None,
             strict=True,
         )
     except ValueError as error:
@@ -136,12 +161,13 @@ def _upright(image_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8
     return np.ascontiguousarray(image_HWC)
 
 
-def _decode_any(payload: bytes, max_pixels: int, min_side: int) -> NDArray[np.uint8]:
+def _decode_any(payload: bytes, shrink: int, max_pixels: int, min_side: int) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # oddities of metadata, and Pillow's own bomb warning: we have a limit
             with Image.open(io.BytesIO(payload), formats=("JPEG", "PNG")) as image:
                 _check_size(image.width, image.height, max_pixels, min_side)
+                image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))  # of JPEGs only
                 return _upright(_to_rgb(image), _orientation(image))
     except Image.DecompressionBombError as error:
         raise SampleError("too_large", str(error)) from error

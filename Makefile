@@ -33,4 +33,7 @@ lint: $(INSTALLED)
 	$(BIN)/codespell
 
 bench: $(INSTALLED)
+	@mkdir -p demo
 	$(BIN)/python tools/bench_masked_step.py
+	$(BIN)/python tools/bench_loader.py
+	$(BIN)/python tools/bench_plan.py --plot demo/plan_scale.png

@@ -1,8 +1,10 @@
 import bz2
 import gzip
 import io
+import json
 import lzma
 import pickle
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -31,6 +33,58 @@ def test_the_index_holds_what_plain_webdataset_reads(tmp_path: Path, format: int
     reader = ShardReader()
     payloads = [sample["jpg"] for sample in wds.WebDataset(str(path), shardshuffle=False)]
     assert [reader.read(index.sample(i)) for i in range(len(index))] == payloads
+
+
+def test_shards_that_the_tar_command_wrote_need_no_conversion(tmp_path: Path) -> None:
+    tree = tmp_path / "tree" / "people"
+    tree.mkdir(parents=True)
+    for number in range(5):
+        (tree / f"p{number}.jpg").write_bytes(jpeg(number))
+        (tree / f"p{number}.json").write_text('{"label": 1, "source": "studio"}')
+    path = tmp_path / "a.tar"
+    subprocess.run(["tar", "-C", str(tmp_path / "tree"), "--sort=name", "-cf", str(path), "."], check=True)
+    index = open_index([path])
+    assert [index.sample(i).key for i in range(5)] == [f"./people/p{i}" for i in range(5)]
+    assert [ShardReader().read(index.sample(i)) for i in range(5)] == [jpeg(i) for i in range(5)]
+    assert index.labels.tolist() == [1] * 5
+    assert index.groups("source")[0] == ["studio"]
+
+
+def test_img2dataset_output_needs_no_conversion(tmp_path: Path) -> None:
+    members = []
+    for number in (0, 1, 3):  # downloads that failed leave gaps
+        meta = {"url": "https://host/x", "status": "success", "key": f"00000000{number}", "sha256": "0", "exif": "{}"}
+        members += [
+            (f"00000000{number}.jpg", jpeg(number)),
+            (f"00000000{number}.json", json.dumps(meta).encode()),
+            (f"00000000{number}.txt", b"a caption"),
+        ]
+    write_tar(tmp_path / "00000.tar", members)
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    index = open_index(list_shards(str(tmp_path), setting="--data"))
+    assert [index.sample(i).key for i in range(3)] == ["000000000", "000000001", "000000003"]
+    assert [ShardReader().read(index.sample(i)) for i in range(3)] == [jpeg(i) for i in (0, 1, 3)]
+    assert index.group_fields == ()
+
+
+def test_groups_keep_their_values_over_shards(tmp_path: Path) -> None:
+    sets = [[("a", "opencv"), ("b", None), ("c", "gan")], [("d", "gan"), ("e", "dlib"), ("f", "opencv")]]
+    paths = []
+    for number, samples in enumerate(sets):
+        members = []
+        for key, attack in samples:
+            members += [
+                (f"{key}.jpg", jpeg(1)),
+                (f"{key}.json", json.dumps({"attack": attack, "identity": 7}).encode()),
+            ]
+        paths.append(write_tar(tmp_path / f"{number}.tar", members))
+    index = open_index(paths)
+    names, codes = index.groups("attack")
+    assert [names[code] if code >= 0 else None for code in codes] == [attack for each in sets for _, attack in each]
+    assert index.groups("identity")[0] == ["7"]
+    with pytest.raises(DataError, match="source"):
+        index.groups("source")
 
 
 def test_samples_and_labels_run_through_all_shards(shards: Path) -> None:

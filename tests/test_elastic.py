@@ -81,7 +81,7 @@ def test_kills_and_other_world_sizes_leave_no_trace_in_the_ledger(shards: Path, 
     first = {"num_workers": "2", "micro_batch": "4"}
     run_until(6, killed | first, ranks=1, port=29642, log=tmp_path / "log1")  # between saves, 10 batches ahead
     run_until(7, killed, ranks=3, port=29643, log=tmp_path / "log2")  # again in the same epoch, right after the resume
-    run_until(22, killed | {"num_workers": "0"}, ranks=3, port=29644, log=tmp_path / "log3")  # at the end of epoch 4
+    run_until(17, killed | {"num_workers": "0"}, ranks=3, port=29644, log=tmp_path / "log3")  # step 16 ends epoch 3
     done = pretrain(killed | {"resume": "must", "micro_batch": "6"}, ranks=2, port=29645)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -21,6 +21,17 @@ def test_each_epoch_visits_every_sample_exactly_once(plan: Plan, epoch: int) -> 
     assert np.array_equal(np.sort(plan.samples_at(positions)), np.arange(plan.num_samples))
 
 
+@given(plans, st.integers(0, 1000))
+@settings(max_examples=100, deadline=None)
+def test_the_blocks_of_an_epoch_part_the_samples_among_them(plan: Plan, epoch: int) -> None:
+    sample, first, last = plan.locate(np.arange(plan.num_samples) + epoch * plan.num_samples)
+    assert ((first <= sample) & (sample <= last) & (last - first < plan.block_size)).all()
+    blocks = np.unique(np.stack([first, last], axis=1), axis=0)
+    assert blocks[0, 0] == 0
+    assert blocks[-1, 1] == plan.num_samples - 1
+    assert (blocks[1:, 0] == blocks[:-1, 1] + 1).all()
+
+
 @given(plans, st.lists(st.integers(0, 10**9), min_size=1, max_size=20))
 @settings(deadline=None)
 def test_a_position_names_the_same_sample_alone_and_among_others(plan: Plan, positions: list[int]) -> None:

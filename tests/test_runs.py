@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import TINY, command, environment, members_of, metrics, write_tar
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -225,3 +226,36 @@ class _Trap:
 
     def __reduce__(self) -> tuple[object, tuple[str, str]]:
         return open, (self.path, "w")
+
+
+def with_bad_images(folder: Path, bad: set[int]) -> Path:
+    members = members_of(range(64))
+    for number in bad:
+        members[2 * number] = (members[2 * number][0], b"<html>404</html>")
+    write_tar(folder / "s.tar", members)
+    return folder
+
+
+def test_a_bad_image_is_counted_alike_on_every_world_size(tmp_path: Path, pretrain: Run) -> None:
+    shards = with_bad_images(tmp_path / "shards", {5})
+    counts = []
+    for ranks in (1, 2):
+        output = tmp_path / f"out{ranks}"
+        done = pretrain(flags(shards, output, epochs=2, num_workers=2), ranks=ranks, port=29660 + ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        counts.append([row.get("bad_samples_not_an_image", 0) for row in metrics(output)])
+        board = EventAccumulator(str(output / "tensorboard"))
+        board.Reload()
+        assert board.Scalars("train/bad_samples_not_an_image")[-1].value == counts[-1][-1]
+    assert counts[0] == counts[1]
+    assert counts[0][-1] >= 2  # once an epoch, and wherever it was chosen as a substitute
+
+
+def test_rotten_data_end_a_run_with_the_keys(tmp_path: Path, pretrain: Run) -> None:
+    shards = with_bad_images(tmp_path / "shards", set(range(0, 64, 2)))
+    done = pretrain(flags(shards, tmp_path / "out"))
+    assert done.returncode == 2
+    assert "max_bad_sample_share 0.001" in done.stderr
+    assert "not_an_image" in done.stderr
+    assert "face00" in done.stderr
+    assert "Traceback" not in done.stderr

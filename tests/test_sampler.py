@@ -135,3 +135,9 @@ def test_what_cannot_be_drawn_from_is_refused(weights: list[float], options: dic
 def test_classes_that_cannot_be_balanced_are_named(labels: list[int], num_classes: int | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
         class_weights(labels, num_classes=num_classes)
+
+
+def test_the_edges_of_the_weights_belong_to_the_right_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    edges = np.array([0.0, 0.5, 1 - 2.0**-53])
+    monkeypatch.setattr("trainer.data.sampler.uniform_doubles", lambda *_: edges)
+    assert WeightedOrder([0, 1, 1, 0], seed=0).draw(edges).tolist() == [1, 2, 2]

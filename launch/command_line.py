@@ -6,24 +6,26 @@ types and ranges are checked by `trainer.config` before any work.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import fire
 from fire.decorators import SetParseFn
 
-from trainer.config import Recipe, Runtime, help_text, resolve
+from trainer.config import Recipe, Runtime, help_text, refuse_unknown, resolve, with_flags
 from trainer.errors import ConfigError, TrainerError
 
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 85
 _MAIN_SPEAKS_FIRST_S = 15.0
 
+S = TypeVar("S", bound=Any)
 RecipeFunction = Callable[[], tuple[Recipe, Runtime]]
 
 
@@ -62,6 +64,24 @@ def configure(words: list[str], recipes: Mapping[str, RecipeFunction], default: 
             f"recipe is {name!r}, but must be one of {', '.join(recipes)}" + f" (try {near[0]})" * len(near)
         )
     return resolve(*recipes[name](), flags)
+
+
+def configure_tool(words: list[str], settings: S, doc: str, *, required: tuple[str, ...]) -> S | None:
+    """Read the flags of a tool into its settings, or print its help and return None.
+
+    Raises:
+        ConfigError: an unknown word, name or value, or a required setting is empty.
+    """
+    if wants_help(words):
+        print(doc, help_text(type(settings), "Settings"))
+        return None
+    flags = read_flags(words)
+    refuse_unknown(flags, [entry.name for entry in dataclasses.fields(settings)])
+    configured = with_flags(settings, flags)
+    for name in required:
+        if not getattr(configured, name):
+            raise ConfigError(f"{name} is empty: pass --{name}")
+    return configured
 
 
 def read_flags(words: list[str]) -> dict[str, str]:

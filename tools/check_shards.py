@@ -25,8 +25,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from launch.command_line import read_flags, run, wants_help
-from trainer.config import check_types, help_text, refuse_unknown, with_flags
+from launch.command_line import configure_tool, run
+from trainer.config import check_types
 from trainer.data.decode import decode_image
 from trainer.data.shards import GROUP_FIELDS, Sample, list_shards, samples_of
 from trainer.data.storage import is_url
@@ -54,8 +54,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not self.data:
-            raise ConfigError("data is empty: pass --data 'shards/*.tar'")
         if self.num_processes is not None and self.num_processes < 1:
             raise ConfigError(f"num_processes is {self.num_processes}, but must be at least 1")
 
@@ -79,12 +77,9 @@ class Findings:
 
 def main(words: list[str]) -> int:
     """Check shards; returns the exit code."""
-    if wants_help(words):
-        print(__doc__, help_text(Settings, "Settings"))
+    settings = configure_tool(words, Settings(), __doc__, required=("data",))
+    if settings is None:
         return 0
-    flags = read_flags(words)
-    refuse_unknown(flags, Settings.__dataclass_fields__)
-    settings = with_flags(Settings(data=flags.pop("data", "")), flags)
     shards = list_shards(settings.data, setting="--data")
     target = _repair_folder(settings.repair, shards)
     findings = list(_all(shards, target, settings))

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from launch.command_line import read_flags, run, wants_help
-from trainer.config import check_types, help_text, refuse_unknown, with_flags
+from launch.command_line import configure_tool, run
+from trainer.config import check_types
 from trainer.data.decode import decode_image
 from trainer.data.shards import NO_LABEL, ShardReader, list_shards, open_index
 from trainer.errors import ConfigError, SampleError
@@ -76,12 +76,9 @@ class Contents:
 
 def main(words: list[str]) -> int:
     """Draw the sheet; returns the exit code."""
-    if wants_help(words):
-        print(__doc__, help_text(Settings, "Settings"))
+    settings = configure_tool(words, Settings(), __doc__, required=("data",))
+    if settings is None:
         return 0
-    flags = read_flags(words)
-    refuse_unknown(flags, Settings.__dataclass_fields__)
-    settings = with_flags(Settings(), flags)
     contents = read_images(settings.data, settings.num_images, settings.index_dir)
     output = Path(settings.output)
     draft = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")

@@ -36,8 +36,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from launch.command_line import read_flags, run, wants_help
-from trainer.config import check_types, help_text, refuse_unknown, with_flags
+from launch.command_line import configure_tool, run
+from trainer.config import check_types
 from trainer.data.decode import MIN_SIDE, decode_image
 from trainer.errors import ConfigError, DataError, SampleError
 
@@ -118,15 +118,9 @@ _Job = tuple[Path, list[Entry], Settings]
 
 def main(words: list[str]) -> int:
     """Pack images; returns the exit code."""
-    if wants_help(words):
-        print(__doc__, help_text(Settings, "Settings"))
+    settings = configure_tool(words, Settings(), __doc__, required=("source", "output_dir"))
+    if settings is None:
         return 0
-    flags = read_flags(words)
-    refuse_unknown(flags, Settings.__dataclass_fields__)
-    settings = with_flags(Settings(), flags)
-    for name in ("source", "output_dir"):
-        if not getattr(settings, name):
-            raise ConfigError(f"{name} is empty: pass --{name}")
     make_shards(settings)
     return 0
 

@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.command_line import read_flags, run, wants_help
+from launch.command_line import configure_tool, run
 from tools.make_shards import Entry, read_manifest, walk_folder
-from trainer.config import check_types, help_text, refuse_unknown, with_flags
+from trainer.config import check_types
 from trainer.errors import ConfigError
 
 SPLITS = ("train", "dev", "test")
@@ -82,15 +82,9 @@ class Photo:
 
 def main(words: list[str]) -> int:
     """Write the splits; returns the exit code."""
-    if wants_help(words):
-        print(__doc__, help_text(Settings, "Settings"))
+    settings = configure_tool(words, Settings(), __doc__, required=("source", "output_dir"))
+    if settings is None:
         return 0
-    flags = read_flags(words)
-    refuse_unknown(flags, Settings.__dataclass_fields__)
-    settings = with_flags(Settings(), flags)
-    for name in ("source", "output_dir"):
-        if not getattr(settings, name):
-            raise ConfigError(f"{name} is empty: pass --{name}")
     make_splits(settings)
     return 0
 

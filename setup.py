@@ -35,6 +35,6 @@ setup(
             *("pytest>=8", "hypothesis>=6", "scipy>=1.12", "transformers>=5.23"),
             *("s3fs>=2024.6", "aiohttp>=3.9", "boto3", "moto>=5", "flask", "flask-cors", "rangehttpserver"),
         ],
-        "dev": ["ruff", "mypy", "pre-commit", "codespell"],
+        "dev": ["ruff", "mypy", "pre-commit", "codespell", "matplotlib"],
     },
 )

@@ -26,7 +26,9 @@ EXIT_REQUEUE = 85
 _MAIN_SPEAKS_FIRST_S = 15.0
 
 S = TypeVar("S", bound=Any)
-RecipeFunction = Callable[[], tuple[Recipe, Runtime]]
+R = TypeVar("R", bound=Recipe)
+T = TypeVar("T", bound=Runtime)
+Recipes = Mapping[str, Callable[[], tuple[R, T]]]
 
 
 def run(command: Callable[[], int]) -> NoReturn:
@@ -50,7 +52,7 @@ def wants_help(words: list[str]) -> bool:
     return bool({"--help", "-h", "help"} & set(words))
 
 
-def configure(words: list[str], recipes: Mapping[str, RecipeFunction], default: str) -> tuple[Recipe, Runtime]:
+def configure(words: list[str], recipes: Recipes[R, T], default: str) -> tuple[R, T]:
     """Read flags, overrides and the recipe's name into validated configurations.
 
     Raises:
@@ -138,7 +140,7 @@ def _let_main_speak_first() -> None:
         time.sleep(_MAIN_SPEAKS_FIRST_S)
 
 
-def recipes_help(recipes: Mapping[str, RecipeFunction], default: str) -> str:
+def recipes_help(recipes: Recipes[R, T], default: str) -> str:
     """Describe the recipes and every setting."""
     script = Path(sys.argv[0]).name
     lines = [
@@ -149,6 +151,6 @@ def recipes_help(recipes: Mapping[str, RecipeFunction], default: str) -> str:
         text = "\n        ".join(line.strip() for line in (function.__doc__ or "").strip().splitlines() if line.strip())
         lines.append(f"  --recipe {name}\n        {text}")
     lines.append("\nAlso: --override name=value (repeatable), --deepspeed_config FILE (same as --ds_config)")
-    return "\n".join(
-        [*lines, help_text(Recipe, "Recipe (changes the numbers)"), help_text(Runtime, "Runtime (does not)")]
-    )
+    recipe, runtime = recipes[default]()
+    lines += [help_text(type(recipe), "Recipe (changes the numbers)"), help_text(type(runtime), "Runtime (does not)")]
+    return "\n".join(lines)

@@ -1,6 +1,7 @@
 """From the data settings of a command to shards, index and order: shared by the commands that train or evaluate."""
 
 import os
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,13 @@ from trainer.errors import ConfigError, DataError
 from trainer.world import World
 
 
-def find_sources(recipe: Recipe, runtime: Runtime) -> dict[str, list[Source]]:
-    """List the shards of ``data`` and ``heldout_data``; one rank does, because a thousand would storm the storage.
+def find_sources(recipe: Recipe, runtime: Runtime, *, others: Mapping[str, str]) -> dict[str, list[Source]]:
+    """List the shards of ``data`` and of other settings; one rank does, because a thousand would storm the storage.
+
+    Args:
+        recipe: says how batches are balanced.
+        runtime: names the training data.
+        others: setting -> patterns, such as those of ``heldout_data``; empty ones are left out.
 
     Raises:
         ConfigError: a pattern matches nothing, or shares meet another way of balancing.
@@ -32,8 +38,9 @@ def find_sources(recipe: Recipe, runtime: Runtime) -> dict[str, list[Source]]:
     chosen = [name for name, is_chosen in ways.items() if is_chosen]
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} are both set, but a batch is balanced in one way: keep one")
-    if runtime.heldout_data:
-        found["heldout_data"] = [Source(list_shards(runtime.heldout_data, setting="--heldout_data"), None)]
+    for setting, patterns in others.items():
+        if patterns:
+            found[setting] = [Source(list_shards(patterns, setting=f"--{setting}"), None)]
     return found
 
 

@@ -3,15 +3,11 @@
 `pretrain` is the table of contents; ``--help`` lists every setting.
 """
 
-import dataclasses
 import functools
-import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +16,17 @@ import torch
 from launch.command_line import EXIT_REQUEUE, configure, recipes_help, run, wants_help
 from launch.data import describe_shares, find_sources, open_on_all_ranks, order_of, span_reader, tell_all_ranks
 from launch.recipes import DEFAULT, RECIPES
+from launch.run_setup import (
+    check_output,
+    claim_output,
+    engine_settings,
+    resume,
+    spread,
+    use_devices,
+    versions,
+)
 from trainer import checkpoint, heldout
-from trainer.config import Recipe, Runtime, differing_fields
+from trainer.config import PretrainRecipe, PretrainRuntime, as_record
 from trainer.data.augment import CenterView, PretrainView
 from trainer.data.loader import Loader
 from trainer.data.plan import PLAN_VERSION, Order
@@ -30,24 +35,19 @@ from trainer.data.stream import Batch, Slice, fixed_stream, train_stream
 from trainer.engine import (
     Engine,
     connect,
-    default_device,
     disconnect,
-    fill_ds_config,
-    owned_by_recipe,
-    read_ds_config,
 )
-from trainer.errors import CheckpointError, ConfigError
 from trainer.loop import BadSamples, Dates, Hooks, StopRequest, train
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept
-from trainer.monitor import Ledger, Monitor, Speedometer, cut_ledger, start_logging
+from trainer.monitor import Ledger, Monitor, Speedometer, start_logging
 from trainer.optim import learning_rate_at
-from trainer.world import World, check_devices, world_from_environment
+from trainer.seeds import step_seed
+from trainer.world import World, world_from_environment
 
 logger = logging.getLogger(__name__)
 
-_DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 _MEAN_FACE_IMAGES = 2048
 _PICTURES = 8
 
@@ -60,13 +60,14 @@ def main(words: list[str]) -> int:
     return 0 if pretrain(*configure(words, RECIPES, DEFAULT)) else EXIT_REQUEUE
 
 
-def pretrain(recipe: Recipe, runtime: Runtime) -> bool:
+def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
     """Train to the end of the schedule; False if a signal asked to stop, after saving."""
     world = world_from_environment()
     use_devices(world, runtime)
     ds_config = engine_settings(recipe, runtime, world)
     model = build_model(recipe, runtime)
-    found = find_sources(recipe, runtime) if world.is_main else None
+    others = {"heldout_data": runtime.heldout_data}
+    found = find_sources(recipe, runtime, others=others) if world.is_main else None
 
     world = connect(world, timeout_s=runtime.timeout_s)
     output = Path(runtime.output_dir)
@@ -79,7 +80,7 @@ def pretrain(recipe: Recipe, runtime: Runtime) -> bool:
 
     engine = Engine(model, ds_config=ds_config, weight_decay=recipe.weight_decay, world=world)
     identity = checkpoint.Identity(
-        recipe=dataclasses.asdict(recipe),
+        recipe=as_record(recipe),
         data_fingerprint=index["data"].fingerprint,
         data_shares=describe_shares(index["data"], sources["data"]),
         plan_version=PLAN_VERSION,
@@ -98,34 +99,7 @@ def pretrain(recipe: Recipe, runtime: Runtime) -> bool:
     return finished
 
 
-def use_devices(world: World, runtime: Runtime) -> None:
-    """Refuse more ranks than devices and share the cores of the host among its ranks."""
-    cores = len(os.sched_getaffinity(0))
-    device = default_device()
-    num_devices = torch.cuda.device_count() if device.type == "cuda" else cores
-    check_devices(world, num_devices, device.type, oversubscribe=runtime.oversubscribe)
-    torch.set_num_threads(runtime.num_threads or max(1, cores // world.local_size))
-
-
-def engine_settings(recipe: Recipe, runtime: Runtime, world: World) -> dict[str, Any]:
-    """Read the DeepSpeed JSON and fill in what the recipe owns."""
-    fallback = "cpu_fp32.json" if default_device().type == "cpu" else "zero1_bf16.json"
-    path = Path(runtime.ds_config) if runtime.ds_config else _DS_CONFIGS / fallback
-    return fill_ds_config(
-        read_ds_config(path),
-        owned_by_recipe(
-            global_batch=recipe.global_batch,
-            micro_batch=runtime.micro_batch,
-            num_ranks=world.size,
-            learning_rate=recipe.peak_learning_rate,
-            betas=(recipe.beta1, recipe.beta2),
-            weight_decay=recipe.weight_decay,
-            clip_grad_norm=recipe.clip_grad_norm,
-        ),
-    )
-
-
-def build_model(recipe: Recipe, runtime: Runtime) -> MaskedAutoencoder:
+def build_model(recipe: PretrainRecipe, runtime: PretrainRuntime) -> MaskedAutoencoder:
     """Build the model with weights drawn from the recipe's seed, the same on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -150,7 +124,7 @@ def build_model(recipe: Recipe, runtime: Runtime) -> MaskedAutoencoder:
         )
 
 
-def mask_of(recipe: Recipe, encoder: PatchEncoder) -> heldout.DrawMask:
+def mask_of(recipe: PretrainRecipe, encoder: PatchEncoder) -> heldout.DrawMask:
     """Bind the recipe's mask settings: noise -> indices."""
     return functools.partial(
         draw_mask,
@@ -165,10 +139,15 @@ class HeldOutView:
     """The fixed held-out images: their loss, the mean-face baseline, and their pictures."""
 
     def __init__(
-        self, model: MaskedAutoencoder, recipe: Recipe, runtime: Runtime, index: dict[str, ShardIndex], world: World
+        self,
+        model: MaskedAutoencoder,
+        recipe: PretrainRecipe,
+        runtime: PretrainRuntime,
+        index: dict[str, ShardIndex],
+        world: World,
     ) -> None:
         num_all = len(index["heldout_data"])
-        self._chosen = _spread(runtime.heldout_samples or num_all, num_all)
+        self._chosen = spread(runtime.heldout_samples or num_all, num_all)
         num_images = len(self._chosen)
         self._index, self._recipe, self._runtime = index, recipe, runtime
         self._num_patches = model.encoder.num_patches
@@ -185,13 +164,11 @@ class HeldOutView:
 
     def picture(self, engine: Engine) -> torch.Tensor:
         """Draw a few images from all over the set; all ranks call."""
-        spread = [self._chosen[i] for i in _spread(_PICTURES, len(self._chosen))]
-        return heldout.triplets(
-            engine, next(iter(self._read("heldout_data", spread, batch=len(spread)))), self.draw_mask
-        )
+        shown = [self._chosen[i] for i in spread(_PICTURES, len(self._chosen))]
+        return heldout.triplets(engine, next(iter(self._read("heldout_data", shown, batch=len(shown)))), self.draw_mask)
 
     def _measure_mean_face(self, model: MaskedAutoencoder) -> float:
-        chosen = _spread(_MEAN_FACE_IMAGES, len(self._index["data"]))
+        chosen = spread(_MEAN_FACE_IMAGES, len(self._index["data"]))
         mean_patch = heldout.MeanPatch(model, self._read("data", chosen))
         return mean_patch.error(self._read("heldout_data", self._chosen), self.draw_mask)
 
@@ -210,68 +187,6 @@ class HeldOutView:
         )
 
 
-def check_output(output: Path, recipe: Recipe, resume: str) -> None:
-    """Refuse an output folder that belongs to something else, before any work.
-
-    Raises:
-        ConfigError: it holds another recipe's run, or other files, or --resume forbids what is there.
-    """
-    record = output / "recipe.json"
-    if not output.exists() or not any(output.iterdir()):
-        if resume == "must":
-            raise ConfigError(f"resume is must, but output_dir {output} is empty: check the path, or use --resume auto")
-        return
-    if not record.exists():
-        leftovers = {path.name for path in output.iterdir()} - {"logs"}
-        if leftovers:
-            raise ConfigError(f"output_dir {output} holds {min(leftovers)!r} and others, but no run: name a new folder")
-        return
-    if resume == "never":
-        raise ConfigError(f"resume is never, but output_dir {output} holds a run: name a new folder")
-    try:
-        theirs = json.loads(record.read_text())["recipe"]
-        differing = differing_fields(dataclasses.asdict(recipe), theirs)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{record} is unreadable ({error!r}): restore it, or name a new output_dir") from error
-    if differing:
-        raise ConfigError(
-            f"output_dir {output} holds the run of another recipe, differing in {'; '.join(differing)}: "
-            "undo the change, or name a new output_dir"
-        )
-
-
-def claim_output(output: Path, recipe: Recipe, runtime: Runtime, progress: checkpoint.Progress) -> None:
-    """Record the recipe and cut records beyond the checkpoint."""
-    record = {"recipe": dataclasses.asdict(recipe), "runtime": dataclasses.asdict(runtime), "versions": versions()}
-    checkpoint.write_atomically(output / "recipe.json", json.dumps(record, indent=1) + "\n")
-    checkpoint.sweep(output / "checkpoints")
-    cut_ledger(Path(runtime.sample_ledger) if runtime.sample_ledger else None, progress.step)
-
-
-def resume(engine: Engine, root: Path, identity: checkpoint.Identity, runtime: Runtime) -> checkpoint.Progress:
-    """Load the newest valid checkpoint of this run, or start from the beginning where there is none."""
-
-    def choose() -> list[Any]:
-        found = checkpoint.find(root)
-        if found is None:
-            if runtime.resume == "must":
-                raise CheckpointError(
-                    f"resume is must, but {root} holds no checkpoint: use --resume auto to start anew"
-                )
-            return []
-        path, manifest = found
-        progress = checkpoint.check_identity(manifest, identity, path, allow_data_change=runtime.allow_data_change)
-        return [str(path), dataclasses.asdict(progress)]
-
-    chosen = engine.world.on_main(choose)
-    if not chosen:
-        return checkpoint.Progress()
-    path, progress = chosen
-    engine.world.together(lambda: engine.load(Path(path)))
-    logger.info("resumed from %s", path)
-    return checkpoint.Progress(**progress)
-
-
 def train_from(
     progress: checkpoint.Progress,
     engine: Engine,
@@ -279,8 +194,8 @@ def train_from(
     index: ShardIndex,
     held_out: HeldOutView | None,
     identity: checkpoint.Identity,
-    recipe: Recipe,
-    runtime: Runtime,
+    recipe: PretrainRecipe,
+    runtime: PretrainRuntime,
 ) -> bool:
     """Join the parts and run the loop."""
     output, world, model = Path(runtime.output_dir), engine.world, engine.module
@@ -342,6 +257,7 @@ def train_from(
                 warmup_steps=steps["warmup_epochs"],
                 total_steps=total_steps,
             ),
+            seed_at=lambda step: step_seed(recipe.seed, step, world.rank),
             accumulation=share.micro_batches_per_step,
             dates=Dates(
                 last_step=min(total_steps, runtime.stop_at_step or total_steps),
@@ -392,18 +308,6 @@ def tell_where(output: Path, finished: bool, held_out: HeldOutView | None) -> No
             f"  held-out masked MSE {held_out.last_loss:.4f}; predicting the mean face gives {held_out.mean_face:.4f}"
         )
     print("Next: deepspeed launch/pretrain.py --help   (every setting, and the recipes for a cluster)", flush=True)
-
-
-def versions() -> dict[str, str]:
-    """Record what computed the numbers."""
-    names = ("torch", "deepspeed", "timm", "webdataset", "albumentations", "numpy")
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
-
-
-def _spread(num_wanted: int, num_all: int) -> list[int]:
-    """Choose up to ``num_wanted`` of ``range(num_all)``, evenly from beginning to end."""
-    count = min(num_wanted, num_all)
-    return [i * num_all // count for i in range(count)]
 
 
 if __name__ == "__main__":

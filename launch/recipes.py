@@ -1,18 +1,18 @@
 """Recipes for pre-training: settings that belong together, with their source, cost and expected score.
 
-Each returns a `Recipe` (the numbers) and a `Runtime` (a first guess for the hardware named).
+Each returns a `PretrainRecipe` (the numbers) and a `PretrainRuntime` (a first guess for the hardware named).
 """
 
-from trainer.config import Recipe, Runtime
+from trainer.config import PretrainRecipe, PretrainRuntime
 
 
-def demo() -> tuple[Recipe, Runtime]:
+def demo() -> tuple[PretrainRecipe, PretrainRuntime]:
     """Learn from 320 photographs of 32 people in a few minutes, to see every part work.
 
     Source: this project. Hardware: 2 CPU cores. Cost: 2 to 4 minutes.
     Expected: held-out masked MSE clearly below the mean-face baseline; blurry but recognisable heads.
     """
-    recipe = Recipe(
+    recipe = PretrainRecipe(
         model="vit_tiny_patch16_224",
         image_size=96,
         patch_size=12,
@@ -28,7 +28,7 @@ def demo() -> tuple[Recipe, Runtime]:
         crop_scale_min=0.6,
         num_lanes=8,
     )
-    runtime = Runtime(
+    runtime = PretrainRuntime(
         output_dir="demo/run",
         micro_batch=16,
         num_workers=1,
@@ -41,7 +41,7 @@ def demo() -> tuple[Recipe, Runtime]:
     return recipe, runtime
 
 
-def mae_vit_small() -> tuple[Recipe, Runtime]:
+def mae_vit_small() -> tuple[PretrainRecipe, PretrainRuntime]:
     """ViT-S/16, the published MAE settings on a smaller encoder.
 
     Source: He et al. 2021, arXiv 2111.06377, table 8 (the paper has no ViT-S). Hardware: 8 GPUs of 80 GB.
@@ -51,7 +51,7 @@ def mae_vit_small() -> tuple[Recipe, Runtime]:
     return _published("vit_small_patch16_224"), _cluster(micro_batch=512)
 
 
-def mae_vit_base() -> tuple[Recipe, Runtime]:
+def mae_vit_base() -> tuple[PretrainRecipe, PretrainRuntime]:
     """ViT-B/16, the published MAE settings.
 
     Source: He et al. 2021, arXiv 2111.06377, table 8; 8 decoder blocks as published. Hardware: 8 GPUs of 80 GB.
@@ -61,7 +61,7 @@ def mae_vit_base() -> tuple[Recipe, Runtime]:
     return _published("vit_base_patch16_224"), _cluster(micro_batch=256)
 
 
-def mae_vit_large() -> tuple[Recipe, Runtime]:
+def mae_vit_large() -> tuple[PretrainRecipe, PretrainRuntime]:
     """ViT-L/16, the published MAE settings.
 
     Source: He et al. 2021, arXiv 2111.06377, table 8. Hardware: 16 to 64 GPUs of 80 GB.
@@ -71,7 +71,7 @@ def mae_vit_large() -> tuple[Recipe, Runtime]:
     return _published("vit_large_patch16_224"), _cluster(micro_batch=128)
 
 
-def mae_vit_huge() -> tuple[Recipe, Runtime]:
+def mae_vit_huge() -> tuple[PretrainRecipe, PretrainRuntime]:
     """ViT-H/14, the published MAE settings.
 
     Source: He et al. 2021, arXiv 2111.06377, table 8. Hardware: 64 GPUs of 80 GB, ZeRO stage 1 or 2.
@@ -85,8 +85,8 @@ RECIPES = {function.__name__: function for function in (demo, mae_vit_small, mae
 DEFAULT = "mae_vit_base"
 
 
-def _published(model: str) -> Recipe:
-    return Recipe(
+def _published(model: str) -> PretrainRecipe:
+    return PretrainRecipe(
         model=model,
         image_size=224,
         mask_ratio=0.75,
@@ -104,5 +104,7 @@ def _published(model: str) -> Recipe:
     )
 
 
-def _cluster(*, micro_batch: int) -> Runtime:
-    return Runtime(output_dir="runs/pretrain", micro_batch=micro_batch, num_workers=8, log_every=50, save_every=1000)
+def _cluster(*, micro_batch: int) -> PretrainRuntime:
+    return PretrainRuntime(
+        output_dir="runs/pretrain", micro_batch=micro_batch, num_workers=8, log_every=50, save_every=1000
+    )

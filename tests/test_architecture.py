@@ -9,6 +9,7 @@ READING_ORDER = (
     *("data.storage", "data.tar", "data.shards", "data.plan", "data.sampler", "data.mixture"),
     *("data.decode", "data.augment", "data.stream", "data.loader"),
     *("losses", "models.mask_utils", "models.encoder", "models.mae"),
+    *("models.heads", "models.classifier", "models.mixstyle", "models.detector"),
     *("optim", "engine", "checkpoint", "monitor", "heldout", "loop"),
 )
 OWNERS = {

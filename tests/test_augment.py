@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from trainer.data.augment import CenterView, PretrainView
+from trainer.data.augment import CenterView, Photo, PretrainView, crop_box
 from trainer.errors import SampleError
 
 
@@ -20,7 +20,7 @@ def view_of(payload: bytes, position: int, **changes: object) -> np.ndarray:
     settings = {"size": 32, "crop_scale": (0.2, 1.0), "flip_probability": 0.5, "seed": 3, "fast": True} | changes
     view = PretrainView(**settings)
     out = np.zeros((view.size, view.size, 3), dtype=np.uint8)
-    view(payload, view.draw([position])[0], out)
+    view(Photo(payload), view.draw([position])[0], out)
     return out
 
 
@@ -35,7 +35,7 @@ def smooth(height: int, width: int) -> bytes:
 @pytest.mark.parametrize("size", [(300, 200), (100, 900)])
 def test_crops_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
     view = PretrainView(size=32, crop_scale=(0.2, 1.0), flip_probability=0.5, seed=1, fast=True)
-    ours = np.array([view.box(*size, draws) for draws in view.draw(range(3000)).tolist()])
+    ours = np.array([crop_box(*size, draws, scale=(0.2, 1.0)) for draws in view.draw(range(3000)).tolist()])
     torch.manual_seed(0)
     image = torch.zeros(3, *size)
     theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)])
@@ -57,7 +57,7 @@ def test_full_quality_is_the_plain_decoders_pixels() -> None:
     payload = jpeg(4, 90, 80)
     view = PretrainView(size=32, crop_scale=(0.2, 1.0), flip_probability=0.0, seed=3, fast=False)
     draws = view.draw([7])[0]
-    top, left, height, width = view.box(90, 80, draws.tolist())
+    top, left, height, width = crop_box(90, 80, draws.tolist(), scale=(0.2, 1.0))
     pixels = np.asarray(Image.open(io.BytesIO(payload)).convert("RGB"))[top : top + height, left : left + width]
     expected = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_CUBIC)
     assert np.abs(view_of(payload, 7, flip_probability=0.0, fast=False).astype(int) - expected).max() <= 3
@@ -97,10 +97,10 @@ def test_the_centre_is_always_the_same_and_what_is_no_image_is_refused() -> None
     out = np.zeros((2, 16, 16, 3), dtype=np.uint8)
     view = CenterView(size=16)
     for row, draws in zip(out, view.draw([3, 9]), strict=True):
-        view(jpeg(2), draws, row)
+        view(Photo(jpeg(2)), draws, row)
     assert (out[0] == out[1]).all()
     assert out[0].std() > 10
     with pytest.raises(SampleError):
-        view(b"nothing", view.draw([0])[0], out[0])
+        view(Photo(b"nothing"), view.draw([0])[0], out[0])
     with pytest.raises(SampleError):
         view_of(jpeg(2)[:200], 0)

@@ -4,7 +4,14 @@ import pytest
 
 from launch.command_line import configure, read_flags
 from launch.recipes import DEFAULT, RECIPES
-from trainer.config import Recipe, Runtime, differing_fields, help_text
+from trainer.config import (
+    DetectorRecipe,
+    DetectorRuntime,
+    PretrainRecipe,
+    PretrainRuntime,
+    differing_fields,
+    help_text,
+)
 from trainer.errors import ConfigError
 
 
@@ -49,10 +56,11 @@ def test_a_wrong_setting_is_refused_by_name(words: str, message: str) -> None:
 
 
 def test_flags_are_unique_and_every_field_has_help() -> None:
-    names = [entry.name for config in (Recipe, Runtime) for entry in dataclasses.fields(config)]
-    assert len(names) == len(set(names))
-    text = help_text(Recipe, "a") + help_text(Runtime, "b")
-    assert all(f"--{name} " in text for name in names)
+    for recipe, runtime in ((PretrainRecipe, PretrainRuntime), (DetectorRecipe, DetectorRuntime)):
+        names = [entry.name for config in (recipe, runtime) for entry in dataclasses.fields(config)]
+        assert len(names) == len(set(names))
+        text = help_text(recipe, "a") + help_text(runtime, "b")
+        assert all(f"--{name} " in text for name in names)
 
 
 def test_help_lists_every_recipe_and_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

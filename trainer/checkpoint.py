@@ -62,6 +62,8 @@ class Identity:
     zero_stage: int
     precision: str
     num_ranks: int
+    init: str = ""
+    """sha256 of the weights that training started from, where these were given; frozen ones are not saved."""
 
 
 def save(
@@ -189,6 +191,7 @@ def check_identity(
         "data_fingerprint": f"point --data at the shards of that run, or {_CHANGE}",
         "data_shares": f"give --data the shares of that run, or {_CHANGE}",
         "plan_version": "resume with the version of this package that wrote it, or choose another output_dir",
+        "init": "point --init at the weights that this run started from, or choose another output_dir",
         "zero_stage": "use the ds_config of that run",
         "precision": "use the ds_config of that run",
         "num_ranks": f"start {theirs['num_ranks']} ranks (any number goes on from ZeRO stage 0)",

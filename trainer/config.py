@@ -1,14 +1,15 @@
-"""What a user may set: `Recipe` changes the numbers a run produces, `Runtime` does not.
+"""What a user may set: a `Recipe` changes the numbers a run produces, a `Runtime` does not.
 
-Both are flat, frozen and disjoint, so every field is a flag of its own. Text from the command line becomes typed
-values here, and every value is checked before any work. The docstring under a field is its help text; its unit stands
-in brackets at the end.
+Pre-training and detection share most of both and add their own. All are flat, frozen and disjoint, so every field is a
+flag of its own. Text from the command line becomes typed values here, and every value is checked before any work. The
+docstring under a field is its help text; its unit stands in brackets at the end.
 """
 
 import ast
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import types
 import typing
@@ -23,12 +24,12 @@ C = TypeVar("C", bound=Any)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """Everything that changes the numbers. Two runs with equal recipes and data compute the same thing."""
+    """What changes the numbers of any training. Two runs with equal recipes and data compute the same thing."""
 
     seed: int = 0
     """Root of all randomness: order, crops, masks, initial weights."""
 
-    # The masked autoencoder
+    # The encoder
     model: str = "vit_base_patch16_224"
     """Encoder: the name of any timm VisionTransformer with absolute positions."""
     image_size: int = 224
@@ -37,26 +38,6 @@ class Recipe:
     """Side of a patch; none keeps the model's own [pixels]."""
     encoder_depth: int | None = None
     """Transformer blocks in the encoder; none keeps the model's own."""
-    mask_ratio: float = 0.75
-    """Share of patches hidden, strictly between 0 and 1."""
-    mask_strategy: Literal["random", "block", "grid"] = "random"
-    """Which patches are hidden: scattered, one contiguous region, or cells of mask_block x mask_block."""
-    mask_block: int = 2
-    """Side of a cell of the grid strategy [patches]."""
-    use_learned_mask_token: bool = True
-    """Let the decoder learn the vector that stands for a hidden patch; otherwise it is zero."""
-    use_separate_pos_embed: bool = True
-    """Give the decoder its own positions; otherwise it sees the encoder's, projected."""
-    fixed_pos_embed: bool = True
-    """Use fixed sine-cosine positions as the published MAE does; otherwise they are learned."""
-    decoder_width: int = 512
-    """Width of the decoder's tokens."""
-    decoder_depth: int = 4
-    """Transformer blocks in the decoder (8 in the published MAE)."""
-    decoder_heads: int = 16
-    """Attention heads in the decoder."""
-    norm_pix_loss: bool = True
-    """Predict each patch normalised by its own mean and variance."""
 
     # Optimisation
     global_batch: int = 4096
@@ -87,8 +68,6 @@ class Recipe:
     """Largest share of the image that a random crop keeps."""
     flip_probability: float = 0.5
     """Chance of mirroring a training image left to right."""
-    decode_quality: Literal["fast", "full"] = "fast"
-    """fast: JPEGs through faster transforms, reduced where the crop allows; full: every pixel exact, for detection."""
     balance_by: Literal["none", "label", "source", "attack"] = "none"
     """Give each class, or each value of that field of the samples' json, an equal part of every batch."""
     use_balanced_sampler: bool = False
@@ -102,10 +81,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("mask_ratio",):
-            _require(self, name, 0 < getattr(self, name) < 1, "must lie strictly between 0 and 1 (try 0.75)")
-        for name in _AT_LEAST_ONE & _names(Recipe):
-            _require(self, name, (value := getattr(self, name)) is None or value >= 1, "must be at least 1")
+        _require_at_least_one(self)
         _require(self, "seed", 0 <= self.seed < 2**63, "must be an integer from 0 to 2**63 - 1")
         _require(self, "epochs", self.epochs > 0, "must be above 0")
         _require(self, "warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"must be from 0 to {self.epochs=}")
@@ -118,8 +94,6 @@ class Recipe:
         _require(self, "flip_probability", 0 <= self.flip_probability <= 1, "must be from 0 to 1")
         ordered = 0 < self.crop_scale_min <= self.crop_scale_max <= 1
         _require(self, "crop_scale_min", ordered, f"must be above 0 and at most {self.crop_scale_max=} <= 1")
-        divides = self.decoder_width % self.decoder_heads == 0 and self.decoder_width % 4 == 0
-        _require(self, "decoder_width", divides, f"must be divisible by {self.decoder_heads=} and by 4")
 
     @property
     def peak_learning_rate(self) -> float:
@@ -128,14 +102,157 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainRecipe(Recipe):
+    """What changes the numbers of masked pre-training."""
+
+    mask_ratio: float = 0.75
+    """Share of patches hidden, strictly between 0 and 1."""
+    mask_strategy: Literal["random", "block", "grid"] = "random"
+    """Which patches are hidden: scattered, one contiguous region, or cells of mask_block x mask_block."""
+    mask_block: int = 2
+    """Side of a cell of the grid strategy [patches]."""
+    use_learned_mask_token: bool = True
+    """Let the decoder learn the vector that stands for a hidden patch; otherwise it is zero."""
+    use_separate_pos_embed: bool = True
+    """Give the decoder its own positions; otherwise it sees the encoder's, projected."""
+    fixed_pos_embed: bool = True
+    """Use fixed sine-cosine positions as the published MAE does; otherwise they are learned."""
+    decoder_width: int = 512
+    """Width of the decoder's tokens."""
+    decoder_depth: int = 4
+    """Transformer blocks in the decoder (8 in the published MAE)."""
+    decoder_heads: int = 16
+    """Attention heads in the decoder."""
+    norm_pix_loss: bool = True
+    """Predict each patch normalised by its own mean and variance."""
+    decode_quality: Literal["fast", "full"] = "fast"
+    """fast: JPEGs through faster transforms, reduced where the crop allows; full: every pixel exact, as detection."""
+
+    def __post_init__(self) -> None:
+        Recipe.__post_init__(self)
+        _require(self, "mask_ratio", 0 < self.mask_ratio < 1, "must lie strictly between 0 and 1 (try 0.75)")
+        divides = self.decoder_width % self.decoder_heads == 0 and self.decoder_width % 4 == 0
+        _require(self, "decoder_width", divides, f"must be divisible by {self.decoder_heads=} and by 4")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectorRecipe(Recipe):
+    """What changes the numbers of a morph detector. Classes are [bonafide, morph] = [0, 1]."""
+
+    # Where the encoder comes from
+    use_learned_mask_token: bool | None = None
+    """Refuse an --init that was not pre-trained so (true or false); none takes either."""
+    use_separate_pos_embed: bool | None = None
+    """Refuse an --init that was not pre-trained so (true or false); none takes either."""
+    normalisation: Literal["imagenet", "half"] = "imagenet"
+    """Mean and deviation of pixels that the encoder expects: ImageNet's, as MAE, or 0.5 each, as many timm models."""
+
+    # What is trained
+    freeze_backbone: bool | None = None
+    """Keep the encoder's own weights as they are; none: with LoRA yes, otherwise no. Alone: a linear probe."""
+    use_lora: bool = False
+    """Train low-rank adapters inside the encoder."""
+    lora_r: int = 4
+    """Rank of the adapters."""
+    lora_alpha: float = 32.0
+    """Adapters are scaled by lora_alpha / lora_r."""
+    lora_dropout: float = 0.1
+    """Dropout before the adapters, in training."""
+    lora_target_modules: tuple[str, ...] = ("query", "key", "value")
+    """Where adapters go: any of query, key, value, proj, fc1, fc2."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(lora_r) instead (Kalajdzievski 2023, arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Train magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353)."""
+    layer_decay: float = 1.0
+    """Each block's learning rate is this times that of the block above it; 1 for all alike (0.75 in the MAE paper)."""
+    drop_path: float = 0.0
+    """Chance of skipping a block in training, rising linearly with depth to this (0.1 in the MAE paper)."""
+
+    # The head and the loss
+    pooling: Literal["avg", "cls"] = "avg"
+    """What the head sees: the mean of the patch tokens, or the class token."""
+    use_projection_head: bool = False
+    """Put a projection (linear, ReLU, linear; as SimCLR) between encoder and classifier."""
+    proj_dim: int = 256
+    """Width of the projection."""
+    proj_hidden_dim: int | None = None
+    """Hidden width of the projection; none: that of its input."""
+    use_improved_classifier: bool = False
+    """Classify with a small perceptron (MorphClassifier) instead of one linear layer."""
+    cls_hidden_dim: int | None = None
+    """Hidden width of that perceptron; none: that of its input."""
+    use_margin_loss: bool = False
+    """Additive cosine margin between the classes (CosFace) instead of plain cross-entropy."""
+    margin: float = 0.3
+    """That margin, in units of the cosine."""
+    margin_scale: float = 30.0
+    """Scale of the cosines before the softmax."""
+    class_weights: tuple[float, ...] = (1.0, 1.0)
+    """Weights of the loss of [bonafide, morph]."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over both classes; blurs thresholds, hence off."""
+    mixup_alpha: float = 0.0
+    """Blend training images and labels with Beta(alpha, alpha); 0 is off: blends of faces are the attack itself."""
+
+    # MixStyle
+    use_mixstyle: bool = False
+    """Mix the feature statistics of samples in early blocks, in training (Zhou et al. 2021, arXiv 2104.02008)."""
+    mixstyle_p: float = 0.5
+    """Chance that a sample is mixed."""
+    mixstyle_alpha: float = 0.1
+    """Mixing weights come from Beta(alpha, alpha)."""
+    mixstyle_blocks: int = 2
+    """MixStyle stands behind each of so many first blocks [blocks]."""
+    mixstyle_same_label: bool = False
+    """Mix only samples of one class, so that low-level traces of morphing stay with morphs."""
+
+    # Augmentation
+    use_advanced_aug: bool = False
+    """RandAugment on top of the basic augmentation."""
+    advanced_aug_magnitude: int = 9
+    """Strength of RandAugment, from 1 to 10."""
+    advanced_aug_num_ops: int = 2
+    """Operations that RandAugment applies to an image."""
+    passport_aug: tuple[str, ...] = ()
+    """What images go through on their way into a passport: any of jpeg_budget, jpeg2000, resize, print_scan."""
+    passport_p: float = 0.3
+    """Chance of each of these."""
+    self_morph_share: float = 0.0
+    """Share of the bona fide training images that become attacks on the fly (blended with themselves)."""
+
+    def __post_init__(self) -> None:
+        Recipe.__post_init__(self)
+        for name in ("lora_dropout", "label_smoothing", "drop_path"):
+            _require(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+        for name in ("mixstyle_p", "passport_p", "self_morph_share"):
+            _require(self, name, 0 <= getattr(self, name) <= 1, "must be from 0 to 1")
+        for name in ("lora_alpha", "margin_scale", "mixstyle_alpha"):
+            _require(self, name, getattr(self, name) > 0, "must be above 0")
+        _require(self, "layer_decay", 0 < self.layer_decay <= 1, "must be above 0 and at most 1 (try 0.75)")
+        _require(self, "margin", 0 <= self.margin < 2, "must be in [0, 2): cosines lie between -1 and 1 (try 0.3)")
+        _require(self, "mixup_alpha", self.mixup_alpha >= 0, "must not be negative")
+        right = len(self.class_weights) == 2 and min(self.class_weights) >= 0 and sum(self.class_weights) > 0
+        _require(self, "class_weights", right, "must be two numbers [bonafide, morph], none negative (try [1.0, 1.0])")
+        _require(self, "advanced_aug_magnitude", 1 <= self.advanced_aug_magnitude <= 10, "must be from 1 to 10")
+        soft = self.mixup_alpha > 0 or self.label_smoothing > 0
+        _require(self, "use_margin_loss", not (self.use_margin_loss and soft), "takes no mixup_alpha, label_smoothing")
+        adapts = self.use_lora or not (self.use_rslora or self.use_dora)
+        _require(self, "use_lora", adapts, "use_rslora and use_dora are kinds of LoRA: set use_lora true")
+
+    @property
+    def backbone_is_frozen(self) -> bool:
+        """Whether the encoder's own weights stay as they are."""
+        return self.use_lora if self.freeze_backbone is None else self.freeze_backbone
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Runtime:
-    """Everything that does not change the numbers: where things are, how fast, how often we look."""
+    """What does not change the numbers of any training: where things are, how fast, how often we look."""
 
     data: str = ""
     """Training shards: paths, globs, URLs or {000..099} ranges, separated by commas; a share of every batch may
     follow each, as in a/*.tar@0.7,b/*.tar@0.3, or a YAML file lists {shards, share}."""
-    heldout_data: str = ""
-    """Held-out shards for the held-out loss and the pictures; empty for none."""
     output_dir: str = "runs/pretrain"
     """Where checkpoints, logs and pictures go."""
     index_dir: str | None = None
@@ -166,14 +283,8 @@ class Runtime:
     """Interval of metrics [steps]."""
     save_every: int = 500
     """Interval of checkpoints [steps]."""
-    heldout_every: int = 500
-    """Interval of the held-out loss [steps]."""
-    picture_every: int = 500
-    """Interval of reconstruction pictures [steps]."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay on disk."""
-    heldout_samples: int = 1024
-    """How many held-out images are measured; 0 for all [images]."""
     stop_at_step: int | None = None
     """Save and leave after this step without shortening the schedule [steps]."""
     max_bad_sample_share: float = 0.001
@@ -187,38 +298,66 @@ class Runtime:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in _AT_LEAST_ONE & _names(Runtime):
-            _require(self, name, (value := getattr(self, name)) is None or value >= 1, "must be at least 1")
-        for name in ("num_workers", "heldout_samples"):
-            _require(self, name, getattr(self, name) >= 0, "must not be negative")
+        _require_at_least_one(self)
+        _require(self, "num_workers", self.num_workers >= 0, "must not be negative")
         _require(self, "max_bad_sample_share", 0 <= self.max_bad_sample_share < 1, "must be in [0, 1) (try 0.001)")
         _require(self, "output_dir", bool(self.output_dir), "must name a folder")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainRuntime(Runtime):
+    """What does not change the numbers of masked pre-training."""
+
+    heldout_data: str = ""
+    """Held-out shards for the held-out loss and the pictures; empty for none."""
+    heldout_every: int = 500
+    """Interval of the held-out loss [steps]."""
+    picture_every: int = 500
+    """Interval of reconstruction pictures [steps]."""
+    heldout_samples: int = 1024
+    """How many held-out images are measured; 0 for all [images]."""
+
+    def __post_init__(self) -> None:
+        Runtime.__post_init__(self)
+        _require(self, "heldout_samples", self.heldout_samples >= 0, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectorRuntime(Runtime):
+    """What does not change the numbers of a detector, but for `init`, whose bytes are part of the run's identity."""
+
+    init: str = ""
+    """Encoder weights: a run or checkpoint of pretrain.py, a .safetensors export, an official MAE .pth file; or a timm
+    model's name with --pretrained true; empty starts from random weights."""
+    pretrained: bool = False
+    """Take --init as the name of a timm model, whose weights are downloaded."""
+    val_data: str = ""
+    """Validation shards: they choose the checkpoint, the thresholds and the calibration. Never a test set."""
+    val_every: int = 200
+    """Interval of validation [steps]."""
+    allow_overlap: bool = False
+    """Go on although people or images of the training set are in the validation set; recorded in the detector."""
+
+
 _AT_LEAST_ONE = {
     *("image_size", "patch_size", "encoder_depth", "mask_block", "decoder_width", "decoder_depth", "decoder_heads"),
-    *("global_batch", "num_lanes", "block_samples", "window_blocks"),
-    *(
-        "cache_bytes",
-        "micro_batch",
-        "prefetch",
-        "num_threads",
-        "log_every",
-        "save_every",
-        "heldout_every",
-        "picture_every",
-    ),
-    *("keep_checkpoints", "stop_at_step", "timeout_s"),
+    *("lora_r", "proj_dim", "proj_hidden_dim", "cls_hidden_dim", "mixstyle_blocks", "advanced_aug_num_ops"),
+    *("global_batch", "micro_batch", "num_lanes", "block_samples", "window_blocks", "cache_bytes", "prefetch"),
+    *("log_every", "save_every", "heldout_every", "picture_every", "val_every", "keep_checkpoints", "stop_at_step"),
+    *("num_threads", "timeout_s"),
 }
 
+R = TypeVar("R", bound=Recipe)
+T = TypeVar("T", bound=Runtime)
 
-def resolve(recipe: Recipe, runtime: Runtime, flags: Mapping[str, str]) -> tuple[Recipe, Runtime]:
+
+def resolve(recipe: R, runtime: T, flags: Mapping[str, str]) -> tuple[R, T]:
     """Apply flags, given as text, to the two configurations.
 
     Raises:
         ConfigError: a name is unknown (the nearest valid ones are listed), or a value has the wrong type or range.
     """
-    refuse_unknown(flags, _names(Recipe) | _names(Runtime))
+    refuse_unknown(flags, _names(type(recipe)) | _names(type(runtime)))
     return with_flags(recipe, flags), with_flags(runtime, flags)
 
 
@@ -262,8 +401,19 @@ def help_text(config: type, title: str) -> str:
     return "\n".join(lines)
 
 
+def as_record(config: Any) -> dict[str, Any]:
+    """Write a configuration down as JSON would give it back."""
+    record: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return record
+
+
 def _names(config: type) -> set[str]:
     return {entry.name for entry in dataclasses.fields(config)}
+
+
+def _require_at_least_one(config: Any) -> None:
+    for name in sorted(_AT_LEAST_ONE & _names(type(config))):
+        _require(config, name, (value := getattr(config, name)) is None or value >= 1, "must be at least 1")
 
 
 def _require(config: Any, name: str, holds: bool, rule: str) -> None:
@@ -278,6 +428,9 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _parse(name: str, text: str, hint: Any) -> Any:
     """Read one value from text; numbers and booleans as Python and YAML people write them."""
+    if typing.get_origin(hint) is tuple:
+        words = (word.strip().strip("'\"") for word in text.strip().strip("[]()").split(","))
+        return tuple(_parse(name, word, typing.get_args(hint)[0]) for word in words if word)
     options = _options(hint)
     lowered = text.strip().lower()
     if type(None) in options and lowered in ("none", "null"):
@@ -305,6 +458,13 @@ def check_types(config: Any) -> None:
             choices = typing.get_args(hint)
             _require(config, name, value in choices, f"must be one of {', '.join(choices)}")
             continue
+        if typing.get_origin(hint) is tuple:
+            kind = typing.get_args(hint)[0]
+            right = isinstance(value, tuple) and all(type(entry) is kind for entry in value)
+            _require(config, name, right, f"must be {_type_text(hint)}")
+            right = all(not isinstance(entry, float) or math.isfinite(entry) for entry in value)
+            _require(config, name, right, "must be finite numbers")
+            continue
         if float in options and type(value) is int:
             object.__setattr__(config, name, value := float(value))
         _require(config, name, type(value) in options, f"must be of type {_type_text(hint)}")
@@ -314,6 +474,8 @@ def check_types(config: Any) -> None:
 def _type_text(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "|".join(typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"[{typing.get_args(hint)[0].__name__},...]"
     return "|".join("none" if option is type(None) else option.__name__ for option in _options(hint))
 
 
@@ -323,10 +485,11 @@ def _type_name(entry: "dataclasses.Field[Any]") -> str:
 
 def _field_docs(config: type) -> dict[str, str]:
     """Read the docstring that stands under each field, which Python itself does not keep."""
-    body = ast.parse(inspect.getsource(config)).body[0]
-    assert isinstance(body, ast.ClassDef)
     docs = {}
-    for field, below in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            docs[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
+    for owner in reversed(config.__mro__[:-1]):
+        body = ast.parse(inspect.getsource(owner)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, below in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+                docs[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
     return docs

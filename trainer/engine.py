@@ -4,11 +4,13 @@ DeepSpeed owns memory, communication and precision (``ds_configs/``); the recipe
 mathematics. A value that both could set stands as "auto" in the JSON and is filled in here; a contradiction is refused.
 """
 
+import contextlib
 import json
 import logging
 import os
+import types
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import safe_get_full_fp32_param, zero_to_fp32
 from deepspeed.utils.logging import logger as deepspeed_logger
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
@@ -170,8 +173,16 @@ def owned_by_recipe(
 class Engine:
     """A model under DeepSpeed. One call of `step` is one optimizer step over the global batch."""
 
-    def __init__(self, model: nn.Module, *, ds_config: dict[str, Any], weight_decay: float, world: World) -> None:
-        """Wrap the model.
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        ds_config: dict[str, Any],
+        weight_decay: float,
+        world: World,
+        layer_decay: float = 1.0,
+    ) -> None:
+        """Wrap the model. Only what requires a gradient reaches the optimizer, and only that is saved.
 
         Raises:
             ConfigError: DeepSpeed refuses the configuration.
@@ -180,10 +191,10 @@ class Engine:
         self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.precision = next((p for p in ("bf16", "fp16") if ds_config.get(p, {}).get("enabled")), "fp32")
         self._accumulation: int = ds_config["gradient_accumulation_steps"]
+        groups = parameter_groups(model, weight_decay, layer_decay=layer_decay)
+        self._lr_scales = [group["lr_scale"] for group in groups]
         try:
-            self._engine, *_ = deepspeed.initialize(
-                model=model, model_parameters=parameter_groups(model, weight_decay), config=ds_config
-            )
+            self._engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
         except (deepspeed.DeepSpeedConfigError, AssertionError, ValueError) as error:
             raise ConfigError(f"DeepSpeed refuses the ds_config: {error}; compare it with ds_configs/") from error
         # DeepSpeed copies a script beside the state, on rank 0 while others already sync; a checkpoint holds no code.
@@ -191,8 +202,11 @@ class Engine:
         self.device = torch.device(self._engine.device)
         self._basic_grad_norm: Tensor | None = None
 
-    def step(self, micro_batches: Iterable[tuple[Tensor, ...]], *, learning_rate: float) -> Tensor:
+    def step(self, micro_batches: Iterable[tuple[Tensor, ...]], *, learning_rate: float, seed: int) -> Tensor:
         """Accumulate gradients over the micro batches and move the optimizer once.
+
+        ``seed`` is given to torch's generators first: dropout and drop path draw from them, and a resumed run must
+        draw the same.
 
         The loss is never divided here: DeepSpeed divides by the accumulation steps, and doing it twice is a known
         fault of other trainers.
@@ -200,8 +214,9 @@ class Engine:
         Returns:
             loss: scalar on the device, the mean over this rank's samples. Reading it waits for the device.
         """
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        torch.manual_seed(seed)
+        for group, scale in zip(self._engine.optimizer.param_groups, self._lr_scales, strict=True):
+            group["lr"] = learning_rate * scale
         total: Tensor = torch.zeros((), device=self.device)
         self._engine.train()
         for inputs in micro_batches:
@@ -241,7 +256,7 @@ class Engine:
 
     def save(self, directory: Path) -> None:
         """Write every rank's state below ``directory``; all ranks call. Nothing is committed by this."""
-        self._engine.save_checkpoint(str(directory), tag=_STATE, save_latest=False, exclude_frozen_parameters=False)
+        self._engine.save_checkpoint(str(directory), tag=_STATE, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, directory: Path) -> None:
         """Restore the state that `save` wrote; all ranks call. No code from the files is executed.
@@ -250,9 +265,55 @@ class Engine:
             CheckpointError: a file holds something other than tensors and plain values.
         """
         self._engine.checkpoint_engine.load = _load_safely
-        path, _ = self._engine.load_checkpoint(str(directory), tag=_STATE)
+        path, _ = self._engine.load_checkpoint(str(directory), tag=_STATE, load_module_strict=False)
         if path is None:
             raise CheckpointError(f"DeepSpeed found no state in {directory}: the checkpoint is damaged, remove it")
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Return the parameters that train, whole and in float32, on the CPU; all ranks call, because ZeRO gathers."""
+        state = {}
+        for name, parameter in self._engine.module.named_parameters():
+            if parameter.requires_grad:
+                full = safe_get_full_fp32_param(parameter)
+                state[name] = (parameter.detach() if full is None else full).float().cpu().clone()
+        return state
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """Read the parameters of the model out of a state that `Engine.save` wrote, whole and in float32, on one process.
+
+    Raises:
+        CheckpointError: a file holds something other than tensors and plain values, or is no such state.
+    """
+    state = directory / _STATE
+    if any(state.glob("*_optim_states.pt")):
+        with _safe_zero_to_fp32():
+            try:
+                weights = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=_STATE)
+            except (OSError, ValueError, KeyError) as error:
+                raise CheckpointError(f"{directory} cannot be read ({error}): take another checkpoint") from error
+    else:
+        weights = _load_safely(str(state / "mp_rank_00_model_states.pt"), map_location="cpu")["module"]
+    return {name: value.float() for name, value in weights.items()}
+
+
+@contextlib.contextmanager
+def _safe_zero_to_fp32() -> Iterator[None]:
+    """Let DeepSpeed 0.19.8's converter load without unpickling code: it calls ``torch.load(weights_only=False)``."""
+
+    class SafeTorch(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        @staticmethod
+        def load(path: str, map_location: Any = None, **_: Any) -> Any:
+            return _load_safely(path, map_location=map_location)
+
+    zero_to_fp32.torch = SafeTorch("torch")
+    try:
+        yield
+    finally:
+        zero_to_fp32.torch = torch
 
 
 def _load_safely(path: str, map_location: Any = None) -> Any:

@@ -109,6 +109,7 @@ def train(
     *,
     inputs: Inputs,
     learning_rate_at: Callable[[int], float],
+    seed_at: Callable[[int], int],
     accumulation: int,
     dates: Dates,
     hooks: Hooks,
@@ -127,7 +128,9 @@ def train(
         micro_batches = _wait_for(batches, accumulation, speed)
         learning_rate = learning_rate_at(progress.step)
         loss = engine.step(
-            (inputs(to_device(batch, engine.device)) for batch in micro_batches), learning_rate=learning_rate
+            (inputs(to_device(batch, engine.device)) for batch in micro_batches),
+            learning_rate=learning_rate,
+            seed=seed_at(progress.step),
         )
         progress.step += 1
         step = progress.step

@@ -1,21 +1,40 @@
 """What the optimizer is told: parameter groups and the learning rate as a function of the step."""
 
 import math
+import re
 from typing import Any
 
 from torch import nn
 
+_BLOCK = re.compile(r"\bvit\.blocks\.(\d+)\.")
+_EMBEDDING = re.compile(r"\bvit\.(patch_embed|pos_embed|cls_token|reg_token|norm_pre)")
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into one group with decay and one without (biases and norms).
 
-    Source: the published MAE's setting (timm's ``add_weight_decay``): no decay for vectors and biases.
+def parameter_groups(model: nn.Module, weight_decay: float, *, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Split the trainable parameters into groups with decay and without (biases and norms), by depth where it matters.
+
+    A group's ``lr_scale`` is ``layer_decay`` to the power of its distance from the head: 0 for the head and the last
+    norm, 1 for the last block, one more for each block below it, and one more for the embedding.
+
+    Source: the published MAE's setting (timm's ``add_weight_decay``): no decay for vectors and biases; layer decay:
+    Clark et al. 2020, arXiv 2003.10555, and He et al. 2021, arXiv 2111.06377, table 9.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    bare = [p for name, p in named if p.ndim <= 1 or name.endswith(".bias")]
-    decayed = [p for name, p in named if not (p.ndim <= 1 or name.endswith(".bias"))]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": bare, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    depth = 1 + max((int(found[1]) for name, _ in named if (found := _BLOCK.search(name))), default=-1)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, p in named:
+        decay = 0.0 if p.ndim <= 1 or name.endswith(".bias") else weight_decay
+        scale = layer_decay ** _distance_from_head(name, depth)
+        group = groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})
+        group["params"].append(p)
+    return [groups[key] for key in sorted(groups, reverse=True)]
+
+
+def _distance_from_head(name: str, depth: int) -> int:
+    found = _BLOCK.search(name)
+    if found:
+        return depth - int(found[1])
+    return depth + 1 if _EMBEDDING.search(name) else 0
 
 
 def learning_rate_at(step: int, *, peak: float, floor: float, warmup_steps: int, total_steps: int) -> float:

@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     WEIGHTED_DRAW = 8
     WEIGHTED_ORDER = 9
     GROUP_SEED = 10
+    DROPOUT = 11
 
 
 def philox4x32(counter_N4: NDArray[np.uint64], key_2: tuple[int, int]) -> NDArray[np.uint64]:
@@ -102,6 +103,12 @@ def uniform_doubles(seed: int, purpose: Purpose, position_N: ArrayLike) -> NDArr
     """Draw one uniform number in [0, 1) with 53 random bits for each position, exact in float64; shape (N,)."""
     words = random_words(seed, purpose, position_N, 2).astype(np.uint64)
     return ((words[:, 0] << np.uint64(21)) | (words[:, 1] >> np.uint64(11))).astype(np.float64) * 2.0**-53
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed the generators of dropout and the like for one optimizer step of one rank; below 2**62."""
+    high, low = (int(word) for word in random_words(seed, Purpose.DROPOUT, (step << 20) | rank, 2)[0])
+    return ((high << 32) | low) >> 2
 
 
 def shuffled(index: ArrayLike, size: ArrayLike, *, seed: int, purpose: Purpose, which: ArrayLike) -> NDArray[np.int64]:

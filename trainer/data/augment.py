@@ -9,7 +9,7 @@ Shapes: H, W input size, S output size, N positions, K draws; images are HWC uin
 import math
 import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,6 +28,15 @@ _CROP_ATTEMPTS = 10
 _SMALLEST_RATIO, _LARGEST_RATIO = 3 / 4, 4 / 3
 
 
+class Photo(NamedTuple):
+    """One sample as it was stored."""
+
+    payload: bytes
+    label: int = -1
+    landmarks_L2: NDArray[np.float32] | None = None
+    """Points (x, y) in the image [pixels]."""
+
+
 class View(Protocol):
     """A way to look at images."""
 
@@ -37,8 +46,15 @@ class View(Protocol):
     def draw(self, position_N: ArrayLike) -> NDArray[np.float32]:
         """Return the random numbers (N, K) of some positions."""
 
-    def __call__(self, payload: bytes, draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]) -> None:
-        """Decode one image and write the view of it; raises `SampleError` if it is none."""
+    def wants_landmarks(self, label: int, draws_K: NDArray[np.float32]) -> bool:
+        """Whether a sample's landmarks are to be read as well."""
+
+    def __call__(self, photo: Photo, draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]) -> int:
+        """Decode one image, write the view of it and return the class of what was written.
+
+        Raises:
+            SampleError: the bytes are no image.
+        """
 
 
 class PretrainView:
@@ -63,18 +79,23 @@ class PretrainView:
         self._scratch = Scratch()
         self._crop_scale, self._flip_probability, self._seed, self._fast = crop_scale, flip_probability, seed, fast
 
+    def wants_landmarks(self, label: int, draws_K: NDArray[np.float32]) -> bool:
+        """Never."""
+        return False
+
     def draw(self, position_N: ArrayLike) -> NDArray[np.float32]:
         """Return areas, ratios, top, left and mirror, in [0, 1)."""
         return uniforms(self._seed, Purpose.AUGMENT, position_N, 2 * _CROP_ATTEMPTS + 3)
 
-    def __call__(self, payload: bytes, draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]) -> None:
+    def __call__(self, photo: Photo, draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]) -> int:
         """Decode one image and write its crop."""
+        payload = photo.payload
         size = upright_jpeg_size(payload) if self._fast else None
         shrink, image_HWC = 1, None
         if size is None:
             image_HWC = decode_image(payload, fast=self._fast, scratch=self._scratch)
             size = image_HWC.shape[0], image_HWC.shape[1]
-        top, left, height, width = self.box(*size, draws_K.tolist())
+        top, left, height, width = crop_box(*size, draws_K.tolist(), scale=self._crop_scale)
         if image_HWC is None:
             shrink = self._shrink(min(height, width))
             image_HWC = decode_image(payload, shrink=shrink, fast=True, scratch=self._scratch)
@@ -82,28 +103,35 @@ class PretrainView:
         cv2.resize(image_HWC[rows, columns], (self.size, self.size), dst=out_SSC, interpolation=cv2.INTER_CUBIC)
         if draws_K[-1] < self._flip_probability:
             cv2.flip(out_SSC, 1, dst=out_SSC)
-
-    def box(self, height: int, width: int, draws: Sequence[float]) -> tuple[int, int, int, int]:
-        """Choose (top, left, height, width) of the crop [pixels] from the numbers of one position."""
-        low, high = self._crop_scale
-        for attempt in range(_CROP_ATTEMPTS):
-            area = height * width * (low + (high - low) * draws[2 * attempt])
-            ratio = _SMALLEST_RATIO * (_LARGEST_RATIO / _SMALLEST_RATIO) ** draws[2 * attempt + 1]
-            crop_height, crop_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
-            if 0 < crop_height <= height and 0 < crop_width <= width:
-                top, left = int(draws[-3] * (height - crop_height + 1)), int(draws[-2] * (width - crop_width + 1))
-                return top, left, crop_height, crop_width
-        crop_height = min(height, round(width / _SMALLEST_RATIO))
-        crop_width = min(width, round(height * _LARGEST_RATIO))
-        return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+        return photo.label
 
     def _shrink(self, shorter_side: int) -> int:
         """Return how much smaller a crop may be decoded and still not be enlarged."""
         return next((shrink for shrink in (8, 4, 2) if shorter_side >= shrink * (self.size + 1)), 1)
 
 
+def crop_box(
+    height: int, width: int, draws: Sequence[float], *, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Choose (top, left, height, width) of a crop [pixels] from the numbers of one position."""
+    low, high = scale
+    for attempt in range(_CROP_ATTEMPTS):
+        area = height * width * (low + (high - low) * draws[2 * attempt])
+        ratio = _SMALLEST_RATIO * (_LARGEST_RATIO / _SMALLEST_RATIO) ** draws[2 * attempt + 1]
+        crop_height, crop_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < crop_height <= height and 0 < crop_width <= width:
+            top, left = int(draws[-3] * (height - crop_height + 1)), int(draws[-2] * (width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    crop_height = min(height, round(width / _SMALLEST_RATIO))
+    crop_width = min(width, round(height * _LARGEST_RATIO))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
 class CenterView:
     """Resize the shorter side and cut the centre: the same view of an image every time, fully decoded."""
+
+    description = "shorter side to the size with area interpolation, then the centre; RGB; decoded in full"
+    """What a detector records of its view of test images."""
 
     def __init__(self, *, size: int) -> None:
         self.size = size
@@ -116,7 +144,12 @@ class CenterView:
         """Return nothing for each position: there is nothing random."""
         return np.empty((np.size(position_N), 0), dtype=np.float32)
 
-    def __call__(self, payload: bytes, draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]) -> None:
+    def wants_landmarks(self, label: int, draws_K: NDArray[np.float32]) -> bool:
+        """Never."""
+        return False
+
+    def __call__(self, photo: Photo, draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]) -> int:
         """Decode one image and write its centre."""
         del draws_K
-        out_SSC[...] = self._pipeline(image=decode_image(payload))["image"]
+        out_SSC[...] = self._pipeline(image=decode_image(photo.payload))["image"]
+        return photo.label

@@ -10,6 +10,7 @@ Layout of an index folder::
     shards.json     name, length, version and sha256 of every shard; read only where the index is checked
     shard_end.i64   one entry a shard: how many samples stand up to its end
     offset.i64 size.i64 crc32.u32 label.i32 key_end.i64 keys.utf8         one entry a sample, in shard order
+    marks_offset.i64 marks_size.i32                                       its json, where that holds landmarks
     group-FIELD.i32 group-FIELD.json                                       code of the field's value, and the values
 
 The fingerprint depends on the bytes of the shards and their order, not on where they lie.
@@ -42,12 +43,14 @@ from trainer.errors import ConfigError, DataError, SampleError
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
 NO_LABEL = -1
 GROUP_FIELDS = ("source", "attack", "identity", "identity_2")
 """Fields of a sample's json that the index keeps, where they are short texts or integers."""
 NO_GROUP = -1
+LANDMARKS = "landmarks"
+"""Field of a sample's json: [[x, y], ...] in pixels of its image."""
 
 _MAX_GROUP_CHARS = 200
 _BYTES_WORTH_A_PROCESS = 1 << 30
@@ -56,6 +59,8 @@ _SHARD_COLUMNS: dict[str, type[np.generic]] = {
     "size.i64": np.int64,
     "crc32.u32": np.uint32,
     "label.i32": np.int32,
+    "marks_offset.i64": np.int64,
+    "marks_size.i32": np.int32,
     "key_end.i64": np.int64,
 }
 _KEYS = "keys.utf8"
@@ -97,6 +102,8 @@ class Sample:
     suffixes: set[str] = field(default_factory=set)
     image: Member | None = None
     label: int = NO_LABEL
+    marks: tuple[int, int] = (0, 0)
+    """Offset and size of its json, where that holds landmarks."""
     groups: dict[str, str] = field(default_factory=dict)
     """Values of the `GROUP_FIELDS` that its json holds."""
 
@@ -153,13 +160,13 @@ def _take_member(location: str, sample: Sample, suffix: str, member: Member) -> 
             raise DataError(f"shard {location}: member {member.name!r} holds {text[:20]!r}, but must be a class number")
         sample.label = int(text)
     elif suffix == "json" and member.payload is not None:
-        _take_json(sample, member.payload)
+        _take_json(sample, member)
 
 
-def _take_json(sample: Sample, text: bytes) -> None:
+def _take_json(sample: Sample, member: Member) -> None:
     """Read label and groups; other tools keep other things in their json, which are of no account."""
     try:
-        values = json.loads(text)
+        values = json.loads(member.payload or b"")
     except (ValueError, RecursionError):
         return
     if not isinstance(values, dict):
@@ -167,6 +174,8 @@ def _take_json(sample: Sample, text: bytes) -> None:
     label = values.get("label")
     if sample.label == NO_LABEL and type(label) is int and 0 <= label < 2**31:
         sample.label = label
+    if values.get(LANDMARKS):
+        sample.marks = member.offset, member.size
     for name in GROUP_FIELDS:
         value = values.get(name)
         if type(value) in (str, int) and 0 < len(str(value)) <= _MAX_GROUP_CHARS:
@@ -190,7 +199,7 @@ def _read_shard(location: str) -> _ShardContents:
     groups: dict[str, list[str | None]] = {name: [] for name in GROUP_FIELDS}
     for sample in samples_of(location, walk_tar(location, digest=digest, keep_payload_below=64 << 10)):
         assert sample.image is not None
-        rows.append((sample.image.offset, sample.image.size, sample.image.crc32, sample.label))
+        rows.append((sample.image.offset, sample.image.size, sample.image.crc32, sample.label, *sample.marks))
         keys.append(sample.key.encode("utf-8", "surrogateescape"))
         num_key_bytes += len(keys[-1])
         key_ends.append(num_key_bytes)
@@ -223,6 +232,8 @@ class SampleRef:
     size: int
     crc32: int
     label: int
+    marks_offset: int = 0
+    marks_size: int = 0
 
 
 class ShardIndex:
@@ -523,7 +534,11 @@ class ShardReader:
         Raises:
             DataError: as `read`.
         """
-        spans = [Span(ref.shard, ref.offset, ref.size) for ref in refs]
+        return self._read_spans([Span(ref.shard, ref.offset, ref.size) for ref in refs], refs, blocks)
+
+    def _read_spans(
+        self, spans: list[Span], refs: Sequence[SampleRef], blocks: Sequence[Span] | None = None
+    ) -> list[bytes]:
         wait_s = self._first_wait_s
         for attempt in range(self._num_retries + 1):
             try:
@@ -543,6 +558,12 @@ class ShardReader:
                 wait_s *= 2
         raise AssertionError("the last attempt returns or raises")
 
+    def read_landmarks(self, refs: Sequence[SampleRef]) -> list[NDArray[np.float32] | None]:
+        """Return the landmarks (L, 2) of several samples [pixels], None where a sample has none that can be read."""
+        have = [ref for ref in refs if ref.marks_size]
+        texts = iter(self._read_spans([Span(ref.shard, ref.marks_offset, ref.marks_size) for ref in have], have))
+        return [_landmarks_of(next(texts)) if ref.marks_size else None for ref in refs]
+
     def check(self, ref: SampleRef, payload: bytes) -> bytes:
         """Return the payload if it is what was indexed; raises as `read`."""
         if len(payload) < ref.size:
@@ -550,3 +571,12 @@ class ShardReader:
         if zlib.crc32(payload) != ref.crc32:
             raise SampleError("checksum", f"{ref.key} in {ref.shard} differs from what was indexed")
         return payload
+
+
+def _landmarks_of(text: bytes) -> NDArray[np.float32] | None:
+    try:
+        points_L2 = np.asarray(json.loads(text)[LANDMARKS], dtype=np.float32)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    whole = points_L2.ndim == 2 and points_L2.shape[1] == 2 and len(points_L2) >= 3 and np.isfinite(points_L2).all()
+    return points_L2 if whole else None

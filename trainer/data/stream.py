@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from trainer.data.augment import View
+from trainer.data.augment import Photo, View
 from trainer.data.plan import Located, Order, Plan, positions_of
 from trainer.data.shards import SampleRef, ShardIndex, ShardReader
 from trainer.data.storage import SpanReader
@@ -66,6 +66,8 @@ class Batch:
     bad: dict[str, int] = field(default_factory=dict)
     """How many samples had to be substituted, by reason."""
     bad_keys: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Why a sample could not be read, "" where it could: only of streams that substitute nothing."""
 
     def pin_memory(self) -> "Batch":
         """Move the tensors to page-locked memory; the DataLoader's pin thread calls this."""
@@ -125,6 +127,7 @@ class BatchLoader:
         whole_blocks: read a sample's whole block, because the others of it are wanted soon as well.
         noise_per_sample: uniform numbers a sample, for its mask.
         purpose: of those numbers.
+        substitute: put another sample in the place of a bad one; otherwise it stays, black, and its failure is noted.
     """
 
     def __init__(
@@ -137,7 +140,9 @@ class BatchLoader:
         whole_blocks: bool,
         noise_per_sample: int,
         purpose: Purpose,
+        substitute: bool = True,
     ) -> None:
+        self._substitutes = substitute
         self._index, self._order, self._view = index, order, view
         self._reader, self._whole_blocks = ShardReader(spans), whole_blocks
         self._noise_per_sample, self._purpose = noise_per_sample, purpose
@@ -154,32 +159,41 @@ class BatchLoader:
         payloads = self._reader.read_all(refs, self._index.blocks(*request.located) if self._whole_blocks else None)
         bad: list[tuple[str, str]] = []
         draws_BK, rows_BSSC = self._view.draw(position_B), images_BSSC.numpy()
+        marks = self._landmarks(refs, draws_BK)
+        labels, failures = [ref.label for ref in refs], [""] * len(refs)
         for i, payload in enumerate(payloads):
             try:
-                self._view(self._reader.check(refs[i], payload), draws_BK[i], rows_BSSC[i])
+                photo = Photo(self._reader.check(refs[i], payload), refs[i].label, marks.get(i))
+                labels[i] = self._view(photo, draws_BK[i], rows_BSSC[i])
             except SampleError as error:
                 bad.append((error.reason, refs[i].key))
-                refs[i] = self._substitute(int(position_B[i]), bad, draws_BK[i], rows_BSSC[i])
+                if self._substitutes:
+                    refs[i], labels[i] = self._substitute(int(position_B[i]), bad, draws_BK[i], rows_BSSC[i])
+                else:
+                    failures[i], rows_BSSC[i] = error.reason, 0
         return Batch(
             images_BCHW=images_BSSC.permute(0, 3, 1, 2),
             noise_BN=torch.from_numpy(uniforms(self._order.seed, self._purpose, position_B, self._noise_per_sample)),
             positions=position_B.tolist(),
             keys=[ref.key for ref in refs],
-            labels=[ref.label for ref in refs],
+            labels=labels,
             bad=dict(Counter(reason for reason, _ in bad)),
             bad_keys=[key for _, key in bad],
+            failures=failures,
         )
+
+    def _landmarks(self, refs: list[SampleRef], draws_BK: NDArray[np.float32]) -> dict[int, NDArray[np.float32] | None]:
+        wanted = [i for i, ref in enumerate(refs) if self._view.wants_landmarks(ref.label, draws_BK[i])]
+        return dict(zip(wanted, self._reader.read_landmarks([refs[i] for i in wanted]), strict=True)) if wanted else {}
 
     def _substitute(
         self, position: int, bad: list[tuple[str, str]], draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]
-    ) -> SampleRef:
+    ) -> tuple[SampleRef, int]:
         for ref in self._index.samples(self._order.substitutes(position, _MAX_SUBSTITUTES)):
             try:
-                self._view(self._reader.read(ref), draws_K, out_SSC)
+                return ref, self._view(Photo(self._reader.read(ref), ref.label), draws_K, out_SSC)
             except SampleError as error:
                 bad.append((error.reason, ref.key))
-            else:
-                return ref
         raise DataError(
             f"position {position}: {_MAX_SUBSTITUTES} samples in a row could not be decoded, the last one {ref.key} "
             f"in {ref.shard} ({bad[-1][0]}): verify the shards with tools/check_shards.py and mend them"
@@ -217,6 +231,7 @@ def fixed_stream(
     batch: int,
     noise_per_sample: int,
     spans: SpanReader | None = None,
+    substitute: bool = True,
 ) -> wds.DataPipeline:
     """Compose one pass over chosen samples in their own order, with masks that never change.
 
@@ -230,6 +245,7 @@ def fixed_stream(
         whole_blocks=False,
         noise_per_sample=noise_per_sample,
         purpose=Purpose.HELD_OUT_MASK,
+        substitute=substitute,
     )
     return wds.DataPipeline(ChosenRequests(samples, batch), wds.map(load))
 

@@ -7,12 +7,13 @@ Shapes: B images, N patches, K kept, T = prefix + K tokens, D width, P = p*p*C v
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import timm
 import torch
 from einops import rearrange
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +34,7 @@ class PatchEncoder(nn.Module):
         patch_size: int | None = None,
         depth: int | None = None,
         fixed_positions: bool = False,
+        drop_path: float = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
         """Build the encoder with random weights.
@@ -41,7 +43,9 @@ class PatchEncoder(nn.Module):
             ConfigError: timm has no such model, it is no ViT with absolute positions, or patches do not fit the image.
         """
         super().__init__()
-        self.vit: Any = _create(model_name, image_size=image_size, patch_size=patch_size, depth=depth)
+        self.vit: Any = _create(
+            model_name, image_size=image_size, patch_size=patch_size, depth=depth, drop_path_rate=drop_path or None
+        )
         self._grad_checkpointing = grad_checkpointing
         if fixed_positions:
             self._fix_positions()
@@ -72,25 +76,80 @@ class PatchEncoder(nn.Module):
         """Class and register tokens in front of the patches."""
         return int(self.vit.num_prefix_tokens)
 
-    def forward(self, patches_BNP: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        patches_BNP: Tensor,
+        keep_BK: Tensor | None = None,
+        after_block: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Encode the kept patches.
 
         Args:
             patches_BNP: normalised patches in the order of `patchify`.
             keep_BK: which patches to see; None means all.
+            after_block: may change the tokens behind block i, counted from 0.
 
         Returns:
             tokens_BTD: class and register tokens, then the kept patches in the order of ``keep``.
         """
         kept_BKP = patches_BNP if keep_BK is None else take(patches_BNP, keep_BK)
         tokens_BTD = self.vit.norm_pre(self._with_prefix(self._embed(kept_BKP), keep_BK))
-        for block in self.vit.blocks:
+        for i, block in enumerate(self.vit.blocks):
             if self._grad_checkpointing and self.training:
                 tokens_BTD = checkpoint(block, tokens_BTD, use_reentrant=False)
             else:
                 tokens_BTD = block(tokens_BTD)
+            if after_block is not None:
+                tokens_BTD = after_block(i, tokens_BTD)
         normed_BTD: Tensor = self.vit.norm(tokens_BTD)
         return normed_BTD
+
+    def attention_rollout(self, patches_BNP: Tensor) -> Tensor:
+        """Show what flows from each patch into the result: attention of all blocks multiplied.
+
+        The heads are averaged and half of each block's input passes by its residual connection; the map is the mean
+        over the patch tokens of the last block, scaled to a maximum of 1.
+
+        Returns:
+            map_BRC: float32, a number for each row and column of patches.
+
+        Source: Abnar and Zuidema 2020, arXiv 2005.00928, section 3.
+        """
+        tokens_BTD = self.vit.norm_pre(self._with_prefix(self._embed(patches_BNP), None))
+        flow_BTT = torch.eye(tokens_BTD.shape[1], device=tokens_BTD.device).expand(len(tokens_BTD), -1, -1)
+        for block in self.vit.blocks:
+            weights_BTT = _attention_weights(block, tokens_BTD).float()
+            flow_BTT = (0.5 * weights_BTT + 0.5 * torch.eye(weights_BTT.shape[-1], device=flow_BTT.device)) @ flow_BTT
+            tokens_BTD = block(tokens_BTD)
+        map_BN = flow_BTT[:, self.num_prefix :, self.num_prefix :].mean(dim=1)
+        return rearrange(map_BN / map_BN.amax(dim=1, keepdim=True), "b (gh gw) -> b gh gw", gh=self.grid[0])
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Load timm's parameters by name; positions of another grid are interpolated.
+
+        Raises:
+            ConfigError: the weights are of another model, naming what is missing or of another shape.
+        """
+        weights = dict(weights)
+        positions = weights.get("pos_embed")
+        if positions is not None and positions.shape[1] - self.vit.num_prefix_tokens != self.num_patches:
+            weights["pos_embed"] = resample_abs_pos_embed(
+                positions.float(), list(self.grid), num_prefix_tokens=self.vit.pos_embed.shape[1] - self.num_patches
+            )
+        ours = self.vit.state_dict()
+        missing = [name for name in ours if name not in weights]
+        misfits = [n for n, value in ours.items() if n in weights and weights[n].shape != value.shape]
+        if missing or misfits:
+            name = (missing or misfits)[0]
+            theirs = "none" if missing else f"one of shape {tuple(weights[name].shape)}"
+            what = f"have, for {name} of shape {tuple(ours[name].shape)}, {theirs}"
+            raise ConfigError(
+                f"the weights of --init {what}: set --model, --patch_size, --encoder_depth and --image_size to those "
+                "that it was trained with"
+            )
+        with torch.no_grad():
+            for name, value in ours.items():
+                value.copy_(weights[name])
 
     def positions(self) -> Tensor:
         """Return the position embedding of every patch, (1, N, D)."""
@@ -159,6 +218,34 @@ def attend_from(block: Any, tokens_BTD: Tensor, num_queries: int) -> Tensor:
     return result_BSD
 
 
+def pretrained_weights(model_name: str) -> tuple[dict[str, Tensor], tuple[float, ...], tuple[float, ...]]:
+    """Download timm's weights of a model; returns them with the pixel mean and deviation that they expect.
+
+    Raises:
+        ConfigError: timm has no such weights, or they cannot be reached.
+    """
+    try:
+        model = timm.create_model(model_name, pretrained=True, num_classes=0)
+    except Exception as error:  # whatever the hub raises, it is about the name or the network
+        raise ConfigError(
+            f"init is {model_name!r} with pretrained true, but its weights cannot be had ({error}): check the name and "
+            "the network, or download them elsewhere and pass the .safetensors file as --init"
+        ) from error
+    config: Any = model.pretrained_cfg
+    return model.state_dict(), tuple(config["mean"]), tuple(config["std"])
+
+
+def _attention_weights(block: Any, tokens_BTD: Tensor) -> Tensor:
+    """Return a block's attention, averaged over the heads, (B, T, T); rows sum to 1."""
+    attention = block.attn
+    q_BhTd, k_BhTd, _ = rearrange(
+        attention.qkv(block.norm1(tokens_BTD)), "b t (three h d) -> three b h t d", three=3, h=attention.num_heads
+    )
+    logits_BhTT = attention.q_norm(q_BhTd) @ attention.k_norm(k_BhTd).transpose(-1, -2) * attention.scale
+    weights_BTT: Tensor = logits_BhTT.softmax(dim=-1).mean(dim=1)
+    return weights_BTT
+
+
 def blocks_flops(blocks: Iterable[Any], num_tokens: int) -> int:
     """Count the forward FLOPs of blocks over T tokens: 2 a weight of each linear layer and 4*T*T*D for attention."""
     total = 0
@@ -180,14 +267,13 @@ def sine_cosine_positions(grid: tuple[int, int], width: int) -> Tensor:
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[None].float()
 
 
-def _create(model_name: str, *, image_size: int, patch_size: int | None, depth: int | None) -> VisionTransformer:
+def _create(model_name: str, *, image_size: int, **options: float | None) -> VisionTransformer:
     if not timm.is_model(model_name):
         names = timm.list_models("*vit*")
         near = difflib.get_close_matches(model_name, names, n=3, cutoff=0.4) or ["vit_base_patch16_224"]
         raise ConfigError(
             f"model is {model_name!r}, which timm {timm.__version__} does not know: try {', '.join(near)}"
         )
-    options = {"patch_size": patch_size, "depth": depth}
     chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     try:
         vit = timm.create_model(model_name, pretrained=False, img_size=image_size, num_classes=0, **chosen)

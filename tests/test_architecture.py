@@ -6,11 +6,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = (
     *("errors", "world", "seeds", "config"),
-    *("data.storage", "data.tar", "data.shards", "data.plan", "data.sampler", "data.mixture"),
+    *("data.storage", "data.tar", "data.shards", "data.plan", "data.sampler", "data.mixture", "data.overlap"),
     *("data.decode", "data.augment", "data.stream", "data.loader"),
     *("losses", "models.mask_utils", "models.encoder", "models.mae"),
-    *("models.heads", "models.classifier", "models.mixstyle", "models.detector"),
+    *("models.heads", "models.classifier", "models.mixstyle", "models.lora", "models.detector"),
     *("optim", "engine", "checkpoint", "monitor", "heldout", "loop"),
+    *("metrics", "evaluate", "saved_detector"),
 )
 OWNERS = {
     "deepspeed": {"trainer/engine.py"},
@@ -18,6 +19,7 @@ OWNERS = {
     "timm": {"trainer/models/encoder.py"},
     "albumentations": {"trainer/data/augment.py"},
     "fsspec": {"trainer/data/storage.py"},
+    "peft": {"trainer/models/lora.py"},
     "fire": {"launch/command_line.py"},
 }
 

@@ -161,7 +161,7 @@ def verify(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} has format {version}, but this is {FORMAT_VERSION}: use the old code")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in entries):
         raise CheckpointError(f"checkpoint {path}: {_MANIFEST} names files outside its folder: remove this folder")
-    found = _describe_files(path, only=set(entries))
+    found = describe_files(path, only=set(entries))
     for name, (size, digest) in entries.items():
         if found.get(name) != {"bytes": size, "sha256": digest}:
             state = "missing" if name not in found else "altered or cut"
@@ -265,7 +265,7 @@ def _write_manifest(draft: Path, progress: Progress, identity: Identity, version
         "samples": progress.step * int(identity.recipe["global_batch"]),
         "identity": dataclasses.asdict(identity),
         "versions": versions,
-        "files": _describe_files(draft),
+        "files": describe_files(draft),
     }
     write_atomically(draft / _MANIFEST, json.dumps(manifest, indent=1))
     for folder in {path.parent for path in _files(draft)}:
@@ -316,7 +316,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _describe_files(folder: Path, only: set[str] | None = None) -> dict[str, dict[str, Any]]:
+def describe_files(folder: Path, only: set[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Return length and sha256 of each file below a folder, by its name there."""
     names = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     chosen = {name: path for name, path in names.items() if only is None or name in only}
     with ThreadPoolExecutor(_HASHERS) as pool:  # hashing releases the interpreter lock

@@ -275,6 +275,11 @@ class ShardIndex:
         return self._columns["label.i32"]
 
     @property
+    def image_crc32(self) -> NDArray[np.uint32]:
+        """CRC-32 of every sample's image."""
+        return self._columns["crc32.u32"]
+
+    @property
     def image_bytes(self) -> NDArray[np.int64]:
         """Length of every sample's image [bytes]."""
         return self._columns["size.i64"]

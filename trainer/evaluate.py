@@ -1,0 +1,175 @@
+"""Labelled images -> scores -> thresholds and tables.
+
+The score of an image is P(morph), classes are [bonafide, morph] = [0, 1]. What a detector decides by, its calibration
+and its thresholds, is fitted on validation data once and stored with it; test data are only ever measured.
+
+Shapes: N samples, B of a batch.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.data.loader import to_device
+from trainer.data.shards import NO_GROUP, ShardIndex
+from trainer.data.stream import Batch
+from trainer.errors import DataError
+from trainer.metrics import (
+    BSCER_LIMITS,
+    MACER_LIMITS,
+    Calibration,
+    bscer_at_macer,
+    d_eer,
+    error_curve,
+    fit_platt,
+    macer_at_bscer,
+)
+from trainer.world import World
+
+CLASSES = ("bonafide", "morph")
+SUCCESS = "Success"
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a detector said of the samples of a set, in ascending order of their numbers."""
+
+    sample_N: NDArray[np.int64]
+    logit_N: NDArray[np.float64]
+    """log P(morph) - log P(bona fide) before calibration; NaN where the image could not be read."""
+    code_N: list[str]
+    """`SUCCESS`, or why the image could not be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What is known of the samples of a set."""
+
+    label_N: NDArray[np.int64]
+    tool_N: list[str]
+    """Attack tool of each morph, "" for bona fides."""
+    people_N: list[tuple[str, ...]]
+    """The identities that each image shows, as far as its json names them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How scores become probabilities and decisions; fitted on validation data."""
+
+    calibration: Calibration
+    thresholds: dict[str, float]
+    """Name -> threshold on P(morph): ``d_eer``, ``macer_0.05`` (lowest BSCER with MACER <= 5 %), ``bscer_0.01``."""
+
+    def probability(self, logit_N: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the calibrated P(morph); NaN stays NaN."""
+        return self.calibration.apply(logit_N)
+
+
+UNCALIBRATED = Decision(Calibration(1.0, 0.0), {"d_eer": 0.5})
+"""For a detector that had no validation data: the softmax as it is, and one half."""
+
+
+def score(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], device: torch.device) -> Scores:
+    """Score this rank's batches of a stream that substitutes nothing.
+
+    Args:
+        forward: uint8 images -> logits (B, 2).
+        batches: of a stream whose positions are sample numbers.
+        device: where ``forward`` computes.
+    """
+    samples, logits, codes = [], [], []
+    for batch in batches:
+        logits_BC = forward(to_device(batch, device).images_BCHW).double().cpu()
+        failed_B = torch.tensor([bool(failure) for failure in batch.failures])
+        logits.append(torch.where(failed_B, torch.nan, logits_BC[:, 1] - logits_BC[:, 0]).numpy())
+        samples += batch.positions
+        codes += [failure or SUCCESS for failure in batch.failures]
+    return Scores(np.array(samples, dtype=np.int64), np.concatenate(logits) if logits else np.empty(0), codes)
+
+
+def over_ranks(mine: Scores, world: World) -> Scores:
+    """Join the ranks' scores. A sample that several ranks measured, to be equally many, counts once."""
+    found = world.gather_over_ranks(
+        [mine.sample_N.tolist(), [None if np.isnan(x) else x for x in mine.logit_N.tolist()], mine.code_N]
+    )
+    rows = {
+        sample: (np.nan if logit is None else logit, code)
+        for samples, logits, codes in reversed(found)  # the first rank has the last word
+        for sample, logit, code in zip(samples, logits, codes, strict=True)
+    }
+    ordered = sorted(rows)
+    return Scores(
+        np.array(ordered, dtype=np.int64),
+        np.array([rows[sample][0] for sample in ordered], dtype=np.float64),
+        [rows[sample][1] for sample in ordered],
+    )
+
+
+def truth_of(index: ShardIndex, sample_N: NDArray[np.int64]) -> Truth:
+    """Look up label, tool and people of some samples."""
+    label_N = index.labels[sample_N].astype(np.int64)
+    tools = _group(index, "attack", sample_N)
+    people = [_group(index, name, sample_N) for name in ("identity", "identity_2")]
+    named = [tool or "unnamed" if label else "" for tool, label in zip(tools, label_N.tolist(), strict=True)]
+    return Truth(label_N, named, [tuple(p for p in both if p) for both in zip(*people, strict=True)])
+
+
+def check_labels(index: ShardIndex, *, setting: str, both: bool = True) -> None:
+    """Refuse a set that cannot train or judge a detector.
+
+    Args:
+        index: of the set.
+        setting: the flag that named it, for messages.
+        both: both classes must occur.
+
+    Raises:
+        DataError: a sample has no label or another one than 0 and 1, or a class is missing.
+    """
+    label_N = index.labels
+    wrong = np.flatnonzero((label_N < 0) | (label_N > 1))
+    if len(wrong):
+        ref = index.sample(int(wrong[0]))
+        what = "no label" if ref.label < 0 else f"label {ref.label}"
+        raise DataError(
+            f"{setting}: {len(wrong)} of {len(index)} samples are neither 0 (bona fide) nor 1 (morph); {ref.key} "
+            f"in {ref.shard} has {what}: write the shards from a manifest with a column label"
+        )
+    if both:
+        for label, name in enumerate(CLASSES):
+            if not (label_N == label).any():
+                raise DataError(f"{setting}: none of {len(index)} samples is a {name} (label {label}): add some")
+
+
+def fit_decision(logit_N: NDArray[np.float64], label_N: NDArray[np.int64]) -> Decision:
+    """Fit calibration and thresholds on validation data; images that could not be read are left out."""
+    read_N = ~np.isnan(logit_N)
+    calibration = fit_platt(logit_N[read_N], label_N[read_N])
+    curve = error_curve(calibration.apply(logit_N[read_N]), label_N[read_N])
+    found = {"d_eer": d_eer(curve).threshold}
+    found |= {f"macer_{limit:.2f}": bscer_at_macer(curve, limit).threshold for limit in MACER_LIMITS}
+    found |= {f"bscer_{limit:.2f}": macer_at_bscer(curve, limit).threshold for limit in BSCER_LIMITS}
+    return Decision(calibration, {name: float(value) for name, value in found.items()})
+
+
+def validation_figures(scores: Scores, label_N: NDArray[np.int64]) -> dict[str, Any]:
+    """Measure what chooses a checkpoint: D-EER, and the cross-entropy that breaks ties."""
+    read_N = ~np.isnan(scores.logit_N)
+    logit_N, label_N = scores.logit_N[read_N], label_N[read_N]
+    signed_N = np.where(label_N == 1, logit_N, -logit_N)
+    return {
+        "d_eer": float(d_eer(error_curve(logit_N, label_N)).value),
+        "loss": float(np.logaddexp(0.0, -signed_N).mean()),
+        "num_failed": int((~read_N).sum()),
+    }
+
+
+def _group(index: ShardIndex, name: str, sample_N: NDArray[np.int64]) -> list[str]:
+    if name not in index.group_fields:
+        return [""] * len(sample_N)
+    values, codes_N = index.groups(name)
+    return ["" if code == NO_GROUP else values[code] for code in codes_N[sample_N].tolist()]

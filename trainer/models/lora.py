@@ -1,0 +1,248 @@
+"""Low-rank adapters inside a timm ViT: peft's, on timm's fused ``qkv``. The only importer of peft.
+
+The recipe names ``query``, ``key`` and ``value``, which are thirds of the rows of ``qkv``. One adapter serves all of
+them; where only some are named, the rows of the others take no part and their weights stay exactly zero. So what is
+saved is always an ordinary peft adapter of ``qkv``, which plain peft loads on a plain timm model.
+
+Shapes: B images, T tokens, R rank, O rows of a layer.
+Source: Hu et al. 2021, arXiv 2106.09685.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.errors import CheckpointError, ConfigError
+
+_PARTS = ("query", "key", "value")
+_LAYERS = {"proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+_ADAPTER = "default"
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
+
+
+class _ChosenRows(nn.Linear):
+    """The second matrix of an adapter, of which only some rows take part; the others get no gradient, not even zero's
+    rounding, and so stay zero under AdamW with any ZeRO stage.
+    """
+
+    def __init__(self, like: nn.Linear, takes_part_O: Tensor) -> None:
+        super().__init__(like.in_features, like.out_features, bias=False, device="meta")
+        self.weight = like.weight
+        self._takes_part: dict[torch.device, Tensor] = {torch.device("cpu"): takes_part_O}
+
+    def forward(self, low_BTR: Tensor) -> Tensor:
+        device = low_BTR.device
+        if device not in self._takes_part:  # no buffer: a plain adapter has none
+            self._takes_part[device] = self._takes_part[torch.device("cpu")].to(device)
+        return F.linear(low_BTR, self.weight) * self._takes_part[device].to(low_BTR.dtype)
+
+
+def add_lora(
+    vit: Any,
+    *,
+    r: int = 4,
+    alpha: float = 32.0,
+    dropout: float = 0.1,
+    targets: Sequence[str] = _PARTS,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    freeze: bool = True,
+) -> None:
+    """Put adapters into a timm VisionTransformer, in place; they change nothing until they are trained.
+
+    Args:
+        vit: the model; initial weights are drawn from torch's generator.
+        r: rank.
+        alpha: the adapters' output is scaled by alpha / r.
+        dropout: before the adapters, in training.
+        targets: any of query, key, value, proj, fc1, fc2.
+        use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732).
+        use_dora: train magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353).
+        freeze: keep the model's own weights as they are.
+
+    Raises:
+        ConfigError: a target is unknown or matches nothing in this model, or stands where DoRA cannot work.
+    """
+    parts = [name for name in _PARTS if name in targets]
+    layers = _matched_layers(vit, targets)
+    if use_dora and 0 < len(parts) < len(_PARTS):
+        raise ConfigError(
+            f"lora_target_modules is {list(targets)} with use_dora, whose magnitudes belong to whole layers: name "
+            "query, key and value together, or set use_dora false"
+        )
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft only divides it
+        lora_dropout=dropout,
+        target_modules=sorted(layers),
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+    )
+    trained = {name for name, parameter in vit.named_parameters() if parameter.requires_grad}
+    inject_adapter_in_model(config, vit)
+    if not freeze:
+        for name, parameter in vit.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or name.replace(".base_layer", "") in trained)
+    _choose_rows(vit, parts)
+
+
+def lora_parameters(vit: Any) -> dict[str, Tensor]:
+    """Return the adapters' parameters by their names in the model."""
+    return {name: parameter for name, parameter in vit.named_parameters() if ".lora_" in name}
+
+
+def backbone_sha256(vit: Any) -> str:
+    """Hash the model's own weights, by name, shape and float32 value; adapters do not count."""
+    digest = hashlib.sha256()
+    for name, value in sorted(_base_state(vit).items()):
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def merged_state(vit: Any) -> dict[str, Tensor]:
+    """Return timm's own state dict with the adapters added in; the model stays as it is."""
+    state = {name: value.detach().clone() for name, value in _base_state(vit).items()}
+    for name, layer in vit.named_modules():
+        if isinstance(layer, LoraLayer):
+            base: Any = layer.get_base_layer()
+            added: Any = layer.get_delta_weight(_ADAPTER)  # type: ignore[operator]
+            weight = base.weight + added
+            if layer.use_dora.get(_ADAPTER):
+                magnitude = layer.lora_magnitude_vector[_ADAPTER].weight  # type: ignore[union-attr]
+                weight = weight * (magnitude / weight.norm(dim=1))[:, None]
+            state[f"{name}.weight"] = weight.detach().clone()
+    return state
+
+
+def save_adapter(
+    folder: Path, vit: Any, head: nn.Module | None, *, base_model: str, values: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write adapters and head as plain peft reads them (``PeftModel.from_pretrained`` on timm's model with this head).
+
+    Args:
+        folder: is created; the caller makes it whole or absent.
+        vit: a model with adapters.
+        head: saved as timm's ``head``.
+        base_model: name of the timm model, for people.
+        values: parameters of the model by name, instead of those that it holds now (gathered from ZeRO's ranks).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value for name, value in vit.state_dict().items() if ".lora_" in name} | dict(values or {})
+    named = {
+        _PEFT_PREFIX + name.replace(f".{_ADAPTER}", ""): value for name, value in state.items() if ".lora_" in name
+    }
+    if head is not None:
+        named |= {f"{_PEFT_PREFIX}head.{name}": value for name, value in head.state_dict().items()}
+    tensors = {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    config = vit.peft_config[_ADAPTER].to_dict()
+    config |= {"base_model_name_or_path": base_model, "modules_to_save": ["head"] if head is not None else None}
+    config |= {"auto_mapping": {"backbone_sha256": backbone_sha256(vit)}, "inference_mode": True}
+    for name in ("target_modules", "exclude_modules"):
+        config[name] = sorted(config[name]) if config.get(name) else None
+    text = json.dumps({name: value for name, value in config.items() if _is_plain(value)}, indent=1, sort_keys=True)
+    (folder / _CONFIG).write_text(text + "\n")
+
+
+def load_adapter(vit: Any, folder: Path) -> dict[str, Tensor]:
+    """Put adapters that `save_adapter` or plain peft wrote into a timm model, in place.
+
+    Returns:
+        rest: what else the file holds, such as ``head.weight``.
+
+    Raises:
+        CheckpointError: the files are missing, damaged, or of another backbone.
+    """
+    try:
+        config = json.loads((folder / _CONFIG).read_text())
+        tensors = load_file(folder / _WEIGHTS)
+        wanted = {
+            "r": config["r"],
+            "lora_alpha": config["lora_alpha"],
+            "lora_dropout": config.get("lora_dropout", 0.0),
+            "target_modules": config["target_modules"],
+            "use_rslora": config.get("use_rslora", False),
+            "use_dora": config.get("use_dora", False),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"adapter {folder} is unreadable ({error!r}): restore it") from error
+    expected = (config.get("auto_mapping") or {}).get("backbone_sha256")
+    if expected not in (None, backbone_sha256(vit)):
+        raise CheckpointError(
+            f"adapter {folder} was trained on another backbone (sha256 {expected[:12]}..., this one has "
+            f"{backbone_sha256(vit)[:12]}...): load the weights that it was trained on"
+        )
+    inject_adapter_in_model(LoraConfig(**wanted), vit)
+    ours = {name.replace(f".{_ADAPTER}", ""): value for name, value in lora_parameters(vit).items()}
+    theirs = {name.removeprefix(_PEFT_PREFIX): value for name, value in tensors.items()}
+    for name, value in ours.items():
+        if name not in theirs or theirs[name].shape != value.shape:
+            found = f"has shape {tuple(theirs[name].shape)}" if name in theirs else "is missing"
+            raise CheckpointError(
+                f"adapter {folder} is of another backbone: {name} {found} instead of {tuple(value.shape)}: "
+                "choose the model that it was trained on"
+            )
+    unknown = [name for name in theirs if ".lora_" in name and name not in ours]
+    if unknown:
+        raise CheckpointError(f"adapter {folder} is of another backbone: {unknown[0]} has no place in this model")
+    with torch.no_grad():
+        for name, value in ours.items():
+            value.copy_(theirs[name])
+    return {name: value for name, value in theirs.items() if ".lora_" not in name}
+
+
+def _matched_layers(vit: Any, targets: Sequence[str]) -> set[str]:
+    """Translate the recipe's names into those of timm's layers."""
+    known = (*_PARTS, *_LAYERS)
+    unknown = [name for name in targets if name not in known]
+    if unknown or not targets:
+        raise ConfigError(f"lora_target_modules is {list(targets)}, but must name some of {', '.join(known)}")
+    names = [name for name, module in vit.named_modules() if isinstance(module, nn.Linear)]
+    layers = {"attn.qkv"} if set(_PARTS) & set(targets) else set()
+    layers |= {_LAYERS[name] for name in targets if name in _LAYERS}
+    for layer in layers:
+        if not any(re.fullmatch(rf"blocks\.\d+\.{re.escape(layer)}", name) for name in names):
+            raise ConfigError(
+                f"lora_target_modules is {list(targets)}, but this model has no linear layer blocks.*.{layer}: "
+                f"choose targets among its layers, or a plain ViT such as vit_base_patch16_224"
+            )
+    return layers
+
+
+def _choose_rows(vit: Any, parts: Sequence[str]) -> None:
+    """Let only the thirds of ``qkv`` that are named take part."""
+    if not 0 < len(parts) < len(_PARTS):
+        return
+    for name, layer in vit.named_modules():
+        if name.endswith("attn.qkv") and isinstance(layer, LoraLayer):
+            second: Any = layer.lora_B[_ADAPTER]
+            takes_part_O = torch.tensor([float(part in parts) for part in _PARTS]).repeat_interleave(
+                second.out_features // len(_PARTS)
+            )
+            layer.lora_B[_ADAPTER] = _ChosenRows(second, takes_part_O)
+
+
+def _base_state(vit: Any) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = vit.state_dict()
+    return {name.replace(".base_layer", ""): value for name, value in state.items() if ".lora_" not in name}
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True

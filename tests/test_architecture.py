@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = (
     *("errors", "world", "seeds", "config"),
     *("data.storage", "data.tar", "data.shards", "data.plan", "data.sampler", "data.mixture", "data.overlap"),
-    *("data.decode", "data.augment", "data.stream", "data.loader"),
+    *("data.decode", "data.selfmorph", "data.augment", "data.distort", "data.stream", "data.loader"),
     *("losses", "models.mask_utils", "models.encoder", "models.mae"),
     *("models.heads", "models.classifier", "models.mixstyle", "models.lora", "models.detector"),
     *("optim", "engine", "checkpoint", "monitor", "heldout", "loop"),
@@ -17,7 +17,7 @@ OWNERS = {
     "deepspeed": {"trainer/engine.py"},
     "webdataset": {"trainer/data/stream.py", "tools/make_shards.py", "tools/bench_loader.py"},
     "timm": {"trainer/models/encoder.py"},
-    "albumentations": {"trainer/data/augment.py"},
+    "albumentations": {"trainer/data/augment.py", "trainer/data/distort.py"},
     "fsspec": {"trainer/data/storage.py"},
     "peft": {"trainer/models/lora.py"},
     "fire": {"launch/command_line.py"},

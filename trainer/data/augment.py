@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from trainer.data import selfmorph
 from trainer.data.decode import Scratch, decode_image, upright_jpeg_size
 from trainer.seeds import Purpose, uniforms
 
@@ -26,6 +27,17 @@ cv2.setNumThreads(0)  # one loader process, one thread: the workers are the para
 
 _CROP_ATTEMPTS = 10
 _SMALLEST_RATIO, _LARGEST_RATIO = 3 / 4, 4 / 3
+
+
+class Distortion(Protocol):
+    """A change of an image of unchanged size, which depends on its draws and nothing else."""
+
+    @property
+    def num_draws(self) -> int:
+        """Uniform numbers that an image needs."""
+
+    def __call__(self, image_HWC: NDArray[np.uint8], draws_K: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Return the changed image; the input stays as it is."""
 
 
 class Photo(NamedTuple):
@@ -125,6 +137,71 @@ def crop_box(
     crop_height = min(height, round(width / _SMALLEST_RATIO))
     crop_width = min(width, round(height * _LARGEST_RATIO))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+class DetectorView:
+    """What a detector sees in training: every pixel decoded in full, a crop, a mirror, and then the chosen distortions.
+
+    Args:
+        size: side of the view [pixels].
+        crop_scale: smallest and largest share of the image's area.
+        flip_probability: chance of a mirror.
+        seed: run seed.
+        before: distortions of the whole image, such as a passport's way from the camera to the chip.
+        after: distortions of the view, such as RandAugment.
+        self_morph_share: share of the bona fides (label 0) that become attacks (label 1) before anything else.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        crop_scale: tuple[float, float],
+        flip_probability: float,
+        seed: int,
+        before: Sequence[Distortion] = (),
+        after: Sequence[Distortion] = (),
+        self_morph_share: float = 0.0,
+    ) -> None:
+        self.size = size
+        self._crop_scale, self._flip_probability, self._seed = crop_scale, flip_probability, seed
+        self._before, self._after, self._self_morph_share = before, after, self_morph_share
+        self._stages = [2 * _CROP_ATTEMPTS + 3, 1 + selfmorph.NUM_DRAWS, *(d.num_draws for d in (*before, *after))]
+
+    def draw(self, position_N: ArrayLike) -> NDArray[np.float32]:
+        """Return the draws of crop and mirror, of the self-morph, and of each distortion, in [0, 1)."""
+        return uniforms(self._seed, Purpose.AUGMENT, position_N, sum(self._stages))
+
+    def wants_landmarks(self, label: int, draws_K: NDArray[np.float32]) -> bool:
+        """Where a self-morph is due."""
+        return self._morphs(label, self._parts(draws_K)[1])
+
+    def __call__(self, photo: Photo, draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]) -> int:
+        """Decode one image and write the view of it."""
+        crop, morph, *distort = self._parts(draws_K)
+        image_HWC, label = decode_image(photo.payload), photo.label
+        if self._morphs(label, morph):
+            image_HWC, label = selfmorph.self_morph(image_HWC, morph[1:], photo.landmarks_L2), 1
+        for distortion, mine in zip(self._before, distort, strict=False):
+            image_HWC = distortion(image_HWC, mine)
+        box = crop_box(image_HWC.shape[0], image_HWC.shape[1], crop.tolist(), scale=self._crop_scale)
+        top, left, height, width = box
+        view_HWC = image_HWC[top : top + height, left : left + width]
+        shrinks = min(height, width) > self.size
+        interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+        resized_SSC = cv2.resize(view_HWC, (self.size, self.size), interpolation=interpolation)
+        mirrored = crop[-1] < self._flip_probability
+        view_SSC = np.asarray(cv2.flip(resized_SSC, 1) if mirrored else resized_SSC, dtype=np.uint8)
+        for distortion, mine in zip(self._after, distort[len(self._before) :], strict=True):
+            view_SSC = distortion(view_SSC, mine)
+        out_SSC[...] = view_SSC
+        return label
+
+    def _parts(self, draws_K: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        return np.split(draws_K, np.cumsum(self._stages)[:-1])
+
+    def _morphs(self, label: int, draws_K: NDArray[np.float32]) -> bool:
+        return label == 0 and bool(draws_K[0] < self._self_morph_share)
 
 
 class CenterView:

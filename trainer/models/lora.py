@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,8 +32,9 @@ _PEFT_PREFIX = "base_model.model."
 
 
 class _ChosenRows(nn.Linear):
-    """The second matrix of an adapter, of which only some rows take part; the others get no gradient, not even zero's
-    rounding, and so stay zero under AdamW with any ZeRO stage.
+    """The second matrix of an adapter, of which only some rows take part.
+
+    The others get a gradient of exactly zero and so stay zero under AdamW, weight decay and every ZeRO stage.
     """
 
     def __init__(self, like: nn.Linear, takes_part_O: Tensor) -> None:
@@ -116,36 +117,39 @@ def merged_state(vit: Any) -> dict[str, Tensor]:
     """Return timm's own state dict with the adapters added in; the model stays as it is."""
     state = {name: value.detach().clone() for name, value in _base_state(vit).items()}
     for name, layer in vit.named_modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, LoraLinear):
             base: Any = layer.get_base_layer()
-            added: Any = layer.get_delta_weight(_ADAPTER)  # type: ignore[operator]
-            weight = base.weight + added
+            weight = base.weight + layer.get_delta_weight(_ADAPTER)
             if layer.use_dora.get(_ADAPTER):
-                magnitude = layer.lora_magnitude_vector[_ADAPTER].weight  # type: ignore[union-attr]
+                magnitude: Any = layer.lora_magnitude_vector[_ADAPTER].weight
                 weight = weight * (magnitude / weight.norm(dim=1))[:, None]
             state[f"{name}.weight"] = weight.detach().clone()
     return state
 
 
 def save_adapter(
-    folder: Path, vit: Any, head: nn.Module | None, *, base_model: str, values: Mapping[str, Tensor] | None = None
+    folder: Path,
+    vit: Any,
+    head: Mapping[str, Tensor] | None,
+    *,
+    base_model: str,
+    values: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write adapters and head as plain peft reads them (``PeftModel.from_pretrained`` on timm's model with this head).
 
     Args:
         folder: is created; the caller makes it whole or absent.
         vit: a model with adapters.
-        head: saved as timm's ``head``.
+        head: state of what stands in the place of timm's ``head``.
         base_model: name of the timm model, for people.
         values: parameters of the model by name, instead of those that it holds now (gathered from ZeRO's ranks).
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value for name, value in vit.state_dict().items() if ".lora_" in name} | dict(values or {})
-    named = {
-        _PEFT_PREFIX + name.replace(f".{_ADAPTER}", ""): value for name, value in state.items() if ".lora_" in name
-    }
+    ours = {name.replace(f".{_ADAPTER}", ""): value for name, value in state.items() if ".lora_" in name}
+    named = {_PEFT_PREFIX + name: value for name, value in ours.items()}
     if head is not None:
-        named |= {f"{_PEFT_PREFIX}head.{name}": value for name, value in head.state_dict().items()}
+        named |= {f"{_PEFT_PREFIX}head.{name}": value for name, value in head.items()}
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     config = vit.peft_config[_ADAPTER].to_dict()
@@ -227,7 +231,7 @@ def _choose_rows(vit: Any, parts: Sequence[str]) -> None:
     if not 0 < len(parts) < len(_PARTS):
         return
     for name, layer in vit.named_modules():
-        if name.endswith("attn.qkv") and isinstance(layer, LoraLayer):
+        if name.endswith("attn.qkv") and isinstance(layer, LoraLinear):
             second: Any = layer.lora_B[_ADAPTER]
             takes_part_O = torch.tensor([float(part in parts) for part in _PARTS]).repeat_interleave(
                 second.out_features // len(_PARTS)

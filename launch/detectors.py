@@ -1,0 +1,114 @@
+"""From a detector's recipe to its model and its view of images: shared by fine-tuning and evaluation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launch.init_weights import Init, check_init
+from trainer.config import DetectorRecipe
+from trainer.data.augment import CenterView, DetectorView
+from trainer.data.distort import BasicAugment, PassportChain, RandAugment
+from trainer.errors import CheckpointError
+from trainer.models.detector import STATISTICS, HeadOptions, MorphDetector
+from trainer.models.encoder import PatchEncoder
+from trainer.models.lora import add_lora, backbone_sha256
+from trainer.models.mixstyle import MixStyle
+
+
+def build_detector(
+    recipe: DetectorRecipe, init: Init | None, *, grad_checkpointing: bool = False
+) -> tuple[MorphDetector, str]:
+    """Build a detector, its own weights drawn from the recipe's seed; returns it with the sha256 of its encoder.
+
+    Raises:
+        ConfigError: the weights of ``init`` or the LoRA targets do not fit the model.
+    """
+    check_init(init, recipe)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        encoder = PatchEncoder(
+            recipe.model,
+            image_size=recipe.image_size,
+            patch_size=recipe.patch_size,
+            depth=recipe.encoder_depth,
+            drop_path=recipe.drop_path,
+            grad_checkpointing=grad_checkpointing,
+        )
+        if init is not None:
+            encoder.load_weights(init.weights)
+        sha256 = backbone_sha256(encoder.vit)
+        if recipe.use_lora:
+            add_lora(
+                encoder.vit,
+                r=recipe.lora_r,
+                alpha=recipe.lora_alpha,
+                dropout=recipe.lora_dropout,
+                targets=recipe.lora_target_modules,
+                use_rslora=recipe.use_rslora,
+                use_dora=recipe.use_dora,
+                freeze=recipe.backbone_is_frozen,
+            )
+        elif recipe.backbone_is_frozen:
+            encoder.requires_grad_(False)
+        head = HeadOptions(**{name: getattr(recipe, name) for name in HeadOptions.__slots__})
+        styles = [
+            MixStyle(
+                num_prefix=encoder.num_prefix,
+                p=recipe.mixstyle_p,
+                alpha=recipe.mixstyle_alpha,
+                same_label=recipe.mixstyle_same_label,
+            )
+            for _ in range(recipe.mixstyle_blocks if recipe.use_mixstyle else 0)
+        ]
+        return MorphDetector(encoder, normalisation=recipe.normalisation, head=head, mixstyle=styles), sha256
+
+
+def training_view(recipe: DetectorRecipe) -> DetectorView:
+    """Choose the augmentation.
+
+    Raises:
+        ConfigError: ``passport_aug`` names an unknown kind, or RandAugment's settings are out of range.
+    """
+    after: list[Any] = [BasicAugment()]
+    if recipe.use_advanced_aug:
+        how = {"num_ops": recipe.advanced_aug_num_ops, "magnitude": recipe.advanced_aug_magnitude}
+        after.append(RandAugment(**how))
+    return DetectorView(
+        size=recipe.image_size,
+        crop_scale=(recipe.crop_scale_min, recipe.crop_scale_max),
+        flip_probability=recipe.flip_probability,
+        seed=recipe.seed,
+        before=[PassportChain(recipe.passport_aug, recipe.passport_p)] if recipe.passport_aug else [],
+        after=after,
+        self_morph_share=recipe.self_morph_share,
+    )
+
+
+def preprocessing_of(recipe: DetectorRecipe) -> dict[str, Any]:
+    """Describe what happens to a test image before the model sees it; a detector is only ever used with the same."""
+    mean, std = STATISTICS[recipe.normalisation]
+    return {
+        "image_size": recipe.image_size,
+        "view": CenterView.description,
+        "mean": list(mean),
+        "std": list(std),
+        "colour_order": "RGB",
+    }
+
+
+def load_trained(model: MorphDetector, weights: Mapping[str, Tensor]) -> None:
+    """Put the weights that training changed into a model that was built from the same recipe.
+
+    Raises:
+        CheckpointError: they do not fit.
+    """
+    ours = dict(model.named_parameters())
+    wanted = {name for name, parameter in ours.items() if parameter.requires_grad}
+    wrong = sorted(wanted ^ weights.keys()) or [n for n in sorted(wanted) if ours[n].shape != weights[n].shape]
+    if wrong:
+        raise CheckpointError(f"the detector's weights do not fit its recipe, for example {wrong[0]}: train it again")
+    with torch.no_grad():
+        for name, value in weights.items():
+            ours[name].copy_(value)

@@ -1,0 +1,322 @@
+"""Train a morph detector: ``deepspeed launch/finetune.py --recipe lora --init runs/base --data 'shards/*.tar'``.
+
+`finetune` is the table of contents; ``--help`` lists every setting.
+"""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from launch.command_line import EXIT_REQUEUE, configure, recipes_help, run, wants_help
+from launch.data import describe_shares, find_sources, open_on_all_ranks, order_of, span_reader, tell_all_ranks
+from launch.detectors import build_detector, preprocessing_of, training_view
+from launch.init_weights import describe, read_init
+from launch.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
+from launch.run_setup import check_output, claim_output, engine_settings, resume, use_devices, versions
+from trainer import checkpoint
+from trainer.config import DetectorRecipe, DetectorRuntime, as_record
+from trainer.data.augment import CenterView
+from trainer.data.loader import Loader
+from trainer.data.overlap import prints_of
+from trainer.data.plan import PLAN_VERSION, Order
+from trainer.data.shards import ShardIndex
+from trainer.data.stream import Batch, Slice, fixed_stream, train_stream
+from trainer.engine import Engine, connect, disconnect
+from trainer.errors import ConfigError
+from trainer.evaluate import UNCALIBRATED, Scores, check_labels, fit_decision, over_ranks, score, validation_figures
+from trainer.heldout import share_of
+from trainer.loop import BadSamples, Dates, Hooks, StopRequest, train
+from trainer.models.lora import save_adapter
+from trainer.monitor import Ledger, Monitor, Speedometer, start_logging
+from trainer.optim import learning_rate_at
+from trainer.saved_detector import read_description, save_detector
+from trainer.seeds import step_seed
+from trainer.world import world_from_environment
+
+logger = logging.getLogger(__name__)
+
+
+def main(words: list[str]) -> int:
+    """Return the exit code: 0 finished, 85 stopped by a signal after saving."""
+    if wants_help(words):
+        print(recipes_help(DETECTOR_RECIPES, DETECTOR_DEFAULT))
+        return 0
+    return 0 if finetune(*configure(words, DETECTOR_RECIPES, DETECTOR_DEFAULT)) else EXIT_REQUEUE
+
+
+def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
+    """Train to the end of the schedule; False if a signal asked to stop, after saving."""
+    world = world_from_environment()
+    use_devices(world, runtime)
+    ds_config = engine_settings(recipe, runtime, world)
+    training_view(recipe)  # refuses wrong settings before any work
+    init = read_init(runtime.init, pretrained=runtime.pretrained)
+    model, init_sha256 = build_detector(recipe, init, grad_checkpointing=runtime.grad_checkpointing)
+    found = find_sources(recipe, runtime, others={"val_data": runtime.val_data}) if world.is_main else None
+
+    world = connect(world, timeout_s=runtime.timeout_s)
+    output = Path(runtime.output_dir)
+    world.on_main(lambda: check_output(output, recipe, runtime.resume))
+    start_logging(output, is_main=world.is_main, rank=world.rank)
+    sources = tell_all_ranks(found, world)
+    index = {setting: open_on_all_ranks(wanted, runtime, world) for setting, wanted in sources.items()}
+    overlap = world.on_main(lambda: check_sets(index, recipe, runtime))
+    order = order_of(recipe, index["data"], sources["data"])
+
+    engine = Engine(
+        model,
+        ds_config=ds_config,
+        weight_decay=recipe.weight_decay,
+        layer_decay=recipe.layer_decay,
+        world=world,
+    )
+    identity = checkpoint.Identity(
+        recipe=as_record(recipe),
+        data_fingerprint=index["data"].fingerprint,
+        data_shares=describe_shares(index["data"], sources["data"]),
+        plan_version=PLAN_VERSION,
+        zero_stage=engine.zero_stage,
+        precision=engine.precision,
+        num_ranks=world.size,
+        init=init_sha256,
+    )
+    progress = resume(engine, output / "checkpoints", identity, runtime)
+    world.on_main(lambda: claim_output(output, recipe, runtime, progress))
+
+    origin = {"init": {"source": describe(init), "path": runtime.init, "pretrained": runtime.pretrained}}
+    origin["init"]["sha256"] = init_sha256
+    best = BestDetector(engine, index, recipe, runtime, origin | {"overlap": overlap, "data": runtime.data})
+    finished = train_from(progress, engine, order, index["data"], best, identity, recipe, runtime)
+    world.on_main(lambda: tell_where(output, finished, best))
+    disconnect()
+    return finished
+
+
+def check_sets(index: dict[str, ShardIndex], recipe: DetectorRecipe, runtime: DetectorRuntime) -> str:
+    """Refuse sets without both classes, and a validation set that shares people or images with training.
+
+    Returns:
+        overlap: what the sets share although the user allowed it; empty where nothing.
+
+    Raises:
+        DataError: labels are wrong or missing.
+        ConfigError: the sets overlap.
+    """
+    check_labels(index["data"], setting="--data", both=recipe.self_morph_share == 0)
+    if "val_data" not in index:
+        return ""
+    check_labels(index["val_data"], setting="--val_data")
+    shared = prints_of(index["data"]).shared_with(prints_of(index["val_data"]))
+    if shared and not runtime.allow_overlap:
+        raise ConfigError(
+            f"--data and --val_data share {shared}: a threshold fitted there would flatter; split by people "
+            "(tools/splits.py), or pass --allow_overlap true, which the detector will record"
+        )
+    return shared
+
+
+class BestDetector:
+    """Validation, and the detector that was best at it, in OUTPUT/detector."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        index: dict[str, ShardIndex],
+        recipe: DetectorRecipe,
+        runtime: DetectorRuntime,
+        origin: dict[str, Any],
+    ) -> None:
+        self._engine, self._index, self._recipe, self._runtime, self._origin = engine, index, recipe, runtime, origin
+        self.folder = Path(runtime.output_dir) / "detector"
+        self.best = engine.world.on_main(self._read_best)
+
+    def measure(self, step: int) -> dict[str, float] | None:
+        """Validate, and keep the detector if none was better; all ranks call. None without validation data."""
+        if "val_data" not in self._index:
+            return None
+        scores = over_ranks(self._score(), self._engine.world)
+        label_N = self._index["val_data"].labels[scores.sample_N].astype(np.int64)
+        figures = validation_figures(scores, label_N)
+        key = [figures["d_eer"], figures["loss"]]
+        if self.best is None or key < self.best:
+            self.best = key
+            self._keep(step, figures, scores)
+        return figures
+
+    def keep_last(self, step: int) -> None:
+        """Keep the detector as it is, where no validation data could choose one; all ranks call."""
+        if "val_data" not in self._index:
+            self._keep(step, None, None)
+
+    def _score(self) -> Scores:
+        index, world = self._index["val_data"], self._engine.world
+        mine = share_of(len(index), rank=world.rank, num_ranks=world.size)
+        view = CenterView(size=self._recipe.image_size)
+        batch = min(self._runtime.micro_batch, len(mine))
+        spans = span_reader(self._runtime)
+        stream = fixed_stream(index, mine, view, batch=batch, noise_per_sample=1, spans=spans, substitute=False)
+        forward = functools.partial(self._engine.evaluate, want="logits")
+        return score(forward, Loader(stream), self._engine.device)
+
+    def _keep(self, step: int, figures: dict[str, float] | None, scores: Scores | None) -> None:
+        weights = self._engine.trainable_state()
+
+        def write() -> None:
+            decision, seen = UNCALIBRATED, {"train": prints_of(self._index["data"])}
+            if scores is not None:
+                val = self._index["val_data"]
+                decision = fit_decision(scores.logit_N, val.labels[scores.sample_N].astype(np.int64))
+                seen["val"] = prints_of(val)
+            description = self._origin | {
+                "step": step,
+                "recipe": as_record(self._recipe),
+                "preprocessing": preprocessing_of(self._recipe),
+                "selection": {"data": self._runtime.val_data, "figures": figures},
+                "versions": versions(),
+            }
+            more = functools.partial(self._write_adapter, weights) if self._recipe.use_lora else None
+            save_detector(self.folder, description, weights, decision, seen, write_more=more)
+
+        self._engine.world.on_main(write)
+
+    def _write_adapter(self, weights: dict[str, torch.Tensor], draft: Path) -> None:
+        prefix, model = "encoder.vit.", self._engine.module
+        values = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        head = {name.removeprefix("head."): value for name, value in weights.items() if name.startswith("head.")}
+        save_adapter(draft / "adapter", model.encoder.vit, head, base_model=self._recipe.model, values=values)
+
+    def _read_best(self) -> list[float] | None:
+        if not (self.folder / "detector.json").exists():
+            return None
+        figures = read_description(self.folder)["selection"]["figures"]
+        return [figures["d_eer"], figures["loss"]] if figures else None
+
+
+def train_from(
+    progress: checkpoint.Progress,
+    engine: Engine,
+    order: Order,
+    index: ShardIndex,
+    best: BestDetector,
+    identity: checkpoint.Identity,
+    recipe: DetectorRecipe,
+    runtime: DetectorRuntime,
+) -> bool:
+    """Join the parts and run the loop."""
+    output, world, model = Path(runtime.output_dir), engine.world, engine.module
+    steps = {
+        name: round(getattr(recipe, name) * len(index) / recipe.global_batch) for name in ("epochs", "warmup_epochs")
+    }
+    total_steps = max(1, steps["epochs"])
+    last_step = min(total_steps, runtime.stop_at_step or total_steps)
+    share = Slice(recipe.global_batch, runtime.micro_batch, world.rank, world.size)
+    monitor = Monitor(
+        output,
+        first_step=progress.step,
+        total_steps=total_steps,
+        is_main=world.is_main,
+        progress_bar=runtime.progress_bar,
+    )
+    ledger = Ledger(Path(runtime.sample_ledger) if runtime.sample_ledger else None, rank=world.rank)
+    save = functools.partial(
+        checkpoint.save, output / "checkpoints", progress, identity, versions(),
+        write_state=engine.save, world=world, keep=runtime.keep_checkpoints,
+    )  # fmt: skip
+    trained, whole = (
+        sum(p.numel() for p in model.parameters() if want(p)) for want in (lambda p: p.requires_grad, lambda _: True)
+    )
+    logger.info(
+        "%d steps of %d images over %d ranks, from step %d; %d of %d parameters train (%.3g %%); %s, ZeRO stage %d",
+        *(total_steps, recipe.global_batch, world.size, progress.step, trained, whole, 100 * trained / whole),
+        *(engine.precision, engine.zero_stage),
+    )
+    stream = train_stream(
+        index,
+        order,
+        share,
+        training_view(recipe),
+        first_step=progress.step,
+        noise_per_sample=model.num_draws,
+        spans=span_reader(runtime),
+    )
+    try:
+        finished = train(
+            engine,
+            iter(
+                Loader(
+                    stream,
+                    num_workers=runtime.num_workers,
+                    prefetch=runtime.prefetch,
+                    pin_memory=engine.device.type == "cuda",
+                )
+            ),
+            progress,
+            inputs=inputs,
+            learning_rate_at=functools.partial(
+                learning_rate_at,
+                peak=recipe.peak_learning_rate,
+                floor=recipe.min_learning_rate,
+                warmup_steps=steps["warmup_epochs"],
+                total_steps=total_steps,
+            ),
+            seed_at=lambda step: step_seed(recipe.seed, step, world.rank),
+            accumulation=share.micro_batches_per_step,
+            dates=Dates(last_step, runtime.log_every, runtime.save_every, runtime.val_every, last_step + 1),
+            hooks=hooks(best, monitor, save),
+            monitor=monitor,
+            ledger=ledger,
+            speed=Speedometer(
+                global_batch=recipe.global_batch,
+                flops_per_image=model.flops_per_image(),
+                num_ranks=world.size,
+            ),
+            bad=BadSamples(runtime.max_bad_sample_share),
+            stop=StopRequest(),
+        )
+        if finished:
+            best.keep_last(progress.step)
+        return finished
+    finally:
+        ledger.close()
+        monitor.close()
+
+
+def inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """Give the model images, classes and draws."""
+    labels_B = torch.tensor(batch.labels, device=batch.images_BCHW.device)
+    return batch.images_BCHW, labels_B, batch.noise_BN
+
+
+def hooks(best: BestDetector, monitor: Monitor, save: Callable[[], Any]) -> Hooks:
+    """Bind what happens at the loop's dates."""
+
+    def measure(step: int) -> None:
+        figures = best.measure(step)
+        if figures is not None:
+            monitor.scalars(step, figures, group="val")
+
+    return Hooks(save=save, measure=measure, picture=lambda step: None)
+
+
+def tell_where(output: Path, finished: bool, best: BestDetector) -> None:
+    """Print what a newcomer wants to know at the end."""
+    newest = (output / "checkpoints" / "latest").read_text().strip()
+    print(f"\n{'Finished.' if finished else 'Stopped by a signal, saved; start the same command again to go on.'}")
+    print(f"  checkpoint   {output / 'checkpoints' / newest}")
+    if (best.folder / "detector.json").exists():
+        print(f"  detector     {best.folder}")
+    print(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")
+    print(f"  numbers      {output / 'metrics.jsonl'}")
+    if best.best is not None:
+        print(f"  best validation D-EER {100 * best.best[0]:.2f} %")
+    print("Next: python launch/evaluate.py --models NAME=RUN --test_sets 'NAME=shards/*.tar'", flush=True)
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

@@ -75,6 +75,7 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
         weight_decay=recipe.weight_decay,
         layer_decay=recipe.layer_decay,
         world=world,
+        save_frozen=not recipe.backbone_is_frozen,
     )
     identity = checkpoint.Identity(
         recipe=as_record(recipe),

@@ -5,6 +5,7 @@ mathematics. A value that both could set stands as "auto" in the JSON and is fil
 """
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -181,13 +182,14 @@ class Engine:
         weight_decay: float,
         world: World,
         layer_decay: float = 1.0,
+        save_frozen: bool = True,
     ) -> None:
-        """Wrap the model. Only what requires a gradient reaches the optimizer, and only that is saved.
+        """Wrap the model. Only what requires a gradient reaches the optimizer; the rest is saved unless told not to.
 
         Raises:
             ConfigError: DeepSpeed refuses the configuration.
         """
-        self.world = world
+        self.world, self._save_frozen = world, save_frozen
         self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.precision = next((p for p in ("bf16", "fp16") if ds_config.get(p, {}).get("enabled")), "fp32")
         self._accumulation: int = ds_config["gradient_accumulation_steps"]
@@ -256,7 +258,9 @@ class Engine:
 
     def save(self, directory: Path) -> None:
         """Write every rank's state below ``directory``; all ranks call. Nothing is committed by this."""
-        self._engine.save_checkpoint(str(directory), tag=_STATE, save_latest=False, exclude_frozen_parameters=True)
+        self._engine.save_checkpoint(
+            str(directory), tag=_STATE, save_latest=False, exclude_frozen_parameters=not self._save_frozen
+        )
 
     def load(self, directory: Path) -> None:
         """Restore the state that `save` wrote; all ranks call. No code from the files is executed.
@@ -265,7 +269,7 @@ class Engine:
             CheckpointError: a file holds something other than tensors and plain values.
         """
         self._engine.checkpoint_engine.load = _load_safely
-        path, _ = self._engine.load_checkpoint(str(directory), tag=_STATE, load_module_strict=False)
+        path, _ = self._engine.load_checkpoint(str(directory), tag=_STATE, load_module_strict=self._save_frozen)
         if path is None:
             raise CheckpointError(f"DeepSpeed found no state in {directory}: the checkpoint is damaged, remove it")
 
@@ -286,14 +290,17 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         CheckpointError: a file holds something other than tensors and plain values, or is no such state.
     """
     state = directory / _STATE
-    if any(state.glob("*_optim_states.pt")):
-        with _safe_zero_to_fp32():
+    whole = state / "mp_rank_00_model_states.pt"  # every parameter in the precision of the run; not at ZeRO stage 3
+    weights = _load_safely(str(whole), map_location="cpu")["module"] if whole.exists() else {}
+    if any(state.glob("*_optim_states.pt")):  # float32 masters of what trains, in parts
+        quiet = io.StringIO()  # it prints and draws a bar
+        with _safe_zero_to_fp32(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             try:
-                weights = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=_STATE)
+                weights |= zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=_STATE)
             except (OSError, ValueError, KeyError) as error:
                 raise CheckpointError(f"{directory} cannot be read ({error}): take another checkpoint") from error
-    else:
-        weights = _load_safely(str(state / "mp_rank_00_model_states.pt"), map_location="cpu")["module"]
+    if not weights:
+        raise CheckpointError(f"{directory} holds no state of a model: take another checkpoint")
     return {name: value.float() for name, value in weights.items()}
 
 

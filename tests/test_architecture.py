@@ -11,7 +11,7 @@ READING_ORDER = (
     *("losses", "models.mask_utils", "models.encoder", "models.mae"),
     *("models.heads", "models.classifier", "models.mixstyle", "models.lora", "models.detector"),
     *("optim", "engine", "checkpoint", "monitor", "heldout", "loop"),
-    *("metrics", "evaluate", "saved_detector"),
+    *("metrics", "evaluate", "saved_detector", "report"),
 )
 OWNERS = {
     "deepspeed": {"trainer/engine.py"},

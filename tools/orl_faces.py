@@ -34,7 +34,7 @@ def find_faces() -> Path:
 
 
 def write_manifests(faces: Path, output: Path) -> dict[str, int]:
-    """Write train.csv and heldout.csv (columns path, key, identity) and return their numbers of images."""
+    """Write train.csv and heldout.csv (columns path, key, identity, landmark_name) and return their numbers of images."""
     output.mkdir(parents=True, exist_ok=True)
     people = {
         "train": list(TRAIN_PEOPLE),
@@ -43,11 +43,11 @@ def write_manifests(faces: Path, output: Path) -> dict[str, int]:
     for name, members in people.items():
         with (output / f"{name}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["path", "key", "identity"])
+            writer.writerow(["path", "key", "identity", "landmark_name"])
             for person in members:
                 for image in range(1, IMAGES_A_PERSON + 1):
                     key = f"orl/s{person:02d}_{image:02d}"
-                    writer.writerow([faces / f"s{person}" / f"{image}.pgm", key, person])
+                    writer.writerow([faces / f"s{person}" / f"{image}.pgm", key, person, f"s{person}_{image}"])
     return {name: len(members) * IMAGES_A_PERSON for name, members in people.items()}
 
 

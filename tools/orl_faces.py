@@ -34,7 +34,7 @@ def find_faces() -> Path:
 
 
 def write_manifests(faces: Path, output: Path) -> dict[str, int]:
-    """Write train.csv and heldout.csv (columns path, key, identity, landmark_name) and return their numbers of images."""
+    """Write train.csv and heldout.csv (path, key, identity, landmark_name); return their numbers of images."""
     output.mkdir(parents=True, exist_ok=True)
     people = {
         "train": list(TRAIN_PEOPLE),

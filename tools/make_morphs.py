@@ -1,0 +1,389 @@
+"""Make face morphs: photographs of two people blended along their landmarks, as attacks to train and test detectors.
+
+Two ways. *whole*: both photographs are warped to the average shape and blended, background and hair included. *splice*:
+the second face is warped into the first photograph and blended there inside the hull of the face, with its colours
+matched; everything outside stays the first photograph's. With --same_person true the photographs are of one person:
+the result is bona fide, but carries the traces of blending. A detector that calls those morphs has learned the
+blending and not the morph.
+
+Partners are other people of similar face shape, as an attacker would choose. Every row of OUTPUT/morphs.csv names both
+parents; join it with the bona fides' manifest for tools/splits.py and tools/make_shards.py. Landmarks come from an .npz
+(arrays ``names`` and ``points`` in pixels, or ``points_64th_px``); a row of the source is matched by its column
+landmark_name, else its key, else the stem of its path.
+
+Shapes: L landmarks (x, y) [pixels]; H, W image size; images are HWC uint8 RGB.
+Source: Ferrara et al. 2014, "The magic passport", IJCB; splicing: Makrushin et al. 2017, VISAPP.
+
+Usage: python tools/make_morphs.py --source FACES.csv --landmarks POINTS.npz --output_dir FOLDER [--name value]
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.spatial import Delaunay
+from tqdm.auto import tqdm
+
+from launch.command_line import configure_tool, run
+from tools.make_shards import Entry, read_manifest
+from trainer.checkpoint import write_atomically
+from trainer.config import as_record, check_types
+from trainer.errors import ConfigError, DataError
+
+_COLUMNS = ("path", "key", "label", "identity", "identity_2", "attack", "blend", "parent_a", "parent_b", "control")
+_FEATHER = 0.04
+Points = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the user may set."""
+
+    source: str = ""
+    """CSV of bona fide photographs with columns path, identity and optional key, landmark_name."""
+    landmarks: str = ""
+    """An .npz with arrays names and points (N, L, 2) in pixels, or points_64th_px."""
+    output_dir: str = ""
+    """Where morphs.csv and the pictures (PNG) go."""
+    mode: Literal["whole", "splice", "both"] = "both"
+    """Blend whole photographs, splice one face into the other photograph, or make one of each."""
+    same_person: bool = False
+    """Blend two photographs of one person instead: bona fide controls with label 0."""
+    pairs_per_identity: int = 10
+    """Pairs that each person begins [pairs]."""
+    nearest: int = 4
+    """Partners are drawn among so many people of the most similar face shape; 0 for everybody."""
+    blend: str = "0.5,0.5"
+    """Smallest and largest share of the second photograph; drawn uniformly for each pair."""
+    seed: int = 0
+    """Other seeds give other pairs."""
+    num_processes: int | None = None
+    """Pictures made at a time; none uses every core."""
+    progress_bar: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.pairs_per_identity < 1 or self.nearest < 0 or (self.num_processes or 1) < 1:
+            raise ConfigError("pairs_per_identity and num_processes must be at least 1, and nearest not negative")
+        low, high = self.blend_range
+        if not 0 < low <= high < 1:
+            raise ConfigError(f"blend is {self.blend!r}, but must be two shares in order, above 0 and below 1")
+
+    @property
+    def blend_range(self) -> tuple[float, float]:
+        """The smallest and largest share of the second photograph."""
+        try:
+            low, high = (float(part) for part in self.blend.split(","))
+        except ValueError:
+            raise ConfigError(f"blend is {self.blend!r}, but must be two shares such as 0.3,0.7") from None
+        return low, high
+
+
+@dataclass(frozen=True, slots=True)
+class Face:
+    """A photograph with what is known of it."""
+
+    path: Path
+    key: str
+    identity: str
+    points_L2: Points
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One picture to make."""
+
+    first: Face
+    second: Face
+    blend: float
+    mode: str
+    output: Path
+
+
+def main(words: list[str]) -> int:
+    """Return the exit code."""
+    settings = configure_tool(words, Settings(), __doc__, required=("source", "landmarks", "output_dir"))
+    if settings is not None:
+        make_morphs(settings)
+    return 0
+
+
+def make_morphs(settings: Settings) -> Path:
+    """Make the pictures that are missing and their manifest; returns its path.
+
+    Raises:
+        ConfigError: the output belongs to other settings, or the source names no pair.
+        DataError: a photograph has no landmarks or cannot be read.
+    """
+    output = Path(settings.output_dir)
+    faces = read_faces(Path(settings.source), Path(settings.landmarks))
+    pairs = draw_pairs(faces, settings)
+    modes = ("whole", "splice") if settings.mode == "both" else (settings.mode,)
+    jobs = [
+        Job(a, b, blend, mode, output / mode / f"{number:05d}_{_plain(a.key)}_{_plain(b.key)}.png")
+        for number, (a, b, blend) in enumerate(pairs)
+        for mode in modes
+    ]
+    _claim(output, settings, faces)
+    missing = [job for job in jobs if not job.output.exists()]
+    for mode in modes:
+        (output / mode).mkdir(parents=True, exist_ok=True)
+    processes = settings.num_processes or len(os.sched_getaffinity(0))
+    with tqdm(total=len(missing), desc="morphs", unit="image", disable=not settings.progress_bar) as bar:
+        if processes == 1:
+            for job in missing:
+                make_one(job)
+                bar.update()
+        else:
+            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+                for _ in pool.map(make_one, missing, chunksize=8):
+                    bar.update()
+    manifest = output / "morphs.csv"
+    write_atomically(manifest, _manifest(jobs, same_person=settings.same_person))
+    print(f"{len(jobs)} pictures of {len(pairs)} pairs: {manifest}")
+    return manifest
+
+
+def read_faces(source: Path, landmarks: Path) -> list[Face]:
+    """Join the manifest of photographs with their landmarks.
+
+    Raises:
+        ConfigError: a file or column is missing.
+        DataError: photographs have no landmarks.
+    """
+    points, entries = read_landmarks(landmarks), read_manifest(source)
+    faces, lost = [], []
+    for entry in entries:
+        identity = entry.metadata.get("identity")
+        if not identity:
+            raise ConfigError(f"source {source}: {entry.path} has no identity: add a column identity")
+        found = next((points[name] for name in _names_of(entry) if name in points), None)
+        if found is None:
+            lost.append(entry.path)
+        else:
+            faces.append(Face(entry.path, entry.key, str(identity), found))
+    if lost:
+        raise DataError(
+            f"{len(lost)} of {len(entries)} photographs have no landmarks in {landmarks}, the first {lost[0]}: add a "
+            "column landmark_name with the names of that file, or leave them out"
+        )
+    return faces
+
+
+def read_landmarks(path: Path) -> dict[str, Points]:
+    """Read points by name [pixels].
+
+    Raises:
+        ConfigError: the file is missing or holds something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = [str(name) for name in arrays["names"]]
+            in_pixels = "points" in arrays
+            points = arrays["points"].astype(np.float32) if in_pixels else arrays["points_64th_px"] / np.float32(64)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"landmarks {path} cannot be read ({error}): name an .npz with names and points") from error
+    if points.ndim != 3 or points.shape[2] != 2 or points.shape[1] < 3 or len(points) != len(names):
+        raise ConfigError(f"landmarks {path} hold points of shape {points.shape}, but must be (names, points, 2)")
+    return dict(zip(names, points.astype(np.float32), strict=True))
+
+
+def draw_pairs(faces: Sequence[Face], settings: Settings) -> list[tuple[Face, Face, float]]:
+    """Draw pairs of photographs and their blends; each unordered pair at most once.
+
+    Raises:
+        ConfigError: there is nobody to pair with.
+    """
+    people: dict[str, list[Face]] = defaultdict(list)
+    for face in faces:
+        people[face.identity].append(face)
+    generator, low_high = np.random.Generator(np.random.Philox(settings.seed)), settings.blend_range
+    partners = {name: [name] for name in people} if settings.same_person else _similar(people, settings.nearest)
+    chosen: dict[frozenset[str], tuple[Face, Face, float]] = {}
+    for name in sorted(people):
+        for _ in range(settings.pairs_per_identity):
+            other = partners[name][int(generator.integers(len(partners[name])))] if partners[name] else name
+            first, second = (people[who][int(generator.integers(len(people[who])))] for who in (name, other))
+            blend = round(float(generator.uniform(*low_high)), 4)
+            if first.key != second.key:
+                chosen.setdefault(frozenset((first.key, second.key)), (first, second, blend))
+    pairs = [pair for pair in chosen.values() if settings.same_person or pair[0].identity != pair[1].identity]
+    if not pairs:
+        raise ConfigError(
+            f"source names {len(people)} people and no pair to blend: morphs need two people, controls two photographs "
+            "of one"
+        )
+    return pairs
+
+
+def _similar(people: dict[str, list[Face]], nearest: int) -> dict[str, list[str]]:
+    """List for each person those of the most similar mean face shape, whatever its place and size."""
+    names = sorted(people)
+    shapes = np.stack([np.mean([_normalised(face.points_L2) for face in people[name]], axis=0) for name in names])
+    distance = np.linalg.norm((shapes[:, None] - shapes[None]).reshape(len(names), len(names), -1), axis=2)
+    return {
+        name: [names[j] for j in np.argsort(distance[i], kind="stable") if j != i][: nearest or None]
+        for i, name in enumerate(names)
+    }
+
+
+def _normalised(points_L2: Points) -> Points:
+    centred = points_L2 - points_L2.mean(axis=0)
+    return np.asarray(centred / np.sqrt(np.square(centred).sum(axis=1).mean()))
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def make_one(job: Job) -> None:
+    """Make one picture, whole or not at all."""
+    first, second = (_read(face.path) for face in (job.first, job.second))
+    blend_faces = whole_morph if job.mode == "whole" else spliced_morph
+    morph_HWC = blend_faces(first, job.first.points_L2, second, job.second.points_L2, job.blend)
+    file = io.BytesIO()
+    Image.fromarray(morph_HWC).save(file, "PNG")
+    draft = job.output.with_suffix(f".tmp-{os.getpid()}")
+    draft.write_bytes(file.getvalue())
+    draft.replace(job.output)
+
+
+def whole_morph(
+    first_HWC: NDArray[np.uint8], first_L2: Points, second_HWC: NDArray[np.uint8], second_L2: Points, blend: float
+) -> NDArray[np.uint8]:
+    """Warp both photographs to the blended shape and blend them, on the canvas of the first."""
+    height, width = first_HWC.shape[:2]
+    scale = np.array([width / second_HWC.shape[1], height / second_HWC.shape[0]], dtype=np.float32)
+    second_HWC = np.asarray(cv2.resize(second_HWC, (width, height), interpolation=cv2.INTER_AREA))
+    second_L2 = second_L2 * scale
+    target_L2 = ((1 - blend) * first_L2 + blend * second_L2).astype(np.float32)
+    ours, theirs = warp(first_HWC, first_L2, target_L2), warp(second_HWC, second_L2, target_L2)
+    return np.asarray(cv2.addWeighted(ours, 1 - blend, theirs, blend, 0))
+
+
+def spliced_morph(
+    first_HWC: NDArray[np.uint8], first_L2: Points, second_HWC: NDArray[np.uint8], second_L2: Points, blend: float
+) -> NDArray[np.uint8]:
+    """Blend the second face, warped to the first one's shape and colours, into the first photograph."""
+    mask_HW1 = face_mask(first_HWC.shape[:2], first_L2)[..., None]
+    theirs = warp(second_HWC, second_L2, first_L2, first_HWC.shape[:2]).astype(np.float32)
+    inside = mask_HW1[..., 0] > 0.5
+    ours_mean, theirs_mean = first_HWC[inside].mean(axis=0), theirs[inside].mean(axis=0)
+    ours_std, theirs_std = first_HWC[inside].std(axis=0) + 1, theirs[inside].std(axis=0) + 1
+    matched = (theirs - theirs_mean) * (ours_std / theirs_std) + ours_mean
+    mixed = first_HWC + np.float32(blend) * mask_HW1 * (matched - first_HWC)
+    return np.asarray(np.rint(mixed).clip(0, 255).astype(np.uint8))
+
+
+def warp(
+    image_HWC: NDArray[np.uint8], from_L2: Points, to_L2: Points, size: tuple[int, int] | None = None
+) -> NDArray[np.uint8]:
+    """Move an image's landmarks to other places, affinely inside each triangle between them; the frame's edge stays.
+
+    Args:
+        image_HWC: the image.
+        from_L2: its landmarks.
+        to_L2: where they go.
+        size: height and width of the result; None keeps the image's.
+    """
+    height, width = size or image_HWC.shape[:2]
+    source = np.concatenate([from_L2, _frame(*image_HWC.shape[:2])]).astype(np.float64)
+    target = np.concatenate([to_L2, _frame(height, width)]).astype(np.float64)
+    mesh = Delaunay(target)
+    y_HW, x_HW = np.mgrid[:height, :width].astype(np.float64)
+    pixels_P2 = np.stack([x_HW.ravel(), y_HW.ravel()], axis=1)
+    triangle_P = mesh.find_simplex(pixels_P2)
+    transform_P = mesh.transform[triangle_P]
+    two_P2 = np.einsum("pij,pj->pi", transform_P[:, :2], pixels_P2 - transform_P[:, 2])
+    weights_P3 = np.concatenate([two_P2, 1 - two_P2.sum(axis=1, keepdims=True)], axis=1)
+    origin_P2 = np.einsum("pi,pij->pj", weights_P3, source[mesh.simplices[triangle_P]])
+    flat = np.isnan(origin_P2).any(axis=1)  # a triangle without area has no inside
+    origin_P2[flat] = pixels_P2[flat]
+    from_x, from_y = (origin_P2[:, i].reshape(height, width).astype(np.float32) for i in (0, 1))
+    warped = cv2.remap(image_HWC, from_x, from_y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101)
+    return np.asarray(warped, dtype=np.uint8)
+
+
+def face_mask(size: tuple[int, int], points_L2: Points) -> NDArray[np.float32]:
+    """Draw the hull of the landmarks, fading to exactly 0 at its border, float32 (H, W)."""
+    mask_HW = np.zeros(size, dtype=np.uint8)
+    hull = cv2.convexHull(points_L2.astype(np.float32))
+    cv2.fillConvexPoly(mask_HW, np.rint(hull).astype(np.int32), 1)
+    reach = max(1, round(_FEATHER * float(np.ptp(points_L2, axis=0).min())))
+    eroded_HW = cv2.erode(
+        mask_HW, np.ones((2 * reach + 1,) * 2, np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0
+    )
+    return np.asarray(cv2.blur(cv2.blur(eroded_HW.astype(np.float32), (reach, reach)), (reach, reach)))
+
+
+def _frame(height: int, width: int) -> Points:
+    """Return points on the frame, a pixel outside, which never move."""
+    x, y = np.array([-1, width / 2, width]), np.array([-1, height / 2, height])
+    return np.array([(a, b) for a in x for b in y if (a, b) != (x[1], y[1])], dtype=np.float32)
+
+
+def _read(path: Path) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{path} cannot be read ({error}): leave it out of the source") from error
+
+
+# ---------------------------------------------------------------------------------------------- bookkeeping
+
+
+def _claim(output: Path, settings: Settings, faces: Sequence[Face]) -> None:
+    """Record what the output is made of; refuse one that was made of something else."""
+    digest = hashlib.sha256("\n".join(f"{face.key} {face.identity}" for face in faces).encode()).hexdigest()
+    record = as_record(settings) | {"faces": digest}
+    for name in ("num_processes", "progress_bar", "output_dir", "source", "landmarks"):
+        del record[name]
+    path = output / "make_morphs.json"
+    if path.exists():
+        if json.loads(path.read_text()) != record:
+            raise ConfigError(f"output_dir {output} holds morphs of other faces or settings: name a new folder")
+        return
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"output_dir {output} holds other files: name a new folder")
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+
+
+def _manifest(jobs: Sequence[Job], *, same_person: bool) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for job in jobs:
+        key = f"{'control' if same_person else 'morph'}/{job.mode}/{job.output.stem}"
+        second = "" if same_person else job.second.identity
+        attack, control = ("", f"same-person-{job.mode}") if same_person else (f"landmark-{job.mode}", "")
+        row: list[Any] = [job.output.absolute(), key, int(not same_person), job.first.identity, second, attack]
+        writer.writerow([*row, job.blend, job.first.key, job.second.key, control])
+    return file.getvalue()
+
+
+def _names_of(entry: Entry) -> tuple[str, ...]:
+    return str(entry.metadata.get("landmark_name", "")), entry.key, entry.path.stem
+
+
+def _plain(key: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in key)
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

@@ -126,8 +126,8 @@ def evaluate(settings: Settings) -> Path:
     """Measure every model on every test set; returns the path of the report."""
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    detectors = [open_detector(name, Path(path), settings) for name, path in _named(settings.models, "models")]
-    sets = [open_test_set(name, shards, settings) for name, shards in _named(settings.test_sets, "test_sets")]
+    detectors = [open_detector(name, Path(path), settings) for name, path in named_values(settings.models, "models")]
+    sets = [open_test_set(name, shards, settings) for name, shards in named_values(settings.test_sets, "test_sets")]
     warnings = [warning for d in detectors for s in sets for warning in overlaps(d, s, settings)]
     scored, hardest = [], []
     for detector in detectors:
@@ -178,12 +178,12 @@ def open_detector(name: str, path: Path, settings: Settings) -> Detector:
     origin = saved.description["init"]
     frozen = recipe.backbone_is_frozen
     init = read_init(settings.init or origin["path"], pretrained=origin["pretrained"]) if frozen else None
-    asked = {"use_learned_mask_token": None, "use_separate_pos_embed": None}  # training has checked them
-    model, sha256 = build_detector(dataclasses.replace(recipe, **asked), init)
+    asked = dataclasses.replace(recipe, use_learned_mask_token=None, use_separate_pos_embed=None)
+    model, sha256 = build_detector(asked, init)  # training has checked what it was asked to
     if frozen and sha256 != origin["sha256"]:
         raise CheckpointError(
-            f"{name} stands on an encoder with sha256 {origin['sha256'][:12]}..., but {settings.init or origin['path']} "
-            f"has {sha256[:12]}...: name its weights with --init"
+            f"{name} stands on an encoder of sha256 {origin['sha256'][:12]}..., but that of "
+            f"{settings.init or origin['path']} is {sha256[:12]}...: name its weights with --init"
         )
     load_trained(model, saved.weights)
     return Detector(name, saved, recipe, model.eval().to(default_device()))
@@ -413,8 +413,12 @@ def table(evaluation: dict[str, Any]) -> str:
     )
 
 
-def _named(text: str, setting: str) -> list[tuple[str, str]]:
-    """Take NAME=VALUE;NAME=VALUE apart."""
+def named_values(text: str, setting: str) -> list[tuple[str, str]]:
+    """Take NAME=VALUE;NAME=VALUE apart.
+
+    Raises:
+        ConfigError: a part has no name, or a name stands twice.
+    """
     pairs = [part.strip().partition("=") for part in text.split(";") if part.strip()]
     for name, equals, value in pairs:
         if not equals or not name.strip() or not value.strip():

@@ -17,6 +17,8 @@ from trainer.errors import DataError
 NUM_PEOPLE = 40
 IMAGES_A_PERSON = 10
 TRAIN_PEOPLE = range(1, 33)
+VALIDATION_PEOPLE = range(25, 33)
+"""Of the training people, those on whom detectors are chosen and not trained."""
 
 
 def find_faces() -> Path:

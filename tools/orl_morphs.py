@@ -1,0 +1,97 @@
+"""The demo's attacks: morphs of the ORL faces for training, validation and test, no person in two of these.
+
+People 1-24 train, 25-32 validate, 33-40 test. Training and validation hold untouched photographs and blends of one
+person as bona fides, and whole and spliced morphs as attacks. There are two test sets, of the same people:
+
+    whole    whole morphs against untouched photographs: blending blur alone gives most of them away
+    splice   spliced morphs against spliced blends of one person: both were blended, only one shows two people
+
+Usage: python tools/orl_morphs.py FOLDER   (writes FOLDER/train.csv, val.csv, test-whole.csv, test-splice.csv)
+"""
+
+import csv
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from launch.command_line import run
+from tools.make_morphs import Settings, make_morphs
+from tools.orl_faces import IMAGES_A_PERSON, NUM_PEOPLE, TRAIN_PEOPLE, VALIDATION_PEOPLE, find_faces
+
+LANDMARKS = Path(__file__).resolve().parent / "data" / "orl_landmarks_468.npz"
+_COLUMNS = ("path", "key", "label", "identity", "identity_2", "attack", "control")
+_PEOPLE = {
+    "train": [p for p in TRAIN_PEOPLE if p not in VALIDATION_PEOPLE],
+    "val": list(VALIDATION_PEOPLE),
+    "test": [p for p in range(1, NUM_PEOPLE + 1) if p not in TRAIN_PEOPLE],
+}
+
+Row = dict[str, str]
+
+
+def write_manifests(output: Path) -> dict[str, int]:
+    """Make the morphs and write the manifests; returns their numbers of images."""
+    counts = {}
+    for split, people in _PEOPLE.items():
+        untouched = _bona_fides(people)
+        source = output / f"{split}-faces.csv"
+        source.parent.mkdir(parents=True, exist_ok=True)
+        _write(source, untouched, ("path", "key", "identity", "landmark_name"))
+        common = Settings(source=str(source), landmarks=str(LANDMARKS), progress_bar=False)
+        whose = {"morphs": False, "controls": True}
+        morphs, controls = (
+            _read(make_morphs(replace(common, output_dir=str(output / f"{split}-{name}"), same_person=same)))
+            for name, same in whose.items()
+        )
+        if split == "test":
+            sets = {
+                "test-whole": untouched + [row for row in morphs if row["attack"] == "landmark-whole"],
+                "test-splice": [row for row in controls if row["control"] == "same-person-splice"]
+                + [row for row in morphs if row["attack"] == "landmark-splice"],
+            }
+        else:
+            sets = {split: untouched + controls + morphs}
+        for name, rows in sets.items():
+            _write(output / f"{name}.csv", rows, _COLUMNS)
+            counts[name] = len(rows)
+    return counts
+
+
+def _bona_fides(people: list[int]) -> list[Row]:
+    faces = find_faces()
+    return [
+        {
+            "path": str(faces / f"s{person}" / f"{image}.pgm"),
+            "key": f"orl/s{person:02d}_{image:02d}",
+            "label": "0",
+            "identity": str(person),
+            "landmark_name": f"s{person}_{image}",
+        }
+        for person in people
+        for image in range(1, IMAGES_A_PERSON + 1)
+    ]
+
+
+def _read(manifest: Path) -> list[Row]:
+    with manifest.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path: Path, rows: list[Row], columns: tuple[str, ...]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main(words: list[str]) -> int:
+    """Write the manifests into the folder named on the command line."""
+    if len(words) != 1 or words[0].startswith("-"):
+        print(__doc__)
+        return 0 if {"-h", "--help"} & set(words) else 2
+    print(", ".join(f"{name}: {count} images" for name, count in write_manifests(Path(words[0])).items()))
+    return 0
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

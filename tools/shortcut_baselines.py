@@ -1,0 +1,137 @@
+"""How far does one get without looking at the face? Logistic regressions on features that only see the processing.
+
+Morphing blurs: it resamples and averages. Detectors can learn that alone and look good on tests where only the morphs
+were processed. So these baselines stand beside every detector in the demo's report:
+
+    radial-spectrum   log power in rings of spatial frequency
+    high-pass         energy that a Laplacian leaves, and its spread over the image
+    small-pixels      the image at an eighth of its size: who, not how
+
+Usage: python tools/shortcut_baselines.py --data 'train/*.tar' --test_sets 'NAME=a/*.tar;...' --output FILE.json
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from launch.command_line import configure_tool, run
+from launch.evaluate import named_values
+from trainer.checkpoint import write_atomically
+from trainer.config import check_types
+from trainer.data.augment import CenterView
+from trainer.data.shards import list_shards, open_index
+from trainer.data.stream import fixed_stream
+from trainer.evaluate import check_labels, truth_of
+from trainer.metrics import summarise
+
+_RINGS = 24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the user may set."""
+
+    data: str = ""
+    """Training shards."""
+    test_sets: str = ""
+    """Labelled shards, as NAME=SHARDS;NAME=SHARDS."""
+    output: str = ""
+    """JSON file for launch/evaluate.py --baselines."""
+    image_size: int = 96
+    """Side of the view [pixels]."""
+    num_replicates: int = 1000
+    """Replicates of the bootstrap over people."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+def radial_spectrum(grey_HW: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the mean log power in rings of spatial frequency."""
+    height, width = grey_HW.shape
+    window_HW = np.hanning(height)[:, None] * np.hanning(width)
+    power_HW = np.abs(np.fft.fft2((grey_HW - grey_HW.mean()) * window_HW)) ** 2
+    radius_HW = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
+    ring_HW = np.minimum((radius_HW / 0.5 * _RINGS).astype(np.int64), _RINGS)
+    sums, counts = np.bincount(ring_HW.ravel(), np.log(power_HW + 1e-3).ravel()), np.bincount(ring_HW.ravel())
+    return np.asarray(sums / counts)
+
+
+def high_pass(grey_HW: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the log energy of the Laplacian over the image and in its 4 x 4 parts."""
+    energy_HW = np.square(cv2.Laplacian(grey_HW, cv2.CV_32F))
+    parts = cv2.resize(energy_HW, (4, 4), interpolation=cv2.INTER_AREA).ravel()
+    return np.log(np.append(parts, energy_HW.mean()).astype(np.float64) + 1e-3)
+
+
+def small_pixels(grey_HW: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the image at an eighth of its size."""
+    size = (grey_HW.shape[1] // 8, grey_HW.shape[0] // 8)
+    return np.asarray(cv2.resize(grey_HW, size, interpolation=cv2.INTER_AREA), dtype=np.float64).ravel()
+
+
+FEATURES: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float64]]] = {
+    "radial-spectrum": radial_spectrum,
+    "high-pass": high_pass,
+    "small-pixels": small_pixels,
+}
+
+
+def main(words: list[str]) -> int:
+    """Fit and measure; returns the exit code."""
+    settings = configure_tool(words, Settings(), __doc__, required=("data", "test_sets", "output"))
+    if settings is None:
+        return 0
+    train_images, train_truth = read_set(settings.data, "--data", settings.image_size)
+    rows: list[dict[str, Any]] = []
+    tests = {
+        name: read_set(shards, f"--test_sets {name}", settings.image_size)
+        for name, shards in named_values(settings.test_sets, "test_sets")
+    }
+    for feature, describe in FEATURES.items():
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+        model.fit([describe(image) for image in train_images], train_truth.label_N)
+        for name, (images, truth) in tests.items():
+            score_N = model.predict_proba([describe(image) for image in images])[:, 1]
+            summary = summarise(
+                score_N,
+                truth.label_N,
+                truth.tool_N,
+                truth.people_N,
+                threshold=0.5,
+                num_replicates=settings.num_replicates,
+            )
+            rows.append({"name": feature, "test_set": name, "summary": summary})
+            print(f"{feature:16} {name:10} AUC {summary['pooled']['auc']['value']:.3f}")
+    write_atomically(Path(settings.output), json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def read_set(shards: str, setting: str, image_size: int) -> tuple[list[NDArray[np.float32]], Any]:
+    """Read a set's images as grey values and what is known of them."""
+    index = open_index(list_shards(shards, setting=setting))
+    check_labels(index, setting=setting)
+    every = list(range(len(index)))
+    images = []
+    for batch in fixed_stream(index, every, CenterView(size=image_size), batch=64, noise_per_sample=1):
+        images += [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32) for image in _pixels(batch)]
+    return images, truth_of(index, np.array(every))
+
+
+def _pixels(batch: Any) -> NDArray[np.uint8]:
+    pixels: NDArray[np.uint8] = batch.images_BCHW.permute(0, 2, 3, 1).numpy()
+    return pixels
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

@@ -1,36 +1,69 @@
-"""A self-contained HTML page of an evaluation: tables with intervals, DET curves, histograms, hardest images.
+"""The report of an evaluation: one HTML page that needs nothing but itself, for people who decide about a detector.
 
-Nothing is loaded from elsewhere: curves are inline SVG, pictures are data URIs, so the page can be archived with an
-audit. Equal input gives equal bytes.
+Tables come from the evaluation's JSON, figures from the scores. The page has no script and forbids loading anything;
+figures are SVG, faces are JPEG inside the page. Equal input gives equal bytes. Names and keys come from data, so all of
+them are escaped.
 
-Shapes: N samples, T thresholds; R, C rows and columns of patches; images are HWC uint8 RGB.
+Shapes: N samples, T thresholds, B bins; HWC, HW images.
 """
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib as mpl
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
-from scipy.stats import norm
+from PIL import Image, ImageOps
+from scipy.special import ndtri
 
 from trainer.checkpoint import write_atomically
-from trainer.metrics import ErrorCurve, error_curve
+from trainer.metrics import clopper_pearson, error_curve
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart."""
-_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
-_SMALLEST, _LARGEST = 0.0005, 0.95
-_SHARED: Any = {"svg.hashsalt": "report", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
-_BINS = 20
+Floats = NDArray[np.float64]
+Row = Mapping[str, Any]
+
+_EDGE = 0.0005
+"""A rate of 0 or 1 has no place on a probit axis; it is drawn at this distance from 0 or 1, the end of the axis."""
+_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+_HIGH_TICKS = (0.6, 0.8, 0.95)
+_GRID = 0.004
+"""Points of a DET curve that are closer than this are one: half a pixel [probits]."""
+_BINS = 25
+_RELIABILITY_BINS = 15
+_FEW = 50
+"""Up to so many samples, each is drawn."""
+_SIDE = 128
+_SHOWN = 8
+"""Hardest samples shown of each model, test set and kind; thumbnails are the bulk of a page."""
+_MATRIX_COLUMNS = 12
+_LABEL_LENGTH = 44
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Okabe and Ito 2008, told apart by colour-blind people; line styles go on where they end."""
+_DASHES = ("-", "--", ":", "-.")
+_STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so a page does not depend on the machine
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +72,14 @@ class ScoredSet:
 
     model: str
     test_set: str
-    key_N: list[str]
+    score_N: Floats
+    """P(morph), from 0 to 1; NaN where the sample failed to process."""
     label_N: NDArray[np.int64]
     tool_N: list[str]
-    score_N: NDArray[np.float64]
-    """P(morph); NaN where the image could not be read."""
-    code_N: list[str]
-    threshold: float
+    """Attack tool of each morph, "" for bona fides."""
+    key_N: list[str]
+    threshold: float | None
+    """The stated one, fixed on other data."""
     threshold_name: str
     summary: dict[str, Any]
     """What `trainer.metrics.summarise` returned."""
@@ -53,7 +87,7 @@ class ScoredSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HardSample:
-    """An image on which a model was wrong, or nearly."""
+    """A sample that a model got wrong, or nearly."""
 
     model: str
     test_set: str
@@ -62,142 +96,443 @@ class HardSample:
     tool: str
     score: float
     image_HWC: NDArray[np.uint8]
-    attention_RC: NDArray[np.float32]
+    attention_HW: NDArray[np.float32] | None
+    """Any size and scale; it covers the whole image."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetCurve:
+    """One curve of a DET figure."""
+
+    name: str
+    macer_T: Floats
+    bscer_T: Floats
+    d_eer: float
+    limits: tuple[tuple[float, float], ...] = ()
+    """(MACER, BSCER) of each BSCER@MACER."""
+    stated: tuple[float, float] | None = None
+    """(MACER, BSCER) at the stated threshold."""
 
 
 def write_report(
-    path: Path, evaluation: dict[str, Any], scored: Sequence[ScoredSet], hardest: Sequence[HardSample]
+    path: Path, evaluation: dict[str, Any], sets: Sequence[ScoredSet], hardest: Sequence[HardSample]
 ) -> None:
-    """Write the page, whole or not at all."""
-    by_set = {name: [s for s in scored if s.test_set == name] for name in dict.fromkeys(s.test_set for s in scored)}
-    pages = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    pages.filters |= {"percent": _percent, "interval": _interval}
-    template = pages.from_string(Path(__file__).with_name("report.html.jinja").read_text())
-    curves = {name: _svg(det_figure(_pooled_and_tools(sets))) for name, sets in by_set.items()}
-    spread = {f"{s.model} on {s.test_set}": _svg(score_figure(s)) for s in scored}
-    text = template.render(
-        evaluation=evaluation,
-        rows=evaluation["results"] + [row | {"model": row["name"]} for row in evaluation["baselines"]],
-        matrix=_matrix(evaluation),
-        curves=curves,
-        spread=spread,
-        hardest=[_thumbnail(sample) for sample in hardest],
-    )
-    write_atomically(path, text)
-
-
-def det_figure(curves: Iterable[tuple[str, ErrorCurve]]) -> Figure:
-    """Draw detection error trade-offs, both axes on the scale of the normal quantile (Martin et al. 1997).
+    """Write the page, whole or not at all.
 
     Args:
-        curves: name and error rates; rates beyond the axes are drawn at their ends.
+        path: the .html file; an older one is replaced.
+        evaluation: JSON of the run. Tables show its results and baselines, models and test sets in its order.
+        sets: scores for the figures and for counting failures.
+        hardest: up to 8 of each model, test set and class are shown, the worst first.
+
+    Raises:
+        OSError: the storage refuses; what was there stays.
     """
-    with mpl.rc_context(_SHARED):
-        figure = Figure(figsize=(5.6, 5.0), layout="constrained")
-        axes = figure.subplots()
-        low, high = norm.ppf([_SMALLEST, _LARGEST])
-        axes.plot([low, high], [low, high], color="#bbbbbb", linewidth=0.8)
-        for i, (name, curve) in enumerate(curves):
-            style: Any = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": ("-", "--", ":")[i // len(_COLOURS) % 3]}
-            axes.step(probit(curve.macer_T), probit(curve.bscer_T), where="post", label=name, linewidth=1.4, **style)
-        places = norm.ppf(_TICKS)
-        labels = [f"{100 * tick:g}" for tick in _TICKS]
-        axes.set_xticks(places, labels)
-        axes.set_yticks(places, labels)
-        axes.set(xlim=(low, high), ylim=(low, high), xlabel="MACER [%] (attacks accepted)")
-        axes.set_ylabel("BSCER [%] (bona fides stopped)")
-        axes.grid(color="#eeeeee", linewidth=0.6)
-        axes.legend(fontsize=7.5, frameon=False, loc="upper right")
-        return figure
+    write_atomically(path, report_html(evaluation, sets, hardest))
 
 
-def probit(rate_T: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the normal quantile of error rates, cut at the ends of the axes."""
-    return np.asarray(norm.ppf(np.clip(rate_T, _SMALLEST, _LARGEST)))
-
-
-def score_figure(found: ScoredSet) -> Figure:
-    """Draw the shares of bona fides and of each tool's morphs by score, and the threshold."""
-    with mpl.rc_context(_SHARED):
-        figure = Figure(figsize=(5.6, 2.4), layout="constrained")
-        axes = figure.subplots()
-        tools, edges = np.array(found.tool_N, dtype=object), np.linspace(0, 1, _BINS + 1)
-        groups = [("bona fide", found.label_N == 0)]
-        groups += [(name, tools == name) for name in sorted(set(found.tool_N) - {""})]
-        for i, (name, chosen_N) in enumerate(groups):
-            score_M = found.score_N[chosen_N & ~np.isnan(found.score_N)]
-            share_B = np.histogram(score_M, edges)[0] / max(1, len(score_M))
-            colour = _COLOURS[i % len(_COLOURS)]
-            axes.stairs(share_B, edges, label=f"{name} ({len(score_M)})", color=colour, linewidth=1.4)
-        if np.isfinite(found.threshold):
-            axes.axvline(found.threshold, color="#999999", linewidth=1, linestyle="--")
-        axes.set(xlim=(0, 1), xlabel="P(morph)", ylabel="share of images")
-        axes.legend(fontsize=7.5, frameon=False)
-        return figure
-
-
-def _pooled_and_tools(sets: Sequence[ScoredSet]) -> Iterable[tuple[str, ErrorCurve]]:
-    """Yield each model's curve over all attacks; for a single model also one for each tool."""
-    for found in sets:
-        read_N = ~np.isnan(found.score_N)
-        score_N, label_N = found.score_N[read_N], found.label_N[read_N]
-        value = found.summary["pooled"]["d_eer"]["value"]
-        yield f"{found.model} (D-EER {_percent(value)})", error_curve(score_N, label_N)
-        tools = np.array(found.tool_N, dtype=object)[read_N]
-        names = sorted(set(tools[label_N == 1]))
-        for name in names if len(sets) == 1 and len(names) > 1 else ():
-            chosen_N = (label_N == 0) | (tools == name)
-            value = found.summary["tools"][name]["d_eer"]["value"]
-            yield f"{name} (D-EER {_percent(value)})", error_curve(score_N[chosen_N], label_N[chosen_N])
-
-
-def _matrix(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Arrange the D-EER of every model and baseline against every tool of every test set."""
-    columns = [(s["name"], tool) for s in evaluation["test_sets"] for tool in s["tools"]]
-    names = [m["name"] for m in evaluation["models"]]
-    names += [row["name"] for row in evaluation["baselines"] if row["name"] not in names]
-    found = {
-        (result.get("model", result.get("name")), result["test_set"], tool): row["d_eer"]["value"]
-        for result in [*evaluation["results"], *evaluation["baselines"]]
-        for tool, row in result["summary"]["tools"].items()
+def report_html(evaluation: dict[str, Any], sets: Sequence[ScoredSet], hardest: Sequence[HardSample]) -> str:
+    """Return the page, in ASCII, so that no locale can spoil it."""
+    filters: dict[str, Callable[..., Any]] = {
+        f.__name__: f for f in (percent, interval, count, decimal, plain, heat, row_facts)
     }
-    trained_on = {m["name"]: m["data"] for m in evaluation["models"]}
-    rows = [
-        (name, trained_on.get(name, "hand-made features"), [found.get((name, *column)) for column in columns])
-        for name in dict.fromkeys(names)
-    ]
-    return {"columns": columns, "rows": rows}
-
-
-def _thumbnail(sample: HardSample) -> dict[str, Any]:
-    """Draw an image beside itself with the attention laid over."""
-    height, width = sample.image_HWC.shape[:2]
-    grown = Image.fromarray((255 * sample.attention_RC).astype(np.uint8)).resize(
-        (width, height), Image.Resampling.BICUBIC
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    flow_HW1 = np.asarray(grown, dtype=np.float32)[..., None] / 255
-    heat_HWC = mpl.colormaps["inferno"](flow_HW1[..., 0])[..., :3].astype(np.float32) * 255
-    overlay_HWC = (0.45 * sample.image_HWC + 0.55 * heat_HWC).clip(0, 255).astype(np.uint8)
+    environment.filters |= filters
+    page = environment.get_template("report.html.jinja").render(
+        evaluation=evaluation,
+        rows=[_headline(test_set, evaluation, sets) for test_set in evaluation["test_sets"]],
+        matrices=_matrices(evaluation["test_sets"]),
+        detectors=_detectors(evaluation),
+        figures=_figures(sets),
+        failures=[_failures(scored) for scored in sets],
+        hard=_hard_groups(hardest, sets),
+        num_shown=_SHOWN,
+    )
+    return page.encode("ascii", "xmlcharrefreplace").decode()
+
+
+# ---------------------------------------------------------------------------------------------- numbers as text
+
+
+def percent(rate: float | None) -> str:
+    """Write a rate with three digits or to 0.01 %; "-" where there is none."""
+    if rate is None or not math.isfinite(rate):
+        return "-"
+    if rate in (0, 1):
+        return f"{100 * rate:.0f} %"
+    if 0 < rate < 0.00005:
+        return "<0.01 %"
+    return f"{100 * rate:.{1 if rate >= 0.09995 else 2}f} %"
+
+
+def interval(limits: Sequence[float] | None) -> str:
+    """Write "[2.38, 8.83 %]"; "no interval" where there is none."""
+    if limits is None or any(x is None or not math.isfinite(x) for x in limits):
+        return "no interval"
+    low, high = (percent(x) for x in limits)
+    return f"[{low.removesuffix(' %')}, {high}]"
+
+
+def count(rate: float | None, total: int) -> str:
+    """Write "10 of 204" for a share of a whole number."""
+    return "-" if rate is None else f"{round(rate * total)} of {total}"
+
+
+def decimal(value: float | str | None) -> str:
+    """Write a threshold, AUC or ECE with four digits; None is infinity, which JSON does not have."""
+    number = math.inf if value is None else float(value)
+    return f"{number:.4f}" if math.isfinite(number) else "infinite"
+
+
+def plain(value: Any) -> str:
+    """Write settings as people read them: "size: 224, crop: centre"."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {plain(x)}" for key, x in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return " ".join(plain(x) for x in value) or "none"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "none" if value in (None, "") else str(value)
+
+
+def heat(rate: float | None) -> str:
+    """Return a light colour for an error rate, white at 0 and red from 50 %, in steps that favour low rates."""
+    share = 0.0 if rate is None or not math.isfinite(rate) else math.sqrt(min(max(rate, 0.0), 0.5) / 0.5)
+    return "#" + "".join(f"{round(255 + share * (full - 255)):02x}" for full in (238, 130, 98))
+
+
+def row_facts(row: Row) -> list[tuple[str, str]]:
+    """List every figure of a row of a summary as (name, text)."""
+    eer = row["d_eer"]
+    facts = [
+        ("bona fides", str(row["num_bona_fide"])),
+        ("morphs", str(row["num_morphs"])),
+        ("D-EER", f"{percent(eer['value'])} {interval(eer['ci'])}"),
+        ("between the rates", f"{interval([eer['low'], eer['high']])} at threshold {decimal(eer['threshold'])}"),
+    ]
+    for fixed, other in (("macer", "bscer"), ("bscer", "macer")):
+        for limit, point in row[f"{other}_at_{fixed}"].items():
+            text = f"{percent(point[other])} {interval(point['ci'])}"
+            reached = f"; {fixed.upper()} {percent(point[fixed])}, threshold {decimal(point['threshold'])}"
+            facts.append((f"{other.upper()}@{fixed.upper()}={limit}", text + reached))
+    facts.append(("AUC", f"{decimal(row['auc']['value'])} {_plain_interval(row['auc']['ci'])}"))
+    facts.append(("ECE", "-" if row["ece"] is None else decimal(row["ece"])))
+    at = row["at_threshold"]
+    for name, total in (("macer", row["num_morphs"]), ("bscer", row["num_bona_fide"])) if at else ():
+        exact = f"{percent(at[name])}, {count(at[name], total)} {interval(at[f'{name}_ci'])}"
+        clustered = f"; over identities {interval(at[f'{name}_cluster_ci'])}"
+        facts.append((f"{name.upper()} at {decimal(at['threshold'])}", exact + clustered))
+    facts.append(("bootstrap replicates", f"{row['num_replicates']} used, {row['num_skipped_replicates']} skipped"))
+    return facts
+
+
+def _plain_interval(limits: Sequence[float] | None) -> str:
+    return "no interval" if limits is None else "[{}, {}]".format(*(decimal(x) for x in limits))
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def _detectors(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """List models, then baselines, each with its summary on every test set."""
+    found = [(m["name"], m["train_data"], evaluation["results"], "model") for m in evaluation["models"]]
+    baselines = evaluation.get("baselines") or []
+    found += [(name, "", baselines, "name") for name in dict.fromkeys(b["name"] for b in baselines)]
+    return [
+        {
+            "name": name,
+            "train_data": data,
+            "is_baseline": key == "name",
+            "summaries": {r["test_set"]: r["summary"] for r in results if r[key] == name},
+        }
+        for name, data, results, key in found
+    ]
+
+
+def _headline(test_set: dict[str, Any], evaluation: dict[str, Any], sets: Sequence[ScoredSet]) -> dict[str, Any]:
+    names = {s.model: s.threshold_name for s in sets if s.test_set == test_set["name"]}
+    rows = [
+        {
+            "name": d["name"],
+            "is_baseline": d["is_baseline"],
+            "summary": d["summaries"][test_set["name"]],
+            "threshold_name": "" if d["is_baseline"] else names.get(d["name"], ""),
+        }
+        for d in _detectors(evaluation)
+        if test_set["name"] in d["summaries"]
+    ]
+    return {"test_set": test_set, "rows": rows}
+
+
+def _matrices(test_sets: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Part the test sets into tables that fit a page."""
+    tables: list[list[dict[str, Any]]] = []
+    width = 0
+    for test_set in test_sets:
+        columns = 1 + len(test_set["tools"])
+        if not tables or width + columns > _MATRIX_COLUMNS:
+            tables.append([])
+            width = 0
+        tables[-1].append(test_set)
+        width += columns
+    return tables
+
+
+def _failures(scored: ScoredSet) -> dict[str, Any]:
+    """Count what failed to process, and both rates without it and with it as errors; (errors, samples) of each."""
+    failed_N, t = np.isnan(scored.score_N), scored.threshold
+    found: dict[str, Any] = {"model": scored.model, "test_set": scored.test_set, "threshold": t}
+    for name, label in (("macer", 1), ("bscer", 0)):
+        score_N = scored.score_N[scored.label_N == label]
+        num_failed, total = int(np.isnan(score_N).sum()), len(score_N)
+        found[f"{name}_failed"] = (num_failed, total)
+        if t is not None:
+            wrong = int(np.sum(score_N < t if label else score_N >= t))  # NaN is neither
+            found[f"{name}_without"] = (wrong, total - num_failed)
+            found[f"{name}_with"] = (wrong + num_failed, total)
+    tools = [scored.tool_N[i] for i in np.flatnonzero(failed_N & (scored.label_N == 1))]
+    found["tools"] = {tool: tools.count(tool) for tool in dict.fromkeys(tools)}
+    return found
+
+
+def _hard_groups(hardest: Sequence[HardSample], sets: Sequence[ScoredSet]) -> list[dict[str, Any]]:
+    thresholds = {(s.model, s.test_set): s.threshold for s in sets}
+    groups = []
+    for model, test_set in dict.fromkeys((h.model, h.test_set) for h in hardest):
+        threshold = thresholds.get((model, test_set))
+        kinds = []
+        for label, sign in ((1, 1), (0, -1)):
+            mine = [h for h in hardest if (h.model, h.test_set, h.label) == (model, test_set, label)]
+            mine.sort(key=lambda h, sign=sign: (math.isnan(h.score), sign * h.score, h.key))  # type: ignore[misc]
+            kinds.append([_tile(h, threshold) for h in mine[:_SHOWN]])
+        groups.append({"model": model, "test_set": test_set, "missed": kinds[0], "alarms": kinds[1]})
+    return groups
+
+
+def _tile(sample: HardSample, threshold: float | None) -> dict[str, Any]:
+    image = ImageOps.contain(Image.fromarray(sample.image_HWC).convert("RGB"), (_SIDE, _SIDE))
+    return {
+        "key": sample.key,
+        "tool": sample.tool,
+        "score": sample.score,
+        "is_wrong": threshold is not None and (sample.score >= threshold) != bool(sample.label),
+        "image": _data_uri(image),
+        "overlay": None if sample.attention_HW is None else _data_uri(_overlay(image, sample.attention_HW)),
+    }
+
+
+def _overlay(image: Image.Image, attention_HW: NDArray[np.float32]) -> Image.Image:
+    """Colour a picture by attention, each from its own lowest to its own highest value."""
+    low_HW = np.nan_to_num(attention_HW).astype(np.float32)
+    span = float(np.ptp(low_HW))
+    unit_HW = (low_HW - low_HW.min()) / span if span > 0 else np.zeros_like(low_HW)
+    large_HW = np.asarray(Image.fromarray(unit_HW).resize(image.size, Image.Resampling.BILINEAR))
+    colour_HWC = (255 * colormaps["inferno"](large_HW)[..., :3]).round().astype(np.uint8)
+    return Image.blend(ImageOps.grayscale(image).convert("RGB"), Image.fromarray(colour_HWC), 0.5)
+
+
+def _data_uri(image: Image.Image) -> str:
     file = io.BytesIO()
-    both = Image.fromarray(np.concatenate([sample.image_HWC, overlay_HWC], axis=1))
-    both.thumbnail((2 * 160, 160))
-    both.save(file, "JPEG", quality=88)
-    picture = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-    kind = "false alarm" if sample.label == 0 else "missed morph"
-    return {"sample": sample, "picture": picture, "kind": kind}
+    image.save(file, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _svg(figure: Figure) -> Markup:
+# ---------------------------------------------------------------------------------------------- figures
+
+
+def det_figure(title: str, curves: Sequence[DetCurve]) -> Figure:
+    """Draw DET curves: MACER across, BSCER up, both as probits.
+
+    A curve is the staircase of what some threshold reaches, never better: between two thresholds it stays at the higher
+    BSCER. Points that lie within half a pixel are left out.
+    """
+    is_high = any(curve.d_eer >= _TICKS[-1] for curve in curves)
+    ticks = _TICKS + _HIGH_TICKS if is_high else _TICKS
+    ends = ndtri([_EDGE, 0.98 if is_high else 0.55])
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 5.2 + 0.19 * len(curves)), layout="constrained")
+        axis = figure.subplots()
+        axis.plot(ends, ends, color="#999999", linewidth=0.8, linestyle=(0, (6, 3)), gid="equal")
+        handles = []
+        for number, curve in enumerate(curves):
+            colour, dash = _look(number)
+            x_T, y_T = _staircase(_probit(curve.macer_T), _probit(curve.bscer_T))
+            handles += axis.plot(
+                x_T, y_T, color=colour, linestyle=dash, linewidth=1.4, drawstyle="steps-post", gid=f"curve-{number}"
+            )
+            _mark(axis, curve.limits, "o", colour, "white")
+            _mark(axis, [curve.stated] if curve.stated else [], "D", colour, colour)
+        places, texts = ndtri(ticks), [f"{100 * t:g}" for t in ticks]
+        axis.set(xticks=places, xticklabels=texts, yticks=places, yticklabels=texts, xlim=ends, ylim=ends)
+        axis.set(xlabel="MACER: morphs taken for bona fide [%]", ylabel="BSCER: bona fides taken for morphs [%]")
+        axis.set_title(_label(title), loc="left")
+        axis.set_aspect("equal")
+        axis.grid(visible=True)
+        names = [f"{_label(curve.name)}: D-EER {percent(curve.d_eer)}" for curve in curves]
+        figure.legend(handles, names, loc="outside lower center")
+    return figure
+
+
+def score_figure(scored: ScoredSet) -> Figure:
+    """Draw a histogram of the scores of bona fides and of each tool, each as shares of its own samples."""
+    groups = _groups(scored)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(5.6, 0.5 + 0.82 * len(groups)), layout="constrained")
+        axes = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
+        for number, (axis, (name, label, score_N)) in enumerate(zip(axes, groups, strict=True)):
+            _histogram(axis, score_N, "#555555" if label == 0 else _look(number - 1)[0])
+            wrong_N = np.zeros(len(score_N), dtype=bool)
+            text = f"{_label(name)}, {len(score_N)}"
+            if scored.threshold is not None:
+                wrong_N = (score_N >= scored.threshold) != bool(label)
+                axis.axvline(scored.threshold, color="black", linewidth=0.9, linestyle="--")
+                text += f": {wrong_N.sum()} {'missed' if label else 'false alarms'}"
+            _rug(axis, score_N if len(score_N) <= _FEW else score_N[wrong_N])
+            axis.set_title(text, loc="left", fontsize=8, pad=2)
+        axes[-1].set(xlabel="P(morph)", xlim=(-0.01, 1.01))
+    return figure
+
+
+def reliability_figure(scored: ScoredSet) -> Figure:
+    """Draw the share of morphs against P(morph) in bins of equal width, with exact binomial intervals."""
+    read_N = ~np.isnan(scored.score_N)
+    score_N, label_N = scored.score_N[read_N], scored.label_N[read_N]
+    bin_N = np.minimum((score_N * _RELIABILITY_BINS).astype(np.int64), _RELIABILITY_BINS - 1)
+    count_B = np.bincount(bin_N, minlength=_RELIABILITY_BINS)
+    used = np.flatnonzero(count_B)
+    score_B = np.bincount(bin_N, score_N, _RELIABILITY_BINS)[used] / count_B[used]
+    share_B = np.bincount(bin_N, label_N, _RELIABILITY_BINS)[used] / count_B[used]
+    morphs_B = np.bincount(bin_N, label_N, _RELIABILITY_BINS)[used].astype(np.int64)
+    limits_B2 = np.array([clopper_pearson(int(k), int(n)) for k, n in zip(morphs_B, count_B[used], strict=True)])
+    ece = scored.summary["pooled"]["ece"]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(3.6, 3.7), layout="constrained")
+        axis = figure.subplots()
+        axis.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle=(0, (6, 3)))
+        axis.vlines(score_B, limits_B2[:, 0], limits_B2[:, 1], color="#0072b2", linewidth=0.9)
+        axis.scatter(score_B, share_B, s=6 + 60 * count_B[used] / count_B.max(), color="#0072b2", gid="bins")
+        axis.set(xlabel="mean P(morph) of the bin", ylabel="share of morphs", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        axis.set_title("ECE: none" if ece is None else f"ECE {ece:.4f}", loc="left")
+        axis.set_aspect("equal")
+        axis.grid(visible=True)
+    return figure
+
+
+def _figures(sets: Sequence[ScoredSet]) -> list[dict[str, Any]]:
+    """Draw every test set's figures: DET of all models, DET by tool of each, scores and reliability of each."""
+    found = []
+    for test_set in dict.fromkeys(scored.test_set for scored in sets):
+        mine = [scored for scored in sets if scored.test_set == test_set]
+        pooled = [curve for s in mine for curve in _curve(s.model, s, s.summary["pooled"], None)]
+        dets = [det_figure(f"{test_set}: all attack tools pooled", pooled)]
+        for s in mine:
+            curves = [curve for tool, row in s.summary["tools"].items() for curve in _curve(tool, s, row, tool)]
+            dets.append(det_figure(f"{s.model}, by attack tool", curves))
+        prefix = f"set{len(found)}"
+        found.append(
+            {
+                "test_set": test_set,
+                "dets": [_svg(figure, f"{prefix}-det{n}") for n, figure in enumerate(dets)],
+                "models": [
+                    {
+                        "name": s.model,
+                        "threshold": s.threshold,
+                        "threshold_name": s.threshold_name,
+                        "scores": _svg(score_figure(s), f"{prefix}-scores{n}"),
+                        "reliability": _svg(reliability_figure(s), f"{prefix}-reliability{n}"),
+                    }
+                    for n, s in enumerate(mine)
+                ],
+            }
+        )
+    return found
+
+
+def _curve(name: str, scored: ScoredSet, row: Row, tool: str | None) -> Iterable[DetCurve]:
+    """Yield the curve of one attack tool, or of all; none where a class has no score."""
+    is_mine = [tool is None or label == 0 or t == tool for t, label in zip(scored.tool_N, scored.label_N, strict=True)]
+    chosen_N = np.array(is_mine, dtype=bool) & ~np.isnan(scored.score_N)
+    label_N = scored.label_N[chosen_N]
+    if label_N.min(initial=1) == label_N.max(initial=0):
+        return
+    curve, at = error_curve(scored.score_N[chosen_N], label_N), row["at_threshold"]
+    yield DetCurve(
+        name=name,
+        macer_T=curve.macer_T,
+        bscer_T=curve.bscer_T,
+        d_eer=row["d_eer"]["value"],
+        limits=tuple((point["macer"], point["bscer"]) for point in row["bscer_at_macer"].values()),
+        stated=(at["macer"], at["bscer"]) if at else None,
+    )
+
+
+def _probit(rate_T: Floats) -> Floats:
+    probit_T: Floats = ndtri(np.clip(rate_T, _EDGE, 1 - _EDGE))
+    return probit_T
+
+
+def _staircase(x_T: Floats, y_T: Floats) -> tuple[Floats, Floats]:
+    """Keep the points that a staircase needs: one a cell of the grid, then the ends of straight runs."""
+    cell_2T = np.round(np.stack([x_T, y_T]) / _GRID)
+    keep_T = np.ones(len(x_T), dtype=bool)
+    keep_T[1:-1] = (cell_2T[:, 1:-1] != cell_2T[:, :-2]).any(axis=0)
+    x_T, y_T = x_T[keep_T], y_T[keep_T]
+    keep_T = np.ones(len(x_T), dtype=bool)
+    for z_T in (x_T, y_T):
+        keep_T[1:-1] &= (z_T[1:-1] != z_T[:-2]) | (z_T[1:-1] != z_T[2:])
+    return x_T[keep_T], y_T[keep_T]
+
+
+def _mark(axis: Axes, points: Sequence[tuple[float, float]], marker: str, edge: str, face: str) -> None:
+    rates_N2 = np.array(points, dtype=np.float64).reshape(-1, 2)
+    x_N, y_N = _probit(rates_N2[:, 0]), _probit(rates_N2[:, 1])
+    axis.plot(x_N, y_N, marker, markersize=4.5, markeredgecolor=edge, markerfacecolor=face, zorder=3)
+
+
+def _histogram(axis: Axes, score_N: Floats, colour: str) -> None:
+    share_B = np.histogram(score_N, _BINS, (0, 1))[0] / max(1, len(score_N))
+    top = float(share_B.max()) or 1.0
+    axis.stairs(share_B, np.linspace(0, 1, _BINS + 1), fill=True, color=colour, alpha=0.75)
+    axis.set(ylim=(-0.22 * top, 1.05 * top), yticks=[0, top], yticklabels=["0", f"{100 * top:.0f} %"])
+
+
+def _rug(axis: Axes, score_N: Floats) -> None:
+    """Draw a tick below the axis at each score, one for scores that agree to three decimals."""
+    at_N = np.unique(score_N.round(3))
+    low = axis.get_ylim()[0]
+    x_3N = np.stack([at_N, at_N, np.full_like(at_N, np.nan)])
+    y_3N = np.broadcast_to(np.array([[0.25 * low], [0.95 * low], [np.nan]]), x_3N.shape)
+    axis.plot(x_3N.T.ravel(), y_3N.T.ravel(), color="black", linewidth=0.6, gid="rug")
+
+
+def _groups(scored: ScoredSet) -> list[tuple[str, int, Floats]]:
+    """Bona fides, then each tool in the order of the summary and of the DET figure: (name, label, scores)."""
+    tool_N, read_N = np.array(scored.tool_N, dtype=object), ~np.isnan(scored.score_N)
+    groups = [("bona fide", 0, scored.score_N[read_N & (scored.label_N == 0)])]
+    for tool in scored.summary["tools"]:
+        groups.append((tool, 1, scored.score_N[read_N & (scored.label_N == 1) & (tool_N == tool)]))
+    return groups
+
+
+def _look(number: int) -> tuple[str, str]:
+    return _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)]
+
+
+def _label(text: str) -> str:
+    """Cut a name to what a figure has room for; letters that its font may lack are escaped."""
+    shown = "".join(c if c.isprintable() and c < "\u0180" else ascii(c)[1:-1] for c in text)
+    return shown if len(shown) <= _LABEL_LENGTH else shown[: _LABEL_LENGTH - 3] + "..."
+
+
+def _svg(figure: Figure, name: str) -> Markup:
+    """Turn a figure into an element of the page; its ids get a prefix, since a page has each only once."""
     file = io.StringIO()
-    with mpl.rc_context(_SHARED):
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    with rc_context(_STYLE):
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = file.getvalue()
-    return Markup(text[text.index("<svg") :])  # matplotlib escapes the texts in it
-
-
-def _percent(rate: float | None) -> str:
-    return "-" if rate is None else f"{100 * rate:.2f} %"
-
-
-def _interval(pair: Sequence[float] | None) -> str:
-    return "" if not pair else f"[{100 * pair[0]:.2f}, {100 * pair[1]:.2f}]"
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :], count=2)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    return Markup(text)

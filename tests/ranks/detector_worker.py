@@ -1,0 +1,91 @@
+"""One rank of tests/test_finetune.py: steps of a tiny LoRA detector; writes what it saw as JSON, saves and reloads."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from engine_worker import images_at
+
+from trainer.engine import Engine, connect, disconnect, fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.models.detector import HeadOptions, MorphDetector
+from trainer.models.encoder import PatchEncoder
+from trainer.models.lora import add_lora
+from trainer.world import world_from_environment
+
+GLOBAL_BATCH, STEPS, LR = 8, 6, 1e-2
+
+
+def inputs(positions: list[int]) -> tuple[torch.Tensor, ...]:
+    labels = torch.tensor([position % 2 for position in positions])
+    return images_at(positions), labels, torch.zeros(len(positions), 1)
+
+
+def build() -> MorphDetector:
+    torch.manual_seed(0)
+    encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2)
+    add_lora(encoder.vit, dropout=0.0, targets=("query", "value"))
+    return MorphDetector(encoder, normalisation="imagenet", head=HeadOptions())
+
+
+def start(model: MorphDetector, config: dict, world) -> Engine:
+    return Engine(model, ds_config=config, weight_decay=0.05, world=world, save_frozen=False)
+
+
+def steps(engine: Engine, first: int, end: int, world, micro_batch: int) -> list[float]:
+    losses = []
+    for step in range(first, end):
+        mine = list(range(step * GLOBAL_BATCH + world.rank, (step + 1) * GLOBAL_BATCH, world.size))
+        parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
+        loss = engine.step((inputs(part) for part in parts), learning_rate=LR, seed=step)
+        losses.append(float(engine.mean_over_ranks(loss)))
+    return losses
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for _, value in sorted(state.items()))).hexdigest()
+
+
+def main(ds_config: str, output: str, stage: str) -> None:
+    torch.set_num_threads(1)
+    world = connect(world_from_environment(), timeout_s=120)
+    owned = owned_by_recipe(
+        global_batch=GLOBAL_BATCH,
+        micro_batch=2,
+        num_ranks=world.size,
+        learning_rate=LR,
+        betas=(0.9, 0.999),
+        weight_decay=0.05,
+        clip_grad_norm=0.0,
+    )
+    config = fill_ds_config(read_ds_config(Path(ds_config)), owned)
+    config.setdefault("zero_optimization", {})["stage"] = int(stage)
+    engine = start(build(), config, world)
+    losses = steps(engine, 0, STEPS // 2, world, 2)
+    engine.save(Path(output, "saved"))
+    losses += steps(engine, STEPS // 2, STEPS, world, 2)
+    state = engine.trainable_state()
+
+    again = start(build(), config, world)
+    again.load(Path(output, "saved"))
+    resumed = steps(again, STEPS // 2, STEPS, world, 2)
+    third = build().encoder.width
+    seen = {
+        "losses": losses,
+        "resumed": resumed,
+        "digest": digest(state),
+        "digest_resumed": digest(again.trainable_state()),
+        "names": sorted(state),
+        "key_rows_are_zero": all(not v[third : 2 * third].any() for n, v in state.items() if "lora_B" in n),
+        "logits": engine.evaluate(images_at([1, 2, 3]), want="logits").tolist(),
+        "bytes": sum(path.stat().st_size for path in Path(output, "saved").rglob("*") if path.is_file()),
+        "whole_bytes": 4 * sum(p.numel() for p in build().parameters()),
+    }
+    Path(output, f"rank-{world.rank}.json").write_text(json.dumps(seen))
+    world.wait_for_all()
+    disconnect()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

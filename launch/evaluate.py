@@ -15,7 +15,7 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -130,17 +130,18 @@ def evaluate(settings: Settings) -> Path:
     sets = [open_test_set(name, shards, settings) for name, shards in named_values(settings.test_sets, "test_sets")]
     warnings = [warning for d in detectors for s in sets for warning in overlaps(d, s, settings)]
     scored, hardest = [], []
+    codes: dict[tuple[str, str], list[str]] = {}
     for detector in detectors:
         for test_set in sets:
-            found = measure(detector, test_set, settings)
+            found, codes[detector.name, test_set.name] = measure(detector, test_set, settings)
             scored.append(found)
             hardest += hardest_of(detector, test_set, found, settings)
     stamp = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    evaluation = describe(detectors, sets, scored, warnings, settings)
+    evaluation = describe(detectors, sets, scored, codes, warnings, settings)
     write_atomically(output / f"{stamp}_eval.json", json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
-    write_atomically(output / f"{stamp}_scores.csv", scores_csv(scored))
+    write_atomically(output / f"{stamp}_scores.csv", scores_csv(scored, codes))
     report = output / f"{stamp}_report.html"
     write_report(report, evaluation, scored, hardest)
     print(table(evaluation) + "\n")
@@ -220,8 +221,13 @@ def overlaps(detector: Detector, test_set: TestSet, settings: Settings) -> list[
     return found
 
 
-def measure(detector: Detector, test_set: TestSet, settings: Settings) -> ScoredSet:
-    """Score a test set and compute every figure; images that cannot be read count as failures and not as scores."""
+def measure(detector: Detector, test_set: TestSet, settings: Settings) -> tuple[ScoredSet, list[str]]:
+    """Score a test set and compute every figure; images that cannot be read count as failures and not as scores.
+
+    Returns:
+        scored: scores and figures.
+        codes: a return code for each image.
+    """
     index, truth, decision = test_set.index, test_set.truth, detector.saved.decision
     batches = Loader(
         fixed_stream(
@@ -267,18 +273,18 @@ def measure(detector: Detector, test_set: TestSet, settings: Settings) -> Scored
         num_replicates=settings.num_replicates,
         seed=settings.seed,
     )
-    return ScoredSet(
+    scored = ScoredSet(
         model=detector.name,
         test_set=test_set.name,
         key_N=[ref.key for ref in index.samples(np.arange(len(index)))],
         label_N=truth.label_N,
         tool_N=truth.tool_N,
         score_N=probability_N,
-        code_N=scores.code_N,
         threshold=threshold,
         threshold_name=settings.threshold,
         summary=summary,
     )
+    return scored, scores.code_N
 
 
 def hardest_of(detector: Detector, test_set: TestSet, found: ScoredSet, settings: Settings) -> list[HardSample]:
@@ -303,10 +309,10 @@ def hardest_of(detector: Detector, test_set: TestSet, found: ScoredSet, settings
             tool=found.tool_N[i],
             score=float(found.score_N[i]),
             image_HWC=pictures[place],
-            attention_RC=maps_BRC[place],
+            attention_HW=maps_BRC[place],
         )
         for place, i in enumerate(chosen)
-        if found.code_N[i] == SUCCESS
+        if not np.isnan(found.score_N[i])
     ]
 
 
@@ -314,6 +320,7 @@ def describe(
     detectors: Sequence[Detector],
     sets: Sequence[TestSet],
     scored: Sequence[ScoredSet],
+    codes: Mapping[tuple[str, str], list[str]],
     warnings: list[str],
     settings: Settings,
 ) -> dict[str, Any]:
@@ -321,7 +328,7 @@ def describe(
     models = []
     for detector in detectors:
         told, recipe = detector.saved.description, detector.recipe
-        mode = "full fine-tuning"
+        mode, figures = "full fine-tuning", told["selection"]["figures"]
         if recipe.use_lora:
             mode = f"LoRA r={recipe.lora_r} on {', '.join(recipe.lora_target_modules)}"
         elif recipe.backbone_is_frozen:
@@ -331,18 +338,17 @@ def describe(
                 "name": detector.name,
                 "path": str(detector.saved.path),
                 "mode": mode,
+                "init": told["init"]["source"],
+                "train_data": told["data"],
+                "selection": {"data": told["selection"]["data"], "d_eer": figures["d_eer"]} if figures else None,
                 "thresholds": {n: v if np.isfinite(v) else None for n, v in detector.saved.decision.thresholds.items()},
             }
-            | {
-                name: told.get(name)
-                for name in ("step", "init", "data", "selection", "calibration", "preprocessing", "recipe")
-            }
+            | {name: told[name] for name in ("step", "calibration", "preprocessing", "recipe")}
         )
     test_sets = []
     for test_set in sets:
-        codes = {code for found in scored if found.test_set == test_set.name for code in found.code_N}
-        first = next(found for found in scored if found.test_set == test_set.name)
-        failed = np.array([code != SUCCESS for code in first.code_N])
+        mine = next(found for (_, name), found in codes.items() if name == test_set.name)
+        failed = np.array([code != SUCCESS for code in mine])
         label_N, tools = test_set.truth.label_N, test_set.truth.tool_N
         test_sets.append(
             {
@@ -354,7 +360,8 @@ def describe(
                 "tools": {name: tools.count(name) for name in sorted(set(tools) - {""})},
                 "num_failed_bona_fide": int((failed & (label_N == 0)).sum()),
                 "num_failed_morphs": int((failed & (label_N == 1)).sum()),
-                "return_codes": sorted(codes),
+                "num_failed": int(failed.sum()),
+                "return_codes": sorted(set(mine)),
             }
         )
     baselines = json.loads(Path(settings.baselines).read_text()) if settings.baselines else []
@@ -362,6 +369,7 @@ def describe(
         "version": 1,
         "created": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
         "versions": versions(),
+        "command": " ".join(sys.argv),
         "threshold_name": settings.threshold,
         "warnings": warnings,
         "models": models,
@@ -373,16 +381,24 @@ def describe(
     }
 
 
-def scores_csv(scored: Sequence[ScoredSet]) -> str:
+def scores_csv(scored: Sequence[ScoredSet], codes: Mapping[tuple[str, str], list[str]]) -> str:
     """Write a row for each model and image, in the terms of NIST's FATE MORPH (isMorph, score, return code)."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["model", "test_set", "key", "label", "attack", "score", "isMorph", "returnCode"])
     for found in scored:
-        rows = zip(found.key_N, found.label_N.tolist(), found.tool_N, found.score_N.tolist(), found.code_N, strict=True)
+        threshold = np.inf if found.threshold is None else found.threshold
+        rows = zip(
+            found.key_N,
+            found.label_N.tolist(),
+            found.tool_N,
+            found.score_N.tolist(),
+            codes[found.model, found.test_set],
+            strict=True,
+        )
         for key, label, tool, value, code in rows:
             read = code == SUCCESS
-            is_morph = str(bool(value >= found.threshold)).lower() if read else ""
+            is_morph = str(bool(value >= threshold)).lower() if read else ""
             writer.writerow(
                 [found.model, found.test_set, key, label, tool, f"{value:.6f}" if read else "", is_morph, code]
             )

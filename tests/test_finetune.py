@@ -330,7 +330,7 @@ def test_an_evaluation_writes_figures_scores_and_a_page_that_needs_nothing_else(
     page = report.read_text()
     for forbidden in ('src="http', "src='http", 'href="http', "<script", "@import", "url(http"):
         assert forbidden not in page
-    for needed in ("BSCER@MACER=0.10", "plain", "odd", "stripes", "P(morph)", "<svg"):
+    for needed in ("BSCER@MACER", "plain", "odd", "stripes", "<svg"):
         assert needed in page
 
     class Balanced(HTMLParser):
@@ -339,7 +339,7 @@ def test_an_evaluation_writes_figures_scores_and_a_page_that_needs_nothing_else(
             self.stack: list[str] = []
 
         def handle_starttag(self, tag: str, attrs: object) -> None:
-            if tag not in ("meta", "img", "br"):
+            if tag not in ("meta", "img", "br", "hr", "link", "col"):
                 self.stack.append(tag)
 
         def handle_endtag(self, tag: str) -> None:
@@ -356,7 +356,7 @@ def test_what_the_detector_has_seen_is_no_test_set(sets: Path, lora: Path, tmp_p
         with pytest.raises(ConfigError, match=r"people and \d+ identical images of test set seen"):
             judge(lora, f"seen={sets / name / '*.tar'}", tmp_path)
     report = judge(lora, f"seen={sets / 'train' / '*.tar'}", tmp_path, allow_overlap=True)
-    assert "These figures flatter" in report.read_text()
+    assert "lora was trained on" in report.read_text()
 
 
 @pytest.mark.slow

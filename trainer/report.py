@@ -50,7 +50,7 @@ _LABEL_LENGTH = 44
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito 2008, told apart by colour-blind people; line styles go on where they end."""
 _DASHES = ("-", "--", ":", "-.")
-_STYLE = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so a page does not depend on the machine
     "font.size": 8.5,
     "axes.titlesize": 9.5,
@@ -423,7 +423,7 @@ def reliability_figure(scored: ScoredSet) -> Figure:
 
 def _figures(sets: Sequence[ScoredSet]) -> list[dict[str, Any]]:
     """Draw every test set's figures: DET of all models, DET by tool of each, scores and reliability of each."""
-    found = []
+    found: list[dict[str, Any]] = []
     for test_set in dict.fromkeys(scored.test_set for scored in sets):
         mine = [scored for scored in sets if scored.test_set == test_set]
         pooled = [curve for s in mine for curve in _curve(s.model, s, s.summary["pooled"], None)]
@@ -512,9 +512,8 @@ def _groups(scored: ScoredSet) -> list[tuple[str, int, Floats]]:
     """Bona fides, then each tool in the order of the summary and of the DET figure: (name, label, scores)."""
     tool_N, read_N = np.array(scored.tool_N, dtype=object), ~np.isnan(scored.score_N)
     groups = [("bona fide", 0, scored.score_N[read_N & (scored.label_N == 0)])]
-    for tool in scored.summary["tools"]:
-        groups.append((tool, 1, scored.score_N[read_N & (scored.label_N == 1) & (tool_N == tool)]))
-    return groups
+    morph_N = read_N & (scored.label_N == 1)
+    return groups + [(tool, 1, scored.score_N[morph_N & (tool_N == tool)]) for tool in scored.summary["tools"]]
 
 
 def _look(number: int) -> tuple[str, str]:

@@ -339,7 +339,7 @@ def test_an_evaluation_writes_figures_scores_and_a_page_that_needs_nothing_else(
             self.stack: list[str] = []
 
         def handle_starttag(self, tag: str, attrs: object) -> None:
-            if tag not in ("meta", "img", "br", "hr", "link", "col"):
+            if tag not in ("meta", "img", "br", "hr", "link", "col", "wbr"):
                 self.stack.append(tag)
 
         def handle_endtag(self, tag: str) -> None:

@@ -57,4 +57,5 @@ bench: $(INSTALLED)
 	@mkdir -p demo
 	$(BIN)/python tools/bench_masked_step.py
 	$(BIN)/python tools/bench_loader.py
+	$(BIN)/python tools/bench_lora.py
 	$(BIN)/python tools/bench_plan.py --plot demo/plan_scale.png

@@ -103,14 +103,13 @@ def main(words: list[str]) -> int:
         model = modes["lora"].model
         save_adapter(Path(folder), model.encoder.vit, _state_of(model.head), base_model=settings.model)
         adapter_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
+    ratio = {"state": state["full"] / state["lora"], "time": seconds["lora"] / seconds["full"]}
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {settings}")
     print(
-        f"optimizer state   full {state['full'] / 1e6:.1f} MB, LoRA {state['lora'] / 1e6:.3f} MB: {state['full'] / state['lora']:.0f}x"
+        f"optimizer state   full {state['full'] / 1e6:.1f} MB, LoRA {state['lora'] / 1e6:.3f} MB: {ratio['state']:.0f}x"
     )
     print(f"adapter and head  {adapter_bytes / 1e6:.2f} MB")
-    print(
-        f"step time         full {seconds['full']:.2f} s, LoRA {seconds['lora']:.2f} s: {seconds['lora'] / seconds['full']:.2f}x"
-    )
+    print(f"step time         full {seconds['full']:.2f} s, LoRA {seconds['lora']:.2f} s: {ratio['time']:.2f}x")
     print(f"peak memory       full {memory['full'] / 2**30:.2f} GiB, LoRA {memory['lora'] / 2**30:.2f} GiB")
     return 0
 

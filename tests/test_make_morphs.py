@@ -1,0 +1,141 @@
+"""Morphs: geometry against OpenCV's own warp, laws of blending and splicing, manifests, refusals."""
+
+import csv
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tools.make_morphs import Settings, face_mask, make_morphs, spliced_morph, warp, whole_morph
+from trainer.errors import ConfigError, DataError
+
+SIZE = (60, 50)
+ANGLE = np.linspace(0, 2 * np.pi, 16, endpoint=False, dtype=np.float32)
+RING = np.stack([25 + 14 * np.cos(ANGLE), 30 + 18 * np.sin(ANGLE)], 1).astype(np.float32)
+POINTS = np.concatenate([RING, [[25, 30], [20, 26], [30, 26]]]).astype(np.float32)
+
+
+def picture(seed: int) -> np.ndarray:
+    small = np.random.default_rng(seed).integers(20, 235, (6, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize(SIZE[::-1], Image.Resampling.BICUBIC))
+
+
+def test_landmarks_that_stay_leave_the_image() -> None:
+    np.testing.assert_array_equal(warp(picture(0), POINTS, POINTS), picture(0))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(-3, 3), st.floats(-3, 3), st.floats(0.9, 1.1))
+def test_an_affine_motion_of_the_landmarks_is_opencvs_inside_their_hull(dx: float, dy: float, zoom: float) -> None:
+    moved = ((POINTS - 25) * zoom + 25 + [dx, dy]).astype(np.float32)
+    ours = warp(picture(1), POINTS, moved).astype(int)
+    matrix = np.array([[zoom, 0, 25 * (1 - zoom) + dx], [0, zoom, 25 * (1 - zoom) + dy]])
+    theirs = cv2.warpAffine(picture(1), matrix, SIZE[::-1], flags=cv2.INTER_CUBIC).astype(int)
+    inside = face_mask(SIZE, moved) > 0.99
+    assert inside.any()
+    assert np.abs(ours - theirs)[inside].max() <= 12  # opencv rounds both to 1/32 pixel, at different places
+
+
+def test_a_blend_near_the_ends_is_nearly_a_parent() -> None:
+    other = POINTS + np.array([3, -2], dtype=np.float32)
+    nearly = whole_morph(picture(2), POINTS, picture(3), other, 1e-4).astype(int)
+    assert np.abs(nearly - picture(2)).max() <= 2
+    nearly = whole_morph(picture(2), POINTS, picture(3), POINTS, 1 - 1e-4).astype(int)
+    assert np.abs(nearly - picture(3)).max() <= 2
+
+
+def test_a_splice_leaves_everything_outside_the_hull_and_changes_the_inside() -> None:
+    morph = spliced_morph(picture(4), POINTS, picture(5), (POINTS + 2).astype(np.float32), 0.5)
+    hull = np.zeros(SIZE, np.uint8)
+    cv2.fillConvexPoly(hull, np.rint(cv2.convexHull(POINTS)).astype(np.int32), 1)
+    differs = (morph != picture(4)).any(axis=2)
+    assert not differs[hull == 0].any()
+    assert differs[face_mask(SIZE, POINTS) > 0.99].mean() > 0.9
+
+
+@pytest.fixture
+def people(tmp_path: Path) -> dict[str, str]:
+    names, points = [], []
+    with (tmp_path / "faces.csv").open("w") as file:
+        file.write("path,key,identity\n")
+        for person in range(4):
+            for number in range(3):
+                name = f"p{person}_{number}"
+                Image.fromarray(picture(10 * person + number)).save(tmp_path / f"{name}.png")
+                file.write(f"{tmp_path / name}.png,{name},{person}\n")
+                names.append(name)
+                points.append(POINTS + person)
+    np.savez(tmp_path / "points.npz", names=np.array(names), points=np.array(points, dtype=np.float32))
+    return {"source": str(tmp_path / "faces.csv"), "landmarks": str(tmp_path / "points.npz")}
+
+
+def made(people: dict[str, str], output: Path, **changes: object) -> tuple[list[dict[str, str]], dict[str, bytes]]:
+    options = people | {"output_dir": str(output), "pairs_per_identity": 3, "progress_bar": False, "num_processes": 1}
+    manifest = make_morphs(Settings(**(options | changes)))  # type: ignore[arg-type]
+    files = {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*.png")}
+    return list(csv.DictReader(manifest.read_text().splitlines())), files
+
+
+def test_every_morph_names_two_people_and_both_parents(people: dict[str, str], tmp_path: Path) -> None:
+    rows, files = made(people, tmp_path / "out", blend="0.3,0.7")
+    assert len(rows) == len(files)
+    assert {row["attack"] for row in rows} == {"landmark-whole", "landmark-splice"}
+    for row in rows:
+        assert row["label"] == "1"
+        assert row["identity"] != row["identity_2"]
+        assert (row["parent_a"][1], row["parent_b"][1]) == (row["identity"], row["identity_2"])
+        assert 0.3 <= float(row["blend"]) <= 0.7
+        assert Path(row["path"]).exists()
+    pairs = [frozenset((row["parent_a"], row["parent_b"])) for row in rows if row["attack"] == "landmark-whole"]
+    assert len(pairs) == len(set(pairs))
+
+
+def test_controls_show_one_person_and_are_bona_fide(people: dict[str, str], tmp_path: Path) -> None:
+    rows, _ = made(people, tmp_path / "out", same_person=True, mode="splice")
+    for row in rows:
+        assert (row["label"], row["attack"], row["identity_2"], row["control"]) == ("0", "", "", "same-person-splice")
+        assert row["parent_a"][1] == row["parent_b"][1]
+        assert row["parent_a"] != row["parent_b"]
+
+
+@pytest.mark.slow
+def test_bytes_depend_on_the_seed_and_not_on_processes_and_a_killed_run_goes_on(
+    people: dict[str, str], tmp_path: Path
+) -> None:
+    _, one = made(people, tmp_path / "one")
+    _, two = made(people, tmp_path / "two", num_processes=2)
+    assert one == two
+    for path in list((tmp_path / "one").rglob("*.png"))[:3]:
+        path.unlink()
+    assert made(people, tmp_path / "one")[1] == two
+    assert made(people, tmp_path / "other", seed=1)[1].keys() != two.keys()
+    with pytest.raises(ConfigError, match="other faces or settings"):
+        made(people, tmp_path / "one", seed=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blend": "0,0.5"}, "blend is '0,0.5'"),
+        ({"blend": "half"}, "two shares"),
+        ({"pairs_per_identity": 0}, "at least 1"),
+        ({"landmarks": "/nowhere.npz"}, "cannot be read"),
+    ],
+)
+def test_wrong_settings_are_refused(people: dict[str, str], tmp_path: Path, changes, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        made(people, tmp_path / "out", **changes)
+
+
+def test_missing_landmarks_and_lonely_people_are_refused(people: dict[str, str], tmp_path: Path) -> None:
+    np.savez(tmp_path / "few.npz", names=np.array(["p0_0"]), points=POINTS[None])
+    with pytest.raises(DataError, match="11 of 12 photographs have no landmarks"):
+        made(people, tmp_path / "out", landmarks=str(tmp_path / "few.npz"))
+    lines = Path(people["source"]).read_text().splitlines()
+    Path(people["source"]).write_text("\n".join(lines[:4]) + "\n")
+    with pytest.raises(ConfigError, match="morphs need two people"):
+        made(people, tmp_path / "lonely")

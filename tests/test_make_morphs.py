@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tools.make_morphs import Settings, face_mask, make_morphs, spliced_morph, warp, whole_morph
+from tools.make_shards import Settings as ShardSettings
+from tools.make_shards import make_shards
+from trainer.data.shards import ShardReader, open_index
 from trainer.errors import ConfigError, DataError
 
 SIZE = (60, 50)
@@ -139,3 +142,15 @@ def test_missing_landmarks_and_lonely_people_are_refused(people: dict[str, str],
     Path(people["source"]).write_text("\n".join(lines[:4]) + "\n")
     with pytest.raises(ConfigError, match="morphs need two people"):
         made(people, tmp_path / "lonely")
+
+
+def test_landmarks_travel_through_a_shard_to_the_self_morph(people: dict[str, str], tmp_path: Path) -> None:
+    options = people | {"output_dir": str(tmp_path / "shards"), "progress_bar": False, "num_processes": 1}
+    paths = make_shards(ShardSettings(**options))  # type: ignore[arg-type]
+    index = open_index(paths)
+    refs = index.samples(np.arange(len(index)))
+    found = ShardReader().read_landmarks(refs)
+    for ref, points in zip(refs, found, strict=True):
+        np.testing.assert_allclose(points, POINTS + int(ref.key[1]), atol=0.01)
+    with pytest.raises(ConfigError, match="landmarks and max_side"):
+        ShardSettings(**options, max_side=16)  # type: ignore[arg-type]

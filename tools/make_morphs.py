@@ -39,14 +39,14 @@ from scipy.spatial import Delaunay
 from tqdm.auto import tqdm
 
 from launch.command_line import configure_tool, run
-from tools.make_shards import Entry, read_manifest
+from tools.landmarks import Points, landmarks_of, read_landmarks
+from tools.make_shards import read_manifest
 from trainer.checkpoint import write_atomically
 from trainer.config import as_record, check_types
 from trainer.errors import ConfigError, DataError
 
 _COLUMNS = ("path", "key", "label", "identity", "identity_2", "attack", "blend", "parent_a", "parent_b", "control")
 _FEATHER = 0.04
-Points = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,7 +172,7 @@ def read_faces(source: Path, landmarks: Path) -> list[Face]:
         identity = entry.metadata.get("identity")
         if not identity:
             raise ConfigError(f"source {source}: {entry.path} has no identity: add a column identity")
-        found = next((points[name] for name in _names_of(entry) if name in points), None)
+        found = landmarks_of(entry.metadata.get("landmark_name"), entry.key, entry.path, points)
         if found is None:
             lost.append(entry.path)
         else:
@@ -183,24 +183,6 @@ def read_faces(source: Path, landmarks: Path) -> list[Face]:
             "column landmark_name with the names of that file, or leave them out"
         )
     return faces
-
-
-def read_landmarks(path: Path) -> dict[str, Points]:
-    """Read points by name [pixels].
-
-    Raises:
-        ConfigError: the file is missing or holds something else.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names = [str(name) for name in arrays["names"]]
-            in_pixels = "points" in arrays
-            points = arrays["points"].astype(np.float32) if in_pixels else arrays["points_64th_px"] / np.float32(64)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"landmarks {path} cannot be read ({error}): name an .npz with names and points") from error
-    if points.ndim != 3 or points.shape[2] != 2 or points.shape[1] < 3 or len(points) != len(names):
-        raise ConfigError(f"landmarks {path} hold points of shape {points.shape}, but must be (names, points, 2)")
-    return dict(zip(names, points.astype(np.float32), strict=True))
 
 
 def draw_pairs(faces: Sequence[Face], settings: Settings) -> list[tuple[Face, Face, float]]:
@@ -375,10 +357,6 @@ def _manifest(jobs: Sequence[Job], *, same_person: bool) -> str:
         row: list[Any] = [job.output.absolute(), key, int(not same_person), job.first.identity, second, attack]
         writer.writerow([*row, job.blend, job.first.key, job.second.key, control])
     return file.getvalue()
-
-
-def _names_of(entry: Entry) -> tuple[str, ...]:
-    return str(entry.metadata.get("landmark_name", "")), entry.key, entry.path.stem
 
 
 def _plain(key: str) -> str:

@@ -24,7 +24,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -37,8 +37,10 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from launch.command_line import configure_tool, run
+from tools.landmarks import landmarks_of, read_landmarks
 from trainer.config import check_types
 from trainer.data.decode import MIN_SIDE, decode_image
+from trainer.data.shards import LANDMARKS
 from trainer.errors import ConfigError, DataError, SampleError
 
 READ_SUFFIXES = {".jpg", ".jpeg", ".png", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"}
@@ -72,6 +74,8 @@ class Settings:
     """Keep untouched bytes and write what is shrunk in its own format; or, for pre-training sets, write all anew."""
     jpeg_quality: int = 95
     """Quality of JPEGs that are written anew, from 1 to 100; their colours keep full resolution (4:4:4)."""
+    landmarks: str | None = None
+    """An .npz with names and points (pixels), as tools/make_morphs.py takes; self-morphs find them in the samples' json."""
     verify: bool = True
     """Decode every image before it is stored, so that no damaged one gets in."""
     num_processes: int | None = None
@@ -87,6 +91,8 @@ class Settings:
                 raise ConfigError(f"{name} is {value}, but must be at least 1")
         if self.max_side is not None and self.max_side < MIN_SIDE:
             raise ConfigError(f"max_side is {self.max_side}, but must be at least {MIN_SIDE}: smaller is refused later")
+        if self.landmarks and self.max_side is not None:
+            raise ConfigError("landmarks and max_side are both set, but shrinking would move the landmarks: keep one")
         if not 1 <= self.jpeg_quality <= 100:
             raise ConfigError(f"jpeg_quality is {self.jpeg_quality}, but must be from 1 to 100 (try 95)")
 
@@ -134,7 +140,7 @@ def make_shards(settings: Settings) -> list[Path]:
     """
     source, output = Path(settings.source), Path(settings.output_dir)
     entries = read_manifest(source) if source.is_file() else walk_folder(source, folder_labels=settings.folder_labels)
-    entries = _with_distinct_keys(entries)
+    entries = _with_landmarks(_with_distinct_keys(entries), settings.landmarks)
     with ThreadPoolExecutor(_PROBERS) as pool:
         sizes = list(pool.map(lambda entry: _stored_size(entry.path, settings), entries))
     groups = list(_groups(entries, sizes, settings.max_shard_bytes, settings.max_shard_samples))
@@ -168,6 +174,19 @@ def walk_folder(root: Path, *, folder_labels: bool) -> list[Entry]:
         )
         for path in relative
     ]
+
+
+def _with_landmarks(entries: list[Entry], landmarks: str | None) -> list[Entry]:
+    if landmarks is None:
+        return entries
+    points, found = read_landmarks(Path(landmarks)), []
+    for entry in entries:
+        mine = landmarks_of(entry.metadata.get("landmark_name"), entry.key, entry.path, points)
+        known = {} if mine is None else {LANDMARKS: np.round(mine.astype(np.float64), 2).tolist()}
+        found.append(replace(entry, metadata=entry.metadata | known))
+    if not any(LANDMARKS in entry.metadata for entry in found):
+        raise ConfigError(f"landmarks {landmarks} name none of {len(entries)} images: add a column landmark_name")
+    return found
 
 
 def read_manifest(manifest: Path) -> list[Entry]:

@@ -57,6 +57,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#666666",
+    "axes.axisbelow": True,
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
@@ -134,7 +135,7 @@ def write_report(
 def report_html(evaluation: dict[str, Any], sets: Sequence[ScoredSet], hardest: Sequence[HardSample]) -> str:
     """Return the page, in ASCII, so that no locale can spoil it."""
     filters: dict[str, Callable[..., Any]] = {
-        f.__name__: f for f in (percent, interval, count, decimal, plain, heat, row_facts)
+        f.__name__: f for f in (percent, interval, spread, count, decimal, plain, heat, row_facts)
     }
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
@@ -176,6 +177,19 @@ def interval(limits: Sequence[float] | None) -> str:
     return f"[{low.removesuffix(' %')}, {high}]"
 
 
+def spread(limits: Sequence[float] | None, total: int | None = None) -> str:
+    """Write the interval of a bootstrap; where no replicate differs, the exact one of ``total`` trials, if given.
+
+    A rate of zero is zero in every replicate, so [0, 0 %] would claim a certainty that nobody has.
+    """
+    if limits is None or tuple(limits) not in ((0, 0), (1, 1)):
+        return interval(limits)
+    if total is None:
+        return "no interval"
+    num_errors = round(limits[0] * total)
+    return f"{num_errors} of {total} {interval(clopper_pearson(num_errors, total))}"
+
+
 def count(rate: float | None, total: int) -> str:
     """Write "10 of 204" for a share of a whole number."""
     return "-" if rate is None else f"{round(rate * total)} of {total}"
@@ -204,33 +218,29 @@ def heat(rate: float | None) -> str:
     return "#" + "".join(f"{round(255 + share * (full - 255)):02x}" for full in (238, 130, 98))
 
 
-def row_facts(row: Row) -> list[tuple[str, str]]:
-    """List every figure of a row of a summary as (name, text)."""
-    eer = row["d_eer"]
+def row_facts(row: Row) -> list[tuple[str, str, str]]:
+    """List every figure of a row of a summary as (name, text, small print)."""
+    eer, auc, totals = row["d_eer"], row["auc"], {"macer": row["num_morphs"], "bscer": row["num_bona_fide"]}
+    both = f"rates {percent(eer['low'])} and {percent(eer['high'])}, threshold {decimal(eer['threshold'])}"
     facts = [
-        ("bona fides", str(row["num_bona_fide"])),
-        ("morphs", str(row["num_morphs"])),
-        ("D-EER", f"{percent(eer['value'])} {interval(eer['ci'])}"),
-        ("between the rates", f"{interval([eer['low'], eer['high']])} at threshold {decimal(eer['threshold'])}"),
+        ("Samples", f"{row['num_bona_fide']} bona fides, {row['num_morphs']} morphs", ""),
+        ("D-EER", f"{percent(eer['value'])} {spread(eer['ci'])}", both),
     ]
     for fixed, other in (("macer", "bscer"), ("bscer", "macer")):
         for limit, point in row[f"{other}_at_{fixed}"].items():
-            text = f"{percent(point[other])} {interval(point['ci'])}"
-            reached = f"; {fixed.upper()} {percent(point[fixed])}, threshold {decimal(point['threshold'])}"
-            facts.append((f"{other.upper()}@{fixed.upper()}={limit}", text + reached))
-    facts.append(("AUC", f"{decimal(row['auc']['value'])} {_plain_interval(row['auc']['ci'])}"))
-    facts.append(("ECE", "-" if row["ece"] is None else decimal(row["ece"])))
+            text = f"{percent(point[other])} {spread(point['ci'], totals[other])}"
+            reached = f"{fixed.upper()} {percent(point[fixed])}, threshold {decimal(point['threshold'])}"
+            facts.append((f"{other.upper()}@{fixed.upper()}={limit}", text, reached))
+    limits = "[{}, {}]".format(*(decimal(x) for x in auc["ci"])) if auc["ci"] else "no interval"
+    facts.append(("AUC", f"{decimal(auc['value'])} {limits}", ""))
+    facts.append(("ECE", "-" if row["ece"] is None else decimal(row["ece"]), ""))
     at = row["at_threshold"]
-    for name, total in (("macer", row["num_morphs"]), ("bscer", row["num_bona_fide"])) if at else ():
-        exact = f"{percent(at[name])}, {count(at[name], total)} {interval(at[f'{name}_ci'])}"
-        clustered = f"; over identities {interval(at[f'{name}_cluster_ci'])}"
-        facts.append((f"{name.upper()} at {decimal(at['threshold'])}", exact + clustered))
-    facts.append(("bootstrap replicates", f"{row['num_replicates']} used, {row['num_skipped_replicates']} skipped"))
-    return facts
-
-
-def _plain_interval(limits: Sequence[float] | None) -> str:
-    return "no interval" if limits is None else "[{}, {}]".format(*(decimal(x) for x in limits))
+    for name, total in totals.items() if at else ():
+        text = f"{percent(at[name])}, {count(at[name], total)} {interval(at[f'{name}_ci'])}"
+        clustered = f"over identities {interval(at[f'{name}_cluster_ci'])}"
+        facts.append((f"{name.upper()}({decimal(at['threshold'])})", text, clustered))
+    used = f"{row['num_replicates']} used, {row['num_skipped_replicates']} skipped"
+    return [*facts, ("Bootstrap replicates", used, "")]
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -353,8 +363,9 @@ def det_figure(title: str, curves: Sequence[DetCurve]) -> Figure:
     ticks = _TICKS + _HIGH_TICKS if is_high else _TICKS
     ends = ndtri([_EDGE, 0.98 if is_high else 0.55])
     with rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 5.2 + 0.19 * len(curves)), layout="constrained")
-        axis = figure.subplots()
+        height = 5.5 + 0.18 * len(curves)  # all measures are inches, so that the axes of all figures are equal
+        figure = Figure(figsize=(5.3, height))
+        axis = figure.add_axes((0.6 / 5.3, 1 - 4.9 / height, 4.6 / 5.3, 4.6 / height))
         axis.plot(ends, ends, color="#999999", linewidth=0.8, linestyle=(0, (6, 3)), gid="equal")
         handles = []
         for number, curve in enumerate(curves):
@@ -369,10 +380,9 @@ def det_figure(title: str, curves: Sequence[DetCurve]) -> Figure:
         axis.set(xticks=places, xticklabels=texts, yticks=places, yticklabels=texts, xlim=ends, ylim=ends)
         axis.set(xlabel="MACER: morphs taken for bona fide [%]", ylabel="BSCER: bona fides taken for morphs [%]")
         axis.set_title(_label(title), loc="left")
-        axis.set_aspect("equal")
         axis.grid(visible=True)
         names = [f"{_label(curve.name)}: D-EER {percent(curve.d_eer)}" for curve in curves]
-        figure.legend(handles, names, loc="outside lower center")
+        figure.legend(handles, names, loc="lower left", bbox_to_anchor=(0.5 / 5.3, 0))
     return figure
 
 
@@ -414,7 +424,7 @@ def reliability_figure(scored: ScoredSet) -> Figure:
         axis.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle=(0, (6, 3)))
         axis.vlines(score_B, limits_B2[:, 0], limits_B2[:, 1], color="#0072b2", linewidth=0.9)
         axis.scatter(score_B, share_B, s=6 + 60 * count_B[used] / count_B.max(), color="#0072b2", gid="bins")
-        axis.set(xlabel="mean P(morph) of the bin", ylabel="share of morphs", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        axis.set(xlabel="mean P(morph) of the bin", ylabel="share of morphs", xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
         axis.set_title("ECE: none" if ece is None else f"ECE {ece:.4f}", loc="left")
         axis.set_aspect("equal")
         axis.grid(visible=True)

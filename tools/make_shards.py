@@ -75,7 +75,7 @@ class Settings:
     jpeg_quality: int = 95
     """Quality of JPEGs that are written anew, from 1 to 100; their colours keep full resolution (4:4:4)."""
     landmarks: str | None = None
-    """An .npz with names and points (pixels), as tools/make_morphs.py takes; self-morphs find them in the samples' json."""
+    """An .npz with names and points in pixels, as make_morphs takes; self-morphs find them in the samples' json."""
     verify: bool = True
     """Decode every image before it is stored, so that no damaged one gets in."""
     num_processes: int | None = None

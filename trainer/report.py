@@ -224,15 +224,15 @@ def row_facts(row: Row) -> list[tuple[str, str, str]]:
     both = f"rates {percent(eer['low'])} and {percent(eer['high'])}, threshold {decimal(eer['threshold'])}"
     facts = [
         ("Samples", f"{row['num_bona_fide']} bona fides, {row['num_morphs']} morphs", ""),
-        ("D-EER", f"{percent(eer['value'])} {spread(eer['ci'])}", both),
+        ("D-EER", f"{percent(eer['value'])}, {spread(eer['ci'])}", both),
     ]
     for fixed, other in (("macer", "bscer"), ("bscer", "macer")):
         for limit, point in row[f"{other}_at_{fixed}"].items():
-            text = f"{percent(point[other])} {spread(point['ci'], totals[other])}"
+            text = f"{percent(point[other])}, {spread(point['ci'], totals[other])}"
             reached = f"{fixed.upper()} {percent(point[fixed])}, threshold {decimal(point['threshold'])}"
             facts.append((f"{other.upper()}@{fixed.upper()}={limit}", text, reached))
     limits = "[{}, {}]".format(*(decimal(x) for x in auc["ci"])) if auc["ci"] else "no interval"
-    facts.append(("AUC", f"{decimal(auc['value'])} {limits}", ""))
+    facts.append(("AUC", f"{decimal(auc['value'])}, {limits}", ""))
     facts.append(("ECE", "-" if row["ece"] is None else decimal(row["ece"]), ""))
     at = row["at_threshold"]
     for name, total in totals.items() if at else ():

@@ -1,127 +1,520 @@
-"""The report: nothing from elsewhere, nothing of the data runs, every edge of an evaluation has a page."""
-
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import norm
 
-from trainer.metrics import error_curve, summarise
-from trainer.report import DetCurve, HardSample, ScoredSet, det_figure, report_html
+from trainer.metrics import clopper_pearson, error_curve, summarise
+from trainer.report import (
+    DetCurve,
+    HardSample,
+    ScoredSet,
+    decimal,
+    det_figure,
+    heat,
+    interval,
+    percent,
+    plain,
+    reliability_figure,
+    report_html,
+    score_figure,
+    spread,
+    write_report,
+)
 
-EVIL = '<img src=x onerror="alert(1)">'
+VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
+HOSTILE = "</svg></style><script>alert(1)</script>\"'><img src=x onerror=y>_$x_{$&amp;\x01\u00fc\u5b57\ud800"
+EDGE = 0.0005
+
+
+class Page(HTMLParser):
+    """What a page holds: its elements, whether they nest, and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self._open = "", ["document"]
+        self.feed(html)
+        self.close()
+        assert self._open == ["document"], f"never closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1] != "style":
+            self.text = f"{self.text} {data}"
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
 
 
 def scored(
-    score_N: np.ndarray, label_N: np.ndarray, *, threshold: float | None = 0.5, tool: str = "splice"
+    model: str = "lora",
+    test_set: str = "frll",
+    tools: dict[str, int] | None = None,
+    *,
+    num_bona_fide: int = 40,
+    shift: float = 2.0,
+    threshold: float | None = 0.5,
+    threshold_name: str = "macer_0.10",
+    num_failed: int = 0,
+    constant: float | None = None,
+    num_replicates: int = 20,
 ) -> ScoredSet:
-    tools = [tool if label else "" for label in label_N]
+    """A model that separates the classes by ``shift`` sigmas; every eleventh score fails, up to ``num_failed``."""
+    tools = tools or {"opencv": 30, "stylegan": 20}
+    rng = np.random.default_rng([len(model), len(test_set), num_bona_fide])
+    label_N = np.repeat([0, 1], [num_bona_fide, sum(tools.values())])
+    tool_N = [""] * num_bona_fide + [tool for tool, number in tools.items() for _ in range(number)]
+    score_N = 1 / (1 + np.exp(-rng.normal(size=len(label_N)) - shift * (label_N - 0.5)))
+    if constant is not None:
+        score_N[:] = constant
+    score_N[::11][:num_failed] = np.nan
     read_N = ~np.isnan(score_N)
-    chosen = np.flatnonzero(read_N)
+    names = [tool for tool, is_read in zip(tool_N, read_N, strict=True) if is_read]
+    people = [(f"p{i % 17}",) for i in range(read_N.sum())]
     summary = summarise(
-        score_N[read_N], label_N[read_N], [tools[i] for i in chosen], threshold=threshold, num_replicates=20
+        score_N[read_N], label_N[read_N], names, people, threshold=threshold, num_replicates=num_replicates
     )
     return ScoredSet(
-        model="lora",
-        test_set="frll",
+        model=model,
+        test_set=test_set,
         score_N=score_N,
         label_N=label_N,
-        tool_N=tools,
-        key_N=[f"k{i}{EVIL}" for i in range(len(score_N))],
+        tool_N=tool_N,
+        key_N=[f"{test_set}/{i:04d}" for i in range(len(label_N))],
         threshold=threshold,
-        threshold_name="d_eer",
+        threshold_name=threshold_name,
         summary=summary,
     )
 
 
-def evaluation(found: ScoredSet, **changes: Any) -> dict[str, Any]:
-    label_N = found.label_N
-    model = {
-        "name": "lora",
-        "path": "runs/lora",
-        "step": 10,
-        "mode": "LoRA",
-        "init": "runs/base",
-        "train_data": "train/*.tar",
-        "selection": {"data": "val/*.tar", "d_eer": 0.1},
-        "calibration": {"slope": 1.0, "offset": 0.0},
-        "thresholds": {"d_eer": found.threshold},
-        "preprocessing": {"image_size": 32, "view": "centre"},
-    }
-    test_set = {
-        "name": "frll",
-        "shards": ["frll/a.tar"],
-        "fingerprint": "abc",
-        "num_bona_fide": int((label_N == 0).sum()),
-        "num_morphs": int((label_N == 1).sum()),
-        "tools": {name: found.tool_N.count(name) for name in sorted(set(found.tool_N) - {""})},
-        "num_failed": int(np.isnan(found.score_N).sum()),
-    }
-    record = {
+def evaluation_of(sets: Sequence[ScoredSet], **changes: Any) -> dict[str, Any]:
+    models = [
+        {
+            "name": name,
+            "path": "runs/lora/detector",
+            "step": 1200,
+            "mode": "LoRA r=4",
+            "init": "runs/mae/step-00080000",
+            "train_data": "SMDD",
+            "selection": {"data": "SMDD-val", "d_eer": 0.0321},
+            "calibration": {"slope": 0.91, "offset": -0.125},
+            "thresholds": {"d_eer": 0.5, "bscer_0.01": "inf"},
+            "preprocessing": {"image_size": 224, "mean": [0.5, 0.4]},
+        }
+        for name in dict.fromkeys(s.model for s in sets)
+    ]
+    test_sets = [
+        {
+            "name": s.test_set,
+            "shards": "/data/frll/*.tar",
+            "fingerprint": "9b1d2e77",
+            "num_bona_fide": int((s.label_N == 0).sum()),
+            "num_morphs": int((s.label_N == 1).sum()),
+            "tools": {tool: s.tool_N.count(tool) for tool in dict.fromkeys(s.tool_N) if tool},
+            "num_failed": int(np.isnan(s.score_N).sum()),
+        }
+        for s in {s.test_set: s for s in sets}.values()
+    ]
+    results = [{"model": s.model, "test_set": s.test_set, "summary": s.summary} for s in sets]
+    return {
         "version": 1,
-        "created": "2026-11-24",
-        "versions": {"torch": "2"},
-        "command": "evaluate",
+        "created": "2025-11-04T14:12:09",
+        "versions": {"torch": "2.14.0"},
+        "command": "launch/evaluate.py --data x.tar",
+        "models": models,
+        "test_sets": test_sets,
         "warnings": [],
-        "models": [model],
-        "test_sets": [test_set],
-        "results": [{"model": "lora", "test_set": "frll", "summary": found.summary}],
-        "baselines": [],
-    }
-    return record | changes
+        "results": results,
+    } | changes
 
 
-def hard(found: ScoredSet, attention: np.ndarray | None) -> HardSample:
-    image = np.full((32, 32, 3), 90, np.uint8)
-    return HardSample(
+def hard(number: int = 0, *, label: int = 1, score: float = 0.1, **changes: Any) -> HardSample:
+    image_HWC = np.full((60, 40, 3), 10 * number % 250, dtype=np.uint8)
+    tool = "opencv" if label else ""
+    sample = HardSample(
         model="lora",
         test_set="frll",
-        key=found.key_N[0],
-        label=0,
-        tool="",
-        score=0.9,
-        image_HWC=image,
-        attention_HW=attention,
+        key=f"key{number:03d}",
+        label=label,
+        tool=tool,
+        score=score,
+        image_HWC=image_HWC,
+        attention_HW=None,
     )
+    return replace(sample, **changes)
 
 
-GENERATOR = np.random.default_rng(0)
-LABELS = np.arange(60) % 2
-SCORES = np.clip(0.3 * LABELS + GENERATOR.random(60) * 0.7, 0, 1)
+def page_of(sets: Sequence[ScoredSet], hardest: Sequence[HardSample] = (), **changes: Any) -> Page:
+    return Page(report_html(evaluation_of(sets, **changes), sets, hardest))
+
+
+@pytest.fixture(scope="module")
+def four() -> list[ScoredSet]:
+    """Two models on two test sets with tools of their own."""
+    return [
+        scored(model, test_set, tools, shift=shift, num_failed=3)
+        for model, shift in (("lora", 2.5), ("linear", 1.0))
+        for test_set, tools in (("frll", {"amsl": 30, "webmorph": 25}), ("mad22", {"mipgan": 20, "mordiff": 41}))
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_nests_and_names_every_id_once(four: list[ScoredSet]) -> None:
+    page = page_of(four, [hard(), hard(1, label=0, attention_HW=np.eye(14, dtype=np.float32))])
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    references = {a.get(name) for _, a in page.elements for name in ("href", "xlink:href")} - {None}
+    assert references, "there are links"
+    assert all(reference and reference[1:] in ids for reference in references)
+
+
+def test_the_page_loads_nothing_and_runs_nothing(four: list[ScoredSet]) -> None:
+    hardest = [hard(), hard(1, label=0, attention_HW=np.eye(14, dtype=np.float32))]
+    html = report_html(evaluation_of(four), four, hardest)
+    page = Page(html)
+    assert html.isascii()
+    assert "http" not in re.sub(r'(src="data:[^"]*"|http-equiv=)', "", html)
+    assert not {"script", "link", "iframe", "object", "embed", "base", "image"} & {tag for tag, _ in page.elements}
+    for _, attributes in page.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href", "data", "action", "srcset", "poster"):
+                assert value is not None
+                assert value.startswith(("#", "data:image/jpeg;base64,"))
+    assert all(target.startswith("#") for target in re.findall(r"url\(\s*['\"]?([^)]*)", html))
+    assert "@import" not in html
+    assert sum(tag == "img" for tag, _ in page.elements) == 3, "two faces and one attention map"
+    policy = next(a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a)
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def test_names_and_keys_from_data_stay_text() -> None:
+    one = scored(HOSTILE + "m", HOSTILE + "s", {HOSTILE + "t": 9, "x": 8}, threshold_name=HOSTILE)
+    evaluation = evaluation_of([one], warnings=[HOSTILE + "w"], command=HOSTILE, versions={HOSTILE: HOSTILE})
+    evaluation["models"][0] |= {
+        "path": HOSTILE,
+        "train_data": [HOSTILE],
+        "thresholds": {HOSTILE: 0.5},
+        "preprocessing": {HOSTILE: HOSTILE},
+        "selection": {"data": HOSTILE, "d_eer": None},
+    }
+    evaluation["baselines"] = [{"name": HOSTILE, "test_set": one.test_set, "summary": one.summary}]
+    hardest = [replace(hard(), model=one.model, test_set=one.test_set, key=HOSTILE, tool=HOSTILE)]
+    html = report_html(evaluation, [one], hardest)
+    page = Page(html)
+    assert "<script" not in html
+    tags = {tag for tag, _ in page.elements}
+    assert "script" not in tags
+    assert sum(tag == "img" for tag, _ in page.elements) == 1, "only the face"
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert page.text.count("<script>alert(1)</script>") >= 15
+    assert page.text.count("$x_{$&amp;") >= 15, "neither mathematics nor an entity"
+
+
+def test_models_test_sets_tools_and_warnings_are_named(four: list[ScoredSet]) -> None:
+    baselines = [{"name": "file size", "test_set": "frll", "summary": scored(shift=0.2).summary}]
+    page = page_of(four, warnings=["3 people are in both sets"], baselines=baselines)
+    for name in ("lora", "linear", "frll", "mad22", "amsl", "webmorph", "mipgan", "mordiff", "file size"):
+        assert name in page.words
+    for fact in ("SMDD-val", "runs/mae/step-00080000", "9b1d2e77", "image_size: 224", "mean: 0.5 0.4", "torch 2.14.0"):
+        assert fact in page.words
+    for fact in ("0.91 logit -0.125", "bscer_0.01: infinite", "launch/evaluate.py --data x.tar", "LoRA r=4", "3.21 %"):
+        assert fact in page.words
+    assert page.words.index("3 people are in both sets") < page.words.index("Results All attack tools"), "on top"
+    assert "Read this first" not in page_of(four).words
+
+
+def test_every_figure_of_a_summary_is_shown(four: list[ScoredSet]) -> None:
+    words = page_of(four).words
+    for s in four:
+        for row in (s.summary["pooled"], *s.summary["tools"].values()):
+            assert f"D-EER {percent(row['d_eer']['value'])}" in words, "in the legend of a DET figure"
+            assert f"{percent(row['d_eer']['value'])}, {spread(row['d_eer']['ci'])}" in words
+            assert f"rates {percent(row['d_eer']['low'])} and {percent(row['d_eer']['high'])}" in words
+            for fixed, other, total in (("macer", "bscer", "num_bona_fide"), ("bscer", "macer", "num_morphs")):
+                for limit, point in row[f"{other}_at_{fixed}"].items():
+                    assert f"{other.upper()}@{fixed.upper()}={limit}" in words
+                    assert f"{percent(point[other])}, {spread(point['ci'], row[total])}" in words
+                    reached = f"{fixed.upper()} {percent(point[fixed])}, threshold {decimal(point['threshold'])}"
+                    assert reached in words
+            assert f"{row['auc']['value']:.4f}, [" in words
+            assert f"{row['ece']:.4f}" in words
+            for name, total in (("macer", "num_morphs"), ("bscer", "num_bona_fide")):
+                at, n = row["at_threshold"], row[total]
+                exact = f"{round(at[name] * n)} of {n} {interval(clopper_pearson(round(at[name] * n), n))}"
+                assert f"{percent(at[name])}, {exact} over identities {interval(at[f'{name}_cluster_ci'])}" in words
+            assert f"{row['num_replicates']} used, {row['num_skipped_replicates']} skipped" in words
+        assert f"{s.summary['worst']['d_eer_tool']} {percent(s.summary['worst']['d_eer'])}" in words
+
+
+def test_the_matrix_frames_the_worst_tool_of_each_detector_on_each_set(four: list[ScoredSet]) -> None:
+    html = report_html(evaluation_of(four), four, [])
+    framed = re.findall(r'<td class="worst" style="background: (#\w+)">([^<]*)<', html)
+    expected = [(heat(s.summary["worst"]["d_eer"]), percent(s.summary["worst"]["d_eer"])) for s in four]
+    assert framed == expected
+
+
+def test_many_test_sets_make_several_matrices_and_a_pair_that_was_not_run_is_a_dash() -> None:
+    sets = [scored("lora", f"set{n}", {f"tool{n}{i}": 4 for i in range(5)}, num_bona_fide=9) for n in range(3)]
+    evaluation = evaluation_of([*sets, replace(sets[0], model="other")])
+    page = Page(report_html(evaluation, [], []))
+    assert sum(attributes.get("class") == "heat" for _, attributes in page.elements) == 2
+    assert page.words.count("other SMDD") == 2
+    assert "SMDD - - - - -" in page.words
+
+
+# ---------------------------------------------------------------------------------------------- failures, hard cases
+
+
+def test_failures_are_counted_out_and_in() -> None:
+    score_N = np.array([0.1, 0.9, np.nan, 0.2, 0.8, np.nan, np.nan, 0.3])
+    one = scored(tools={"a": 3, "b": 2}, num_bona_fide=3)
+    one = replace(one, score_N=score_N, key_N=[str(i) for i in range(8)], threshold=0.5)
+    words = page_of([one], hardest=[]).words
+    morphs, bona_fides = "40.0 % 2 of 5 a: 1 b: 1", "33.3 % 1 of 3"
+    left_out, as_errors = "66.7 % 2 of 3 50.0 % 1 of 2", "80.0 % 4 of 5 66.7 % 2 of 3"
+    assert f"lora frll {morphs} {bona_fides} {left_out} {as_errors}" in words
+    assert "frll 3 bona fides, 5 morphs; 3 failed to process" in words
+
+
+def test_only_the_hardest_are_shown_worst_first_and_wrong_decisions_are_marked() -> None:
+    missed = [hard(n, score=0.9 - n / 20) for n in range(12)]  # 12 morphs, the last ones lowest
+    alarms = [hard(50 + n, label=0, score=n / 10) for n in range(10)]
+    page = page_of([scored()], [*missed, *alarms])
+    shown = re.findall(r"key(\d+)", page.words)
+    assert shown == [f"{n:03d}" for n in (*range(11, 3, -1), *range(59, 51, -1))]
+    assert page.words.count(" missed key") == 3, "of 0.35 ... 0.70, those below 0.5"
+    assert page.words.count(" false alarm key") == 5, "of 0.9 ... 0.2, those from 0.5"
+    assert page.words.index("Morphs that look bona fide") < page.words.index("Bona fides that look like morphs")
 
 
 @pytest.mark.parametrize(
-    "found",
+    "one",
     [
-        scored(SCORES, LABELS),
-        scored(SCORES, LABELS, threshold=None),
-        scored(np.full(60, 0.5), LABELS),
-        scored(np.array([0.2, 0.4, 0.9]), np.array([0, 0, 1])),
-        scored(np.where(np.arange(60) == 7, np.nan, SCORES), LABELS),
-        scored(SCORES, LABELS, tool=EVIL),
+        scored(constant=0.5),
+        scored(constant=0.0),
+        scored(tools={"opencv": 1, "stylegan": 30}),
+        scored(tools={"opencv": 1}, num_bona_fide=1),
+        scored(threshold=None, threshold_name=""),
+        scored(threshold=float("inf")),
+        scored(shift=40),
+        scored(shift=-3),
+        scored(num_replicates=0),
+        scored(num_bona_fide=23, tools={"never read": 1, "opencv": 10}, num_failed=3),
+        scored(tools={f"tool{n:02d}": 3 for n in range(31)}),
+    ],
+    ids="equal,zero,one of a tool,two samples,undecided,infinite,perfect,wrong way,no bootstrap,failed tool,31 tools".split(
+        ","
+    ),
+)
+@pytest.mark.parametrize("attention", [None, np.ones((3, 3), dtype=np.float32)], ids=["no map", "flat map"])
+def test_odd_sets_have_a_page_too(one: ScoredSet, attention: np.ndarray | None) -> None:
+    evaluation = evaluation_of([one])
+    evaluation["models"][0] |= {"calibration": None, "selection": None, "thresholds": {}, "preprocessing": {}}
+    page = Page(report_html(evaluation, [one], [hard(attention_HW=attention)]))
+    assert percent(one.summary["pooled"]["d_eer"]["value"]) in page.words
+    assert "no validation data" in page.words
+    assert all(tool in page.words for tool in evaluation["test_sets"][0]["tools"])
+    assert ("no stated threshold" in page.words) == (one.threshold is None)
+
+
+def test_a_model_without_scores_or_faces_has_its_tables() -> None:
+    page = Page(report_html(evaluation_of([scored()]), [], []))
+    assert "lora" in page.words
+    assert not [tag for tag, _ in page.elements if tag == "svg"]
+
+
+# ---------------------------------------------------------------------------------------------- bytes
+
+
+def test_equal_input_gives_equal_bytes_whatever_matplotlib_is_set_to(four: list[ScoredSet]) -> None:
+    hardest = [hard(attention_HW=np.eye(5, dtype=np.float32))]
+    first = report_html(evaluation_of(four), four, hardest)
+    with mpl.rc_context({"font.size": 20, "axes.grid": True, "svg.hashsalt": None, "lines.linewidth": 9}):
+        assert report_html(evaluation_of(four), four, hardest) == first
+        assert mpl.rcParams["font.size"] == 20, "and puts settings back"
+
+
+def test_thousands_of_samples_stay_below_three_megabytes() -> None:
+    tools = {"amsl": 9000, "opencv": 9000, "stylegan": 9000}
+    noise_HWC = np.random.default_rng(0).integers(0, 256, (400, 300, 3)).astype(np.uint8)
+    sets, hardest = [], []
+    for model in ("a", "bb", "ccc"):
+        for name in ("one", "three"):
+            sets.append(scored(model, name, tools, num_bona_fide=9000, shift=1.5, num_replicates=0))
+            hardest += [hard(n, label=n % 2, model=model, test_set=name, image_HWC=noise_HWC) for n in range(40)]
+    assert len(report_html(evaluation_of(sets), sets, hardest)) < 3e6
+
+
+def test_an_older_page_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
+    one, path = scored(), tmp_path / "report.html"
+    path.write_text("older")
+    write_report(path, evaluation_of([one]), [one], [hard()])
+    assert path.read_text() == report_html(evaluation_of([one]), [one], [hard()])
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+def line_of(figure: Any, gid: str) -> Any:
+    return next(line for line in figure.axes[0].get_lines() if line.get_gid() == gid)
+
+
+def stairs(x_T: np.ndarray, y_T: np.ndarray, at_N: np.ndarray) -> np.ndarray:
+    """Height of a descending staircase that goes right, then down."""
+    assert (np.diff(x_T) >= 0).all()
+    assert (np.diff(y_T) <= 0).all()
+    return y_T[np.searchsorted(x_T, at_N, side="right") - 1]
+
+
+def probit(rate: np.ndarray) -> np.ndarray:
+    return norm.ppf(np.clip(rate, EDGE, 1 - EDGE))
+
+
+def test_a_det_curve_is_the_probit_of_both_rates() -> None:
+    macer_T, bscer_T = np.array([0, 0.02, 0.1, 0.4, 1]), np.array([1, 0.3, 0.05, 0.01, 0])
+    curve = DetCurve(name="m", macer_T=macer_T, bscer_T=bscer_T, d_eer=0.075, limits=((0.1, 0.05),), stated=(0.02, 0.3))
+    figure = det_figure("title", [curve])
+    line = line_of(figure, "curve-0")
+    np.testing.assert_allclose(line.get_xdata(), probit(macer_T))
+    np.testing.assert_allclose(line.get_ydata(), probit(bscer_T))
+    assert line.get_drawstyle() == "steps-post", "never below what a threshold reaches"
+    axis = figure.axes[0]
+    for ticks, texts in ((axis.get_xticks(), axis.get_xticklabels()), (axis.get_yticks(), axis.get_yticklabels())):
+        shown = [float(text.get_text()) / 100 for text in texts]
+        assert shown == pytest.approx([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4])
+        np.testing.assert_allclose(ticks, norm.ppf(shown))
+    marks = [axis_line.get_xydata()[0] for axis_line in axis.get_lines() if axis_line.get_marker() in ("o", "D")]
+    np.testing.assert_allclose(marks, [probit(np.array([0.1, 0.05])), probit(np.array([0.02, 0.3]))])
+    diagonal = line_of(figure, "equal")
+    np.testing.assert_allclose(diagonal.get_xdata(), diagonal.get_ydata())
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["m: D-EER 7.50 %"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(1, 60), st.integers(1, 400))
+def test_thinning_a_det_curve_moves_it_by_less_than_a_pixel(seed: int, honest: int, morphs: int, copies: int) -> None:
+    rng = np.random.default_rng(seed)
+    label_N = np.repeat([0, 1], [honest, morphs * copies])
+    score_N = rng.normal(size=len(label_N)).round(int(rng.integers(0, 4))) + label_N
+    curve = error_curve(score_N, label_N)
+    x_T, y_T = probit(curve.macer_T), probit(curve.bscer_T)
+    line = line_of(
+        det_figure("", [DetCurve(name="", macer_T=curve.macer_T, bscer_T=curve.bscer_T, d_eer=0.1)]), "curve-0"
+    )
+    x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+    assert {*zip(x, y, strict=True)} <= {*zip(x_T, y_T, strict=True)}, "points are those of the curve"
+    assert (stairs(x, y, x_T) >= stairs(x_T, y_T, x_T) - 1e-12).all(), "never better than the curve"
+    assert (stairs(x, y, x_T + 0.004) <= stairs(x_T, y_T, x_T) + 0.004).all(), "and worse by half a pixel at most"
+
+
+def test_a_large_curve_has_few_points() -> None:
+    one = scored(tools={"a": 60_000}, num_bona_fide=60_000, num_replicates=0)
+    curve = error_curve(one.score_N, one.label_N)
+    figure = det_figure("", [DetCurve(name="", macer_T=curve.macer_T, bscer_T=curve.bscer_T, d_eer=0.1)])
+    assert len(line_of(figure, "curve-0").get_xdata()) < 3000 < len(curve.macer_T)
+
+
+def test_axes_reach_further_for_a_curve_near_chance() -> None:
+    curve = DetCurve(name="", macer_T=np.array([0, 0.6, 1]), bscer_T=np.array([1, 0.6, 0]), d_eer=0.6)
+    axis = det_figure("", [curve]).axes[0]
+    assert axis.get_xlim() == axis.get_ylim() == pytest.approx(tuple(norm.ppf([EDGE, 0.98])))
+    assert [text.get_text() for text in axis.get_xticklabels()][-3:] == ["60", "80", "95"]
+
+
+def test_histograms_show_shares_and_mark_the_samples_on_the_wrong_side() -> None:
+    one = scored(tools={"opencv": 100, "stylegan": 3}, num_bona_fide=60, threshold=0.5)
+    figure = score_figure(one)
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    honest_N, opencv_N = one.score_N[:60], one.score_N[60:160]
+    wrong = [int((honest_N >= 0.5).sum()), int((opencv_N < 0.5).sum()), int((one.score_N[160:] < 0.5).sum())]
+    assert titles == [
+        f"bona fide, 60: {wrong[0]} false alarms",
+        f"opencv, 100: {wrong[1]} missed",
+        f"stylegan, 3: {wrong[2]} missed",
+    ]
+    for axis in figure.axes:
+        heights = axis.patches[0].get_data().values
+        assert heights.sum() == pytest.approx(1)
+        assert [line.get_xdata()[0] for line in axis.get_lines() if line.get_gid() != "rug"] == [0.5]
+    rugs = [np.asarray(line_of(type("F", (), {"axes": [a]}), "rug").get_xdata()) for a in figure.axes]
+    expected = [honest_N[honest_N >= 0.5], opencv_N[opencv_N < 0.5], one.score_N[160:]]  # few samples: all of them
+    for rug, scores in zip(rugs, expected, strict=True):
+        np.testing.assert_allclose(np.unique(rug[~np.isnan(rug)]), np.unique(scores.round(3)))
+
+
+def test_the_reliability_figure_agrees_with_the_ece() -> None:
+    one = scored(tools={"opencv": 300}, num_bona_fide=200, num_failed=5)
+    figure = reliability_figure(one)
+    bins = next(c for c in figure.axes[0].collections if c.get_gid() == "bins")
+    points_B2, area_B = np.asarray(bins.get_offsets()), np.asarray(bins.get_sizes())
+    count_B = (area_B - 6) / (area_B - 6).max()
+    ece = (np.abs(points_B2[:, 0] - points_B2[:, 1]) * count_B).sum() / count_B.sum()
+    assert ece == pytest.approx(one.summary["pooled"]["ece"])
+    assert figure.axes[0].get_title(loc="left") == f"ECE {ece:.4f}"
+
+
+# ---------------------------------------------------------------------------------------------- numbers as text
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [
+        *((None, "-"), (float("nan"), "-"), (0.0, "0 %"), (1.0, "100 %"), (10 / 204, "4.90 %"), (0.1234, "12.3 %")),
+        *((0.00001, "<0.01 %"), (0.00005, "0.01 %"), (0.0999, "9.99 %"), (0.09999, "10.0 %"), (0.9999, "100.0 %")),
     ],
 )
-def test_every_evaluation_has_a_page_that_loads_nothing_and_runs_nothing(found: ScoredSet) -> None:
-    page = report_html(
-        evaluation(found, warnings=[EVIL]), [found], [hard(found, None), hard(found, np.eye(4, dtype=np.float32))]
-    )
-    assert EVIL not in page
-    assert "<script" not in page
-    for attribute in ('src="http', 'href="http', "src='http", "url(http", "@import"):
-        assert attribute not in page
-    assert page == report_html(
-        evaluation(found, warnings=[EVIL]), [found], [hard(found, None), hard(found, np.eye(4, dtype=np.float32))]
-    )
+def test_a_rate_has_as_many_digits_as_it_deserves(rate: float | None, text: str) -> None:
+    assert percent(rate) == text
 
 
-def test_det_axes_are_normal_quantiles_of_the_rates() -> None:
-    curve = error_curve(SCORES, LABELS)
-    figure = det_figure("t", [DetCurve(name="lora", macer_T=curve.macer_T, bscer_T=curve.bscer_T, d_eer=0.2)])
-    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 10]
-    x, y = np.asarray(lines[0].get_xdata()), np.asarray(lines[0].get_ydata())
-    corners = np.stack([np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]], axis=1)  # what "steps-post" draws
-    inside = (curve.macer_T > 0.01) & (curve.macer_T < 0.99) & (curve.bscer_T > 0.01) & (curve.bscer_T < 0.99)
-    assert inside.sum() > 20
-    for point in norm.ppf(np.stack([curve.macer_T, curve.bscer_T], axis=1)[inside]):
-        low, high = np.minimum(corners[:-1], corners[1:]), np.maximum(corners[:-1], corners[1:])
-        assert np.linalg.norm(point - point.clip(low, high), axis=1).min() < 0.02
+def test_intervals_and_counts_are_written_as_people_write_them() -> None:
+    assert interval(clopper_pearson(10, 204)) == "[2.38, 8.83 %]"
+    assert interval(None) == interval([None, None]) == "no interval"  # type: ignore[list-item]
+    assert spread([0.01, 0.02], 204) == "[1.00, 2.00 %]"
+
+
+def test_a_bootstrap_without_errors_is_no_certainty() -> None:
+    assert spread([0.0, 0.0], 204) == "0 of 204 [0, 1.79 %]"
+    assert spread([1.0, 1.0], 204) == "204 of 204 [98.2, 100 %]"
+    assert spread([0.0, 0.0]) == "no interval"
+    words = page_of([scored(shift=40)]).words
+    assert "0 of 40 [0, 8.81 %]" in words
+    assert "[0, 0 %]" not in words.replace("in place of [0, 0 %]", "")
+
+
+def test_settings_are_written_without_brackets() -> None:
+    assert plain({"size": 224, "mean": [0.5, 0.25], "crop": {"kind": "centre"}}) == (
+        "size: 224, mean: 0.5 0.25, crop: kind: centre"
+    )
+    assert [plain(x) for x in (None, "", [], {}, False, 0)] == ["none", "none", "none", "none", "False", "0"]
+
+
+def test_heat_grows_with_the_rate_and_never_hides_the_number() -> None:
+    greens = [int(heat(rate / 100)[3:5], 16) for rate in range(51)]
+    assert greens == sorted(greens, reverse=True)
+    assert heat(0) == heat(None) == "#ffffff"
+    assert heat(0.5) == heat(0.9) == "#ee8262"

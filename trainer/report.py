@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -50,21 +50,25 @@ _LABEL_LENGTH = 44
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito 2008, told apart by colour-blind people; line styles go on where they end."""
 _DASHES = ("-", "--", ":", "-.")
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so a page does not depend on the machine
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "text.parse_math": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "report",
-}
+_STYLE: Any = [
+    "default",
+    {
+        "font.family": "DejaVu Sans",  # comes with matplotlib, so a page does not depend on the machine
+        "font.size": 8.5,
+        "axes.titlesize": 9.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#666666",
+        "axes.axisbelow": True,
+        "grid.color": "#e4e4e4",
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        "text.parse_math": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "report",
+    },
+]
+"""Whatever the user's matplotlibrc says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,9 +148,9 @@ def report_html(evaluation: dict[str, Any], sets: Sequence[ScoredSet], hardest: 
     environment.filters |= filters
     page = environment.get_template("report.html.jinja").render(
         evaluation=evaluation,
-        rows=[_headline(test_set, evaluation, sets) for test_set in evaluation["test_sets"]],
         matrices=_matrices(evaluation["test_sets"]),
         detectors=_detectors(evaluation),
+        threshold_names={(scored.model, scored.test_set): scored.threshold_name for scored in sets},
         figures=_figures(sets),
         failures=[_failures(scored) for scored in sets],
         hard=_hard_groups(hardest, sets),
@@ -262,21 +266,6 @@ def _detectors(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _headline(test_set: dict[str, Any], evaluation: dict[str, Any], sets: Sequence[ScoredSet]) -> dict[str, Any]:
-    names = {s.model: s.threshold_name for s in sets if s.test_set == test_set["name"]}
-    rows = [
-        {
-            "name": d["name"],
-            "is_baseline": d["is_baseline"],
-            "summary": d["summaries"][test_set["name"]],
-            "threshold_name": "" if d["is_baseline"] else names.get(d["name"], ""),
-        }
-        for d in _detectors(evaluation)
-        if test_set["name"] in d["summaries"]
-    ]
-    return {"test_set": test_set, "rows": rows}
-
-
 def _matrices(test_sets: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Part the test sets into tables that fit a page."""
     tables: list[list[dict[str, Any]]] = []
@@ -309,17 +298,22 @@ def _failures(scored: ScoredSet) -> dict[str, Any]:
 
 
 def _hard_groups(hardest: Sequence[HardSample], sets: Sequence[ScoredSet]) -> list[dict[str, Any]]:
-    thresholds = {(s.model, s.test_set): s.threshold for s in sets}
-    groups = []
-    for model, test_set in dict.fromkeys((h.model, h.test_set) for h in hardest):
-        threshold = thresholds.get((model, test_set))
-        kinds = []
-        for label, sign in ((1, 1), (0, -1)):
-            mine = [h for h in hardest if (h.model, h.test_set, h.label) == (model, test_set, label)]
-            mine.sort(key=lambda h, sign=sign: (math.isnan(h.score), sign * h.score, h.key))  # type: ignore[misc]
-            kinds.append([_tile(h, threshold) for h in mine[:_SHOWN]])
-        groups.append({"model": model, "test_set": test_set, "missed": kinds[0], "alarms": kinds[1]})
-    return groups
+    thresholds = {(scored.model, scored.test_set): scored.threshold for scored in sets}
+    return [
+        {
+            "model": model,
+            "test_set": test_set,
+            "missed": _tiles(hardest, (model, test_set, 1), thresholds.get((model, test_set))),
+            "alarms": _tiles(hardest, (model, test_set, 0), thresholds.get((model, test_set))),
+        }
+        for model, test_set in dict.fromkeys((sample.model, sample.test_set) for sample in hardest)
+    ]
+
+
+def _tiles(hardest: Sequence[HardSample], which: tuple[str, str, int], threshold: float | None) -> list[dict[str, Any]]:
+    mine = [sample for sample in hardest if (sample.model, sample.test_set, sample.label) == which]
+    mine.sort(key=lambda sample: (sample.score if sample.label else -sample.score, sample.key))
+    return [_tile(sample, threshold) for sample in mine[:_SHOWN]]
 
 
 def _tile(sample: HardSample, threshold: float | None) -> dict[str, Any]:
@@ -362,7 +356,7 @@ def det_figure(title: str, curves: Sequence[DetCurve]) -> Figure:
     is_high = any(curve.d_eer >= _TICKS[-1] for curve in curves)
     ticks = _TICKS + _HIGH_TICKS if is_high else _TICKS
     ends = ndtri([_EDGE, 0.98 if is_high else 0.55])
-    with rc_context(_STYLE):
+    with style.context(_STYLE):
         height = 5.5 + 0.18 * len(curves)  # all measures are inches, so that the axes of all figures are equal
         figure = Figure(figsize=(5.3, height))
         axis = figure.add_axes((0.6 / 5.3, 1 - 4.9 / height, 4.6 / 5.3, 4.6 / height))
@@ -389,7 +383,7 @@ def det_figure(title: str, curves: Sequence[DetCurve]) -> Figure:
 def score_figure(scored: ScoredSet) -> Figure:
     """Draw a histogram of the scores of bona fides and of each tool, each as shares of its own samples."""
     groups = _groups(scored)
-    with rc_context(_STYLE):
+    with style.context(_STYLE):
         figure = Figure(figsize=(5.6, 0.5 + 0.82 * len(groups)), layout="constrained")
         axes = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
         for number, (axis, (name, label, score_N)) in enumerate(zip(axes, groups, strict=True)):
@@ -418,7 +412,7 @@ def reliability_figure(scored: ScoredSet) -> Figure:
     morphs_B = np.bincount(bin_N, label_N, _RELIABILITY_BINS)[used].astype(np.int64)
     limits_B2 = np.array([clopper_pearson(int(k), int(n)) for k, n in zip(morphs_B, count_B[used], strict=True)])
     ece = scored.summary["pooled"]["ece"]
-    with rc_context(_STYLE):
+    with style.context(_STYLE):
         figure = Figure(figsize=(3.6, 3.7), layout="constrained")
         axis = figure.subplots()
         axis.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle=(0, (6, 3)))
@@ -539,7 +533,7 @@ def _label(text: str) -> str:
 def _svg(figure: Figure, name: str) -> Markup:
     """Turn a figure into an element of the page; its ids get a prefix, since a page has each only once."""
     file = io.StringIO()
-    with rc_context(_STYLE):
+    with style.context(_STYLE):
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = file.getvalue()
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :], count=2)

@@ -241,7 +241,7 @@ def row_facts(row: Row) -> list[tuple[str, str, str]]:
     at = row["at_threshold"]
     for name, total in totals.items() if at else ():
         text = f"{percent(at[name])}, {count(at[name], total)} {interval(at[f'{name}_ci'])}"
-        clustered = f"over identities {interval(at[f'{name}_cluster_ci'])}"
+        clustered = f"over identities {spread(at[f'{name}_cluster_ci'])}"
         facts.append((f"{name.upper()}({decimal(at['threshold'])})", text, clustered))
     used = f"{row['num_replicates']} used, {row['num_skipped_replicates']} skipped"
     return [*facts, ("Bootstrap replicates", used, "")]
@@ -360,13 +360,13 @@ def det_figure(title: str, curves: Sequence[DetCurve]) -> Figure:
         height = 5.5 + 0.18 * len(curves)  # all measures are inches, so that the axes of all figures are equal
         figure = Figure(figsize=(5.3, height))
         axis = figure.add_axes((0.6 / 5.3, 1 - 4.9 / height, 4.6 / 5.3, 4.6 / height))
-        axis.plot(ends, ends, color="#999999", linewidth=0.8, linestyle=(0, (6, 3)), gid="equal")
+        axis.plot(ends, ends, color="#999999", linewidth=0.8, linestyle=(0, (6, 3)), label="equal")
         handles = []
         for number, curve in enumerate(curves):
             colour, dash = _look(number)
             x_T, y_T = _staircase(_probit(curve.macer_T), _probit(curve.bscer_T))
             handles += axis.plot(
-                x_T, y_T, color=colour, linestyle=dash, linewidth=1.4, drawstyle="steps-post", gid=f"curve-{number}"
+                x_T, y_T, color=colour, linestyle=dash, linewidth=1.4, drawstyle="steps-post", label=f"curve-{number}"
             )
             _mark(axis, curve.limits, "o", colour, "white")
             _mark(axis, [curve.stated] if curve.stated else [], "D", colour, colour)
@@ -417,7 +417,7 @@ def reliability_figure(scored: ScoredSet) -> Figure:
         axis = figure.subplots()
         axis.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle=(0, (6, 3)))
         axis.vlines(score_B, limits_B2[:, 0], limits_B2[:, 1], color="#0072b2", linewidth=0.9)
-        axis.scatter(score_B, share_B, s=6 + 60 * count_B[used] / count_B.max(), color="#0072b2", gid="bins")
+        axis.scatter(score_B, share_B, s=6 + 60 * count_B[used] / count_B.max(), color="#0072b2", label="bins")
         axis.set(xlabel="mean P(morph) of the bin", ylabel="share of morphs", xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
         axis.set_title("ECE: none" if ece is None else f"ECE {ece:.4f}", loc="left")
         axis.set_aspect("equal")
@@ -509,7 +509,7 @@ def _rug(axis: Axes, score_N: Floats) -> None:
     low = axis.get_ylim()[0]
     x_3N = np.stack([at_N, at_N, np.full_like(at_N, np.nan)])
     y_3N = np.broadcast_to(np.array([[0.25 * low], [0.95 * low], [np.nan]]), x_3N.shape)
-    axis.plot(x_3N.T.ravel(), y_3N.T.ravel(), color="black", linewidth=0.6, gid="rug")
+    axis.plot(x_3N.T.ravel(), y_3N.T.ravel(), color="black", linewidth=0.6, label="rug")
 
 
 def _groups(scored: ScoredSet) -> list[tuple[str, int, Floats]]:

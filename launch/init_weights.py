@@ -11,10 +11,10 @@ from torch import Tensor
 
 from trainer import checkpoint
 from trainer.config import DetectorRecipe
-from trainer.engine import read_weights
 from trainer.errors import CheckpointError, ConfigError
 from trainer.models.detector import STATISTICS
 from trainer.models.encoder import pretrained_weights
+from trainer.zero_files import read_weights
 
 _ENCODER_PREFIXES = ("encoder.vit.", "encoder.", "module.encoder.vit.", "module.")
 _OF_THE_ENCODER = ("pos_embed", "cls_token", "reg_token", "patch_embed.", "blocks.", "norm.", "norm_pre.")

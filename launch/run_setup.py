@@ -101,14 +101,15 @@ def resume(engine: Engine, root: Path, identity: checkpoint.Identity, runtime: R
             return []
         path, manifest = found
         progress = checkpoint.check_identity(manifest, identity, path, allow_data_change=runtime.allow_data_change)
-        return [str(path), dataclasses.asdict(progress)]
+        checkpoint.sweep(root)  # what is left of a killed conversion may fill the disk that the next one needs
+        return [str(path), dataclasses.asdict(progress), manifest["identity"]["num_ranks"]]
 
     chosen = engine.world.on_main(choose)
     if not chosen:
         return checkpoint.Progress()
-    path, progress = chosen
-    engine.world.together(lambda: engine.load(Path(path)))
-    logger.info("resumed from %s", path)
+    path, progress, written_by = chosen
+    engine.world.together(lambda: engine.load(Path(path), written_by=written_by))
+    logger.info("resumed from %s, written by %d ranks", path, written_by)
     return checkpoint.Progress(**progress)
 
 

@@ -10,11 +10,11 @@ READING_ORDER = (
     *("data.decode", "data.selfmorph", "data.augment", "data.distort", "data.stream", "data.loader"),
     *("losses", "models.mask_utils", "models.encoder", "models.mae"),
     *("models.heads", "models.classifier", "models.mixstyle", "models.lora", "models.detector"),
-    *("optim", "engine", "checkpoint", "monitor", "heldout", "loop"),
+    *("optim", "zero_files", "engine", "checkpoint", "monitor", "heldout", "loop"),
     *("metrics", "evaluate", "saved_detector", "report"),
 )
 OWNERS = {
-    "deepspeed": {"trainer/engine.py"},
+    "deepspeed": {"trainer/engine.py", "trainer/zero_files.py"},
     "webdataset": {"trainer/data/stream.py", "tools/make_shards.py", "tools/bench_loader.py"},
     "timm": {"trainer/models/encoder.py"},
     "albumentations": {"trainer/data/augment.py", "trainer/data/distort.py"},

@@ -174,8 +174,8 @@ def check_identity(
 ) -> Progress:
     """Return where the run stands, or refuse to resume a checkpoint of another run.
 
-    The world size may differ at ZeRO stage 0, where every rank holds the whole state. Data may differ where the user
-    allows it; the change becomes part of the progress.
+    The world size may differ: `Engine.load` converts. Data may differ where the user allows it; the change becomes part
+    of the progress.
 
     Raises:
         CheckpointError: data, plan or recipe differ, naming both values.
@@ -194,11 +194,8 @@ def check_identity(
         "init": "point --init at the weights that this run started from, or choose another output_dir",
         "zero_stage": "use the ds_config of that run",
         "precision": "use the ds_config of that run",
-        "num_ranks": f"start {theirs['num_ranks']} ranks (any number goes on from ZeRO stage 0)",
     }
     free = set(_DATA) if allow_data_change else set()
-    if identity.zero_stage == theirs["zero_stage"] == 0:
-        free.add("num_ranks")
     for name, remedy in remedies.items():
         if theirs[name] != ours[name] and name not in free:
             raise CheckpointError(
@@ -213,9 +210,9 @@ def check_identity(
 
 
 def sweep(root: Path) -> None:
-    """Remove the temp folders of saves that were killed. Call before training, on one rank."""
+    """Remove the temp folders of saves and conversions that were killed. Call before training, on one rank."""
     for leftover in root.glob(".step-*.tmp-*"):
-        logger.warning("removing %s, a checkpoint that was interrupted while being written", leftover.name)
+        logger.warning("removing %s, which was interrupted while being written", leftover.name)
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -1,17 +1,15 @@
-"""The only importer of deepspeed: start the ranks, build the engine, take one step, save and load its state.
+"""What the trainer asks of DeepSpeed: start the ranks, build the engine, take one step, save and load its state.
 
 DeepSpeed owns memory, communication and precision (``ds_configs/``); the recipe owns everything that changes the
 mathematics. A value that both could set stands as "auto" in the JSON and is filled in here; a contradiction is refused.
 """
 
-import contextlib
-import io
 import json
 import logging
 import os
-import types
+import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,24 +18,17 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import safe_get_full_fp32_param, zero_to_fp32
 from deepspeed.utils.logging import logger as deepspeed_logger
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
+from trainer import zero_files
 from trainer.errors import CheckpointError, ConfigError
 from trainer.optim import parameter_groups
 from trainer.world import World, join
 
 logger = logging.getLogger(__name__)
 
-SAFE_GLOBALS = [ZeroStageEnum, fragment_address, LossScaler]
-"""The classes that DeepSpeed 0.19.8 pickles into its files beside tensors and plain containers, and no more."""
-
-_STATE = "state"
 _REFUSED_BLOCKS = {
     "scheduler": "the recipe owns the schedule (warmup_epochs, min_learning_rate)",
     "elasticity": "DeepSpeed removed it in 0.19.8; any world size that divides the global batch works without it",
@@ -158,7 +149,7 @@ def owned_by_recipe(
     if rest or not accumulation:
         raise ConfigError(
             f"global_batch is {global_batch}, but must be divisible by ranks x micro_batch = {num_ranks} x "
-            f"{micro_batch}: {_batch_remedy(global_batch, num_ranks)}"
+            f"{micro_batch}: {_batch_remedy(global_batch, micro_batch, num_ranks)}"
         )
     return {
         "train_batch_size": global_batch,
@@ -259,77 +250,54 @@ class Engine:
     def save(self, directory: Path) -> None:
         """Write every rank's state below ``directory``; all ranks call. Nothing is committed by this."""
         self._engine.save_checkpoint(
-            str(directory), tag=_STATE, save_latest=False, exclude_frozen_parameters=not self._save_frozen
+            str(directory), tag=zero_files.STATE, save_latest=False, exclude_frozen_parameters=not self._save_frozen
         )
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path, *, written_by: int) -> None:
         """Restore the state that `save` wrote; all ranks call. No code from the files is executed.
 
+        Args:
+            directory: where `save` wrote.
+            written_by: the number of ranks that wrote. Where the state was divided among another number than this,
+                it is converted, and weights, moments and steps are compared with the files.
+
         Raises:
-            CheckpointError: a file holds something other than tensors and plain values.
+            CheckpointError: a file holds something other than tensors and plain values, or the conversion failed.
         """
-        self._engine.checkpoint_engine.load = _load_safely
-        path, _ = self._engine.load_checkpoint(str(directory), tag=_STATE, load_module_strict=self._save_frozen)
+        if self.zero_stage > 0 and written_by != self.world.size:
+            self._load_from_other_world(directory)
+            return
+        self._engine.checkpoint_engine.load = zero_files.load_safely
+        path, _ = self._engine.load_checkpoint(
+            str(directory), tag=zero_files.STATE, load_module_strict=self._save_frozen
+        )
         if path is None:
             raise CheckpointError(f"DeepSpeed found no state in {directory}: the checkpoint is damaged, remove it")
+
+    def _load_from_other_world(self, directory: Path) -> None:
+        module, world, frozen = self._engine.module, self.world, self._save_frozen
+        folder, saved = world.on_main(lambda: zero_files.convert(directory, module, with_frozen=frozen))
+        try:
+            world.together(lambda: zero_files.place(self._engine, Path(folder), saved["steps"][0]))
+        finally:
+            if world.is_main:
+                shutil.rmtree(folder, ignore_errors=True)
+        zero_files.refresh(self._engine)
+        loaded = zero_files.fingerprints_in_engine(self._engine, with_frozen=frozen)
+        differing = [name for name in saved if loaded[name] != saved[name]]
+        if world.any_over_ranks(bool(differing)):
+            raise CheckpointError(
+                f"checkpoint {directory} changed in its conversion to {world.size} ranks ({', '.join(differing)}): "
+                "resume it with the number of ranks that wrote it, and report this"
+            )
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Return the parameters that train, whole and in float32, on the CPU; all ranks call, because ZeRO gathers."""
         state = {}
         for name, parameter in self._engine.module.named_parameters():
             if parameter.requires_grad:
-                full = safe_get_full_fp32_param(parameter)
-                state[name] = (parameter.detach() if full is None else full).float().cpu().clone()
+                state[name] = zero_files.whole(parameter).float().cpu().clone()
         return state
-
-
-def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Read the parameters of the model out of a state that `Engine.save` wrote, whole and in float32, on one process.
-
-    Raises:
-        CheckpointError: a file holds something other than tensors and plain values, or is no such state.
-    """
-    state = directory / _STATE
-    whole = state / "mp_rank_00_model_states.pt"  # every parameter in the precision of the run; not at ZeRO stage 3
-    weights = _load_safely(str(whole), map_location="cpu")["module"] if whole.exists() else {}
-    if any(state.glob("*_optim_states.pt")):  # float32 masters of what trains, in parts
-        quiet = io.StringIO()  # it prints and draws a bar
-        with _safe_zero_to_fp32(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            try:
-                weights |= zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=_STATE)
-            except (OSError, ValueError, KeyError) as error:
-                raise CheckpointError(f"{directory} cannot be read ({error}): take another checkpoint") from error
-    if not weights:
-        raise CheckpointError(f"{directory} holds no state of a model: take another checkpoint")
-    return {name: value.float() for name, value in weights.items()}
-
-
-@contextlib.contextmanager
-def _safe_zero_to_fp32() -> Iterator[None]:
-    """Let DeepSpeed 0.19.8's converter load without unpickling code: it calls ``torch.load(weights_only=False)``."""
-
-    class SafeTorch(types.ModuleType):
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
-
-        @staticmethod
-        def load(path: str, map_location: Any = None, **_: Any) -> Any:
-            return _load_safely(path, map_location=map_location)
-
-    zero_to_fp32.torch = SafeTorch("torch")
-    try:
-        yield
-    finally:
-        zero_to_fp32.torch = torch
-
-
-def _load_safely(path: str, map_location: Any = None) -> Any:
-    """Replace DeepSpeed's loader, which unpickles anything (``weights_only=False``)."""
-    try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be loaded safely ({error}): remove this checkpoint") from error
 
 
 def _gradients(module: nn.Module) -> list[Tensor]:
@@ -352,9 +320,22 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _batch_remedy(global_batch: int, num_ranks: int) -> str:
-    if global_batch % num_ranks:
-        fitting = [n for n in range(num_ranks, 0, -1) if global_batch % n == 0]
-        return f"start {fitting[0]} ranks, or set global_batch to a multiple of {num_ranks}"
-    mine = global_batch // num_ranks
-    return f"set micro_batch to a divisor of {mine}"
+def _batch_remedy(global_batch: int, micro_batch: int, num_ranks: int) -> str:
+    """Say which world sizes and micro batches would do; for a run that goes on the global batch is fixed."""
+    sizes = _divisors(global_batch // micro_batch) if global_batch % micro_batch == 0 else []
+    remedies = [f"start {_either(sizes, num_ranks)} ranks"] if sizes else []
+    if global_batch % num_ranks == 0:
+        remedies.append(f"set micro_batch to {_either(_divisors(global_batch // num_ranks), micro_batch)}")
+    if not remedies:
+        remedies = [f"start {_either(_divisors(global_batch), num_ranks)} ranks with a micro_batch that divides theirs"]
+    return ", or ".join(remedies)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _either(numbers: list[int], wanted: int) -> str:
+    """Name up to eight of the numbers, those next to the one that was wanted."""
+    near = sorted(sorted(numbers, key=lambda n: abs(n - wanted))[:8])
+    return " or ".join(filter(None, (", ".join(map(str, near[:-1])), str(near[-1]))))

@@ -68,7 +68,7 @@ def main(ds_config: str, output: str, stage: str) -> None:
     state = engine.trainable_state()
 
     again = start(build(), config, world)
-    again.load(Path(output, "saved"))
+    again.load(Path(output, "saved"), written_by=world.size)
     resumed = steps(again, STEPS // 2, STEPS, world, 2)
     third = build().encoder.width
     seen = {

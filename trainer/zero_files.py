@@ -298,18 +298,8 @@ def _check_names(path: Path, known: Collection[str]) -> None:
 
 
 def _merged(directory: Path, kind: str) -> dict[str, Tensor]:
-    """Read what trains, whole: the weights, or a moment put in their place before DeepSpeed 0.19.8 merges the parts."""
-
-    def load(path: str, map_location: Any = None, *, mmap: bool = False, **_: Any) -> Any:
-        state = load_safely(path, map_location=map_location, mmap=mmap)
-        if kind != WEIGHTS and "optimizer_state_dict" in state:
-            inner = state["optimizer_state_dict"]
-            parts = "fp32_flat_groups" if "fp32_flat_groups" in inner else "single_partition_of_fp32_groups"
-            moments = [_adam_states(inner)[i][kind] for i in range(len(inner[parts]))]
-            inner[parts] = [m[: len(part)] for m, part in zip(moments, inner[parts], strict=True)]
-        return state
-
-    with _quiet_and_safe(load):
+    """Read what trains, whole: the weights or a moment of each."""
+    with _quiet_and_safe(kind):
         try:
             return dict(zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=STATE))
         except (OSError, ValueError, KeyError) as error:
@@ -335,14 +325,33 @@ def _adam_states(inner: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _quiet_and_safe(load: Any = None) -> Iterator[None]:
-    """Run a converter of DeepSpeed 0.19.8: it unpickles (``torch.load(weights_only=False)``), prints and draws bars."""
+def _quiet_and_safe(kind: str = WEIGHTS) -> Iterator[None]:
+    """Run a converter of DeepSpeed 0.19.8: it unpickles (``torch.load(weights_only=False)``), prints and draws bars.
 
-    def safely(path: str, map_location: Any = None, *, mmap: bool = False, **_: Any) -> Any:
-        return load_safely(path, map_location=map_location, mmap=mmap)
+    Args:
+        kind: what it finds where a file holds weights; a moment lets the reader of weights read that instead.
+    """
+
+    def load(path: str, map_location: Any = None, *, mmap: bool = False, **_: Any) -> Any:
+        state = load_safely(path, map_location=map_location, mmap=mmap)
+        if isinstance(state, dict) and isinstance(state.get("optimizer_state_dict"), dict):
+            _mend(state["optimizer_state_dict"], kind)
+        return state
 
     quiet = io.StringIO()
-    # In torch itself, so that no module of DeepSpeed can be forgotten.
-    patched = mock.patch.object(torch, "load", load or safely)
+    patched = mock.patch.object(torch, "load", load)  # in torch itself: no module of DeepSpeed can be forgotten
     with patched, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         yield
+
+
+def _mend(inner: dict[str, Any], kind: str) -> None:
+    """Give an optimizer's file what its readers need, and take what misleads them."""
+    # zero_to_fp32.py:213 refuses what the optimizer of zero1_bf16.json writes: bf16_optimizer.py:629 leaves this out.
+    inner.setdefault("zero_stage", 1)
+    # All of a group's padding is said to be the last rank's, bf16_optimizer.py:217, which may hold less than that, and
+    # then zero_checkpoint.py:107 fails. The addresses of the slices leave the padding out anyway.
+    inner.pop("group_paddings", None)
+    if kind != WEIGHTS:
+        parts = "fp32_flat_groups" if "fp32_flat_groups" in inner else "single_partition_of_fp32_groups"
+        moments = [_adam_states(inner)[i][kind] for i in range(len(inner[parts]))]
+        inner[parts] = [moment[: len(part)] for moment, part in zip(moments, inner[parts], strict=True)]

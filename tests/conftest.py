@@ -80,9 +80,9 @@ def environment() -> dict[str, str]:
     return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
 
 
-def command(flags: dict[str, str], *, ranks: int = 0, port: int = 29600) -> list[str]:
+def command(flags: dict[str, str], *, ranks: int = 0, port: int = 29600, script: str = "pretrain.py") -> list[str]:
     """The command line of a run; 0 ranks starts the script without the launcher."""
-    words = [str(ROOT / "launch" / "pretrain.py"), *(word for n, v in flags.items() for word in (f"--{n}", v))]
+    words = [str(ROOT / "launch" / script), *(word for n, v in flags.items() for word in (f"--{n}", v))]
     if not ranks:
         return [sys.executable, *words]
     launcher = "from deepspeed.launcher.runner import main; main()"

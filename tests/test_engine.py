@@ -110,12 +110,25 @@ def test_a_config_that_contradicts_is_refused(tmp_path: Path, text: str, message
         fill_ds_config(read_ds_config(path), OWNED)
 
 
-def test_a_global_batch_of_no_whole_micro_batches_is_refused_with_a_remedy() -> None:
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "num_ranks", "remedy"),
+    [
+        (8, 2, 3, "start 1, 2 or 4 ranks"),
+        (8, 3, 2, "set micro_batch to 1, 2 or 4"),
+        (12, 4, 2, "start 1 or 3 ranks, or set micro_batch to 1, 2, 3 or 6"),
+        (12, 5, 5, "start 1, 2, 3, 4, 6 or 12 ranks with a micro_batch that divides theirs"),
+        (7, 7, 2, "start 1 ranks"),
+        (4096, 64, 48, "start 1, 2, 4, 8, 16, 32 or 64 ranks"),
+    ],
+)
+def test_a_global_batch_of_no_whole_micro_batches_is_refused_naming_what_divides(
+    global_batch: int, micro_batch: int, num_ranks: int, remedy: str
+) -> None:
     options = {"learning_rate": 1.0, "betas": (0.9, 0.95), "weight_decay": 0.0, "clip_grad_norm": 0.0}
-    with pytest.raises(ConfigError, match="start 2 ranks"):
-        owned_by_recipe(global_batch=8, micro_batch=2, num_ranks=3, **options)
-    with pytest.raises(ConfigError, match="divisor of 4"):
-        owned_by_recipe(global_batch=8, micro_batch=3, num_ranks=2, **options)
+    batch = {"global_batch": global_batch, "micro_batch": micro_batch}
+    with pytest.raises(ConfigError) as caught:
+        owned_by_recipe(**batch, num_ranks=num_ranks, **options)
+    assert str(caught.value).endswith(f": {remedy}")
 
 
 def test_the_schedule_warms_up_linearly_and_ends_at_its_floor() -> None:

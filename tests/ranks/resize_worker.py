@@ -1,25 +1,28 @@
-"""One rank of tests/test_resize.py: for every case load what the hop before left, train two steps, save for the next.
+"""One rank of tests/test_resize.py: for every case load what the hop before left, train a step, save for the next hop.
 
-The first hop also goes on to the end without a break, for comparison.
+The first hop also goes on to the end without a break, for comparison; the last one meets conversions that fail.
 """
 
 import hashlib
 import json
 import sys
-import time
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import detector_worker
 import engine_worker
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 
+from trainer import zero_files
 from trainer.engine import Engine, connect, disconnect, fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.errors import CheckpointError
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.world import World, world_from_environment
 
-GLOBAL_BATCH, MICRO_BATCH, STEPS, LR = 12, 2, 2, 2e-3
+GLOBAL_BATCH, MICRO_BATCH, LR = 12, 2, 2e-3
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "ds_configs"
 
 
@@ -84,6 +87,38 @@ def prints(engine: Engine) -> dict[str, str]:
     return digests | {"steps": str({float(state["step"]) for state in states}), "counted": str(inside.global_steps)}
 
 
+def alter_a_moment(*arguments: Any, **options: Any) -> tuple[str, dict[str, Any]]:
+    folder, saved = CONVERT(*arguments, **options)
+    path = next(Path(folder).rglob("exp_avg.pt"))
+    moment = torch.load(path)
+    moment["param"].view(-1)[0] += 1e-30
+    torch.save(moment, path)
+    return folder, saved
+
+
+def lose_a_file(*arguments: Any, **options: Any) -> tuple[str, dict[str, Any]]:
+    folder, saved = CONVERT(*arguments, **options)
+    next(Path(folder).rglob("exp_avg.pt")).unlink()
+    return folder, saved
+
+
+CONVERT = zero_files.convert
+FAULTS = {
+    "altered": mock.patch.object(zero_files, "convert", alter_a_moment),
+    "lost": mock.patch.object(zero_files, "convert", lose_a_file),
+    "full disk": mock.patch.object(zero_files.ds_to_universal, "main", side_effect=OSError(28, "No space left")),
+}
+
+
+def failure(engine: Engine, folder: Path, ranks_before: int, fault: str) -> str:
+    try:
+        with FAULTS[fault]:
+            engine.world.together(lambda: engine.load(folder, written_by=ranks_before))
+    except CheckpointError as error:
+        return f"{fault}: {error}"
+    return f"{fault}: went on"
+
+
 def main(root: str, hop: str, ranks_before: str, num_hops: str, *cases: str) -> None:
     torch.set_num_threads(1)
     world, number = connect(world_from_environment(), timeout_s=300), int(hop)
@@ -92,15 +127,18 @@ def main(root: str, hop: str, ranks_before: str, num_hops: str, *cases: str) -> 
         seen[case] = row = {}
         engine = start(case, world)
         if number:
-            before = time.perf_counter()
             engine.load(Path(root, case, f"step-{number}"), written_by=int(ranks_before))
-            row |= {"load_s": time.perf_counter() - before, "loaded": prints(engine)}
+            row["loaded"] = prints(engine)
             row["left"] = [path.name for path in Path(root, case).iterdir() if path.name.startswith(".")]
-        row["losses"] = train(engine, case, number * STEPS, (number + 1) * STEPS, world)
+        row["losses"] = train(engine, case, number, number + 1, world)
         row["saved"] = prints(engine)
         engine.save(Path(root, case, f"step-{number + 1}"))
         if not number:
-            row["whole"] = row["losses"] + train(engine, case, STEPS, int(num_hops) * STEPS, world)
+            row["whole"] = row["losses"] + train(engine, case, 1, int(num_hops), world)
+    if number == int(num_hops) - 1:
+        folder = Path(root, cases[0], f"step-{number}")
+        seen["failed"] = [failure(start(cases[0], world), folder, int(ranks_before), fault) for fault in FAULTS]
+        seen["left"] = [path.name for path in folder.parent.iterdir() if path.name.startswith(".")]
     Path(root, f"hop-{hop}-rank-{world.rank}.json").write_text(json.dumps(seen))
     world.wait_for_all()
     disconnect()

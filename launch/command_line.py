@@ -19,10 +19,11 @@ import fire
 from fire.decorators import SetParseFn
 
 from trainer.config import Recipe, Runtime, help_text, refuse_unknown, resolve, with_flags
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import ConfigError, SupersededError, TrainerError
 
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 85
+EXIT_SUPERSEDED = 87
 _MAIN_SPEAKS_FIRST_S = 15.0
 
 S = TypeVar("S", bound=Any)
@@ -34,14 +35,15 @@ Recipes = Mapping[str, Callable[[], tuple[R, T]]]
 def run(command: Callable[[], int]) -> NoReturn:
     """Run a command and end the process.
 
-    The exit code is the command's own, or 2 with one message on stderr if the user can mend what went wrong.
+    The exit code is the command's own, or 2 with one message on stderr if the user can mend what went wrong, or 87 if
+    a newer attempt has taken over.
     """
     try:
         code = command()
     except TrainerError as error:
         _let_main_speak_first()
         print(f"\nerror: {error}", file=sys.stderr)
-        code = EXIT_USER_ERROR
+        code = EXIT_SUPERSEDED if isinstance(error, SupersededError) else EXIT_USER_ERROR
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a rank that failed must not wait in the clean-up of a group that lost its members

@@ -3,6 +3,7 @@
 `finetune` is the table of contents; ``--help`` lists every setting.
 """
 
+import contextlib
 import functools
 import logging
 import sys
@@ -18,7 +19,16 @@ from launch.data import describe_shares, find_sources, open_on_all_ranks, order_
 from launch.detectors import build_detector, preprocessing_of, training_view
 from launch.init_weights import describe, read_init
 from launch.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
-from launch.run_setup import check_output, claim_output, engine_settings, resume, use_devices, versions
+from launch.run_setup import (
+    begin,
+    check_output,
+    claim,
+    engine_settings,
+    noting_the_end,
+    resume,
+    use_devices,
+    versions,
+)
 from trainer import checkpoint
 from trainer.config import DetectorRecipe, DetectorRuntime, as_record
 from trainer.data.augment import CenterView
@@ -31,11 +41,12 @@ from trainer.engine import Engine, connect, disconnect
 from trainer.errors import ConfigError
 from trainer.evaluate import UNCALIBRATED, Scores, check_labels, fit_decision, over_ranks, score, validation_figures
 from trainer.heldout import share_of
+from trainer.lease import Lease
 from trainer.loop import BadSamples, Dates, Hooks, StopRequest, train
 from trainer.models.lora import save_adapter
 from trainer.monitor import Ledger, Monitor, Speedometer, start_logging
 from trainer.optim import learning_rate_at
-from trainer.saved_detector import read_description, save_detector
+from trainer.saved_detector import read_description, restore, save_detector
 from trainer.seeds import step_seed
 from trainer.world import world_from_environment
 
@@ -87,14 +98,15 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
         num_ranks=world.size,
         init=init_sha256,
     )
-    progress = resume(engine, output / "checkpoints", identity, runtime)
-    world.on_main(lambda: claim_output(output, recipe, runtime, progress))
-
     origin = {"init": {"source": describe(init), "path": runtime.init, "pretrained": runtime.pretrained}}
     origin["init"]["sha256"] = init_sha256
-    best = BestDetector(engine, index, recipe, runtime, origin | {"overlap": overlap, "data": runtime.data})
-    finished = train_from(progress, engine, order, index["data"], best, identity, recipe, runtime)
-    world.on_main(lambda: tell_where(output, finished, best))
+    lease = begin(output, identity, runtime, world)
+    with noting_the_end(lease, world):
+        progress = resume(engine, output / "checkpoints", identity, runtime)
+        claim(lease, output, recipe, runtime, progress.step, world)
+        best = BestDetector(engine, index, recipe, runtime, origin | {"overlap": overlap, "data": runtime.data}, lease)
+        finished = train_from(progress, engine, order, index["data"], best, identity, lease, recipe, runtime)
+    world.on_main(lambda: tell_where(output, finished, best, lease))
     disconnect()
     return finished
 
@@ -132,7 +144,9 @@ class BestDetector:
         recipe: DetectorRecipe,
         runtime: DetectorRuntime,
         origin: dict[str, Any],
+        lease: Lease,
     ) -> None:
+        self._lease = lease
         self._engine, self._index, self._recipe, self._runtime, self._origin = engine, index, recipe, runtime, origin
         self.folder = Path(runtime.output_dir) / "detector"
         self.best = engine.world.on_main(self._read_best)
@@ -182,7 +196,7 @@ class BestDetector:
                 "versions": versions(),
             }
             more = functools.partial(self._write_adapter, weights) if self._recipe.use_lora else None
-            save_detector(self.folder, description, weights, decision, seen, write_more=more)
+            save_detector(self.folder, description, weights, decision, seen, lease=self._lease, write_more=more)
 
         self._engine.world.on_main(write)
 
@@ -193,6 +207,7 @@ class BestDetector:
         save_adapter(draft / "adapter", model.encoder.vit, head, base_model=self._recipe.model, values=values)
 
     def _read_best(self) -> list[float] | None:
+        restore(self.folder, self._lease)
         if not (self.folder / "detector.json").exists():
             return None
         figures = read_description(self.folder)["selection"]["figures"]
@@ -206,6 +221,7 @@ def train_from(
     index: ShardIndex,
     best: BestDetector,
     identity: checkpoint.Identity,
+    lease: Lease,
     recipe: DetectorRecipe,
     runtime: DetectorRuntime,
 ) -> bool:
@@ -219,16 +235,28 @@ def train_from(
     share = Slice(recipe.global_batch, runtime.micro_batch, world.rank, world.size)
     monitor = Monitor(
         output,
+        lease=lease,
         first_step=progress.step,
         total_steps=total_steps,
         is_main=world.is_main,
         progress_bar=runtime.progress_bar,
     )
-    ledger = Ledger(Path(runtime.sample_ledger) if runtime.sample_ledger else None, rank=world.rank)
-    save = functools.partial(
-        checkpoint.save, output / "checkpoints", progress, identity, versions(),
-        write_state=engine.save, world=world, keep=runtime.keep_checkpoints,
-    )  # fmt: skip
+    ledger = Ledger(
+        Path(runtime.sample_ledger) if runtime.sample_ledger else None,
+        lease=lease,
+        first_step=progress.step,
+        rank=world.rank,
+    )
+    saver = checkpoint.Saver(
+        output / "checkpoints",
+        identity,
+        versions(),
+        lease=lease,
+        world=world,
+        keep=runtime.keep_checkpoints,
+        background=runtime.background_saves,
+    )
+    save = functools.partial(saver.save, progress, engine.capture)
     trained, whole = (
         sum(p.numel() for p in model.parameters() if want(p)) for want in (lambda p: p.requires_grad, lambda _: True)
     )
@@ -246,7 +274,7 @@ def train_from(
         noise_per_sample=model.num_draws,
         spans=span_reader(runtime),
     )
-    try:
+    with saver, contextlib.closing(ledger), contextlib.closing(monitor):
         finished = train(
             engine,
             iter(
@@ -283,9 +311,6 @@ def train_from(
         if finished:
             best.keep_last(progress.step)
         return finished
-    finally:
-        ledger.close()
-        monitor.close()
 
 
 def inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
@@ -305,8 +330,9 @@ def hooks(best: BestDetector, monitor: Monitor, save: Callable[[], Any]) -> Hook
     return Hooks(save=save, measure=measure, picture=lambda step: None)
 
 
-def tell_where(output: Path, finished: bool, best: BestDetector) -> None:
-    """Print what a newcomer wants to know at the end."""
+def tell_where(output: Path, finished: bool, best: BestDetector, lease: Lease) -> None:
+    """Record the end and print what a newcomer wants to know."""
+    lease.ended("finished" if finished else "stopped by a signal")
     newest = (output / "checkpoints" / "latest").read_text().strip()
     print(f"\n{'Finished.' if finished else 'Stopped by a signal, saved; start the same command again to go on.'}")
     print(f"  checkpoint   {output / 'checkpoints' / newest}")

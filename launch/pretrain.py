@@ -3,6 +3,7 @@
 `pretrain` is the table of contents; ``--help`` lists every setting.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -17,9 +18,11 @@ from launch.command_line import EXIT_REQUEUE, configure, recipes_help, run, want
 from launch.data import describe_shares, find_sources, open_on_all_ranks, order_of, span_reader, tell_all_ranks
 from launch.recipes import DEFAULT, RECIPES
 from launch.run_setup import (
+    begin,
     check_output,
-    claim_output,
+    claim,
     engine_settings,
+    noting_the_end,
     resume,
     spread,
     use_devices,
@@ -32,11 +35,8 @@ from trainer.data.loader import Loader
 from trainer.data.plan import PLAN_VERSION, Order
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import Batch, Slice, fixed_stream, train_stream
-from trainer.engine import (
-    Engine,
-    connect,
-    disconnect,
-)
+from trainer.engine import Engine, connect, disconnect
+from trainer.lease import Lease
 from trainer.loop import BadSamples, Dates, Hooks, StopRequest, train
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
@@ -88,13 +88,14 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
         precision=engine.precision,
         num_ranks=world.size,
     )
-    progress = resume(engine, output / "checkpoints", identity, runtime)
-    world.on_main(lambda: claim_output(output, recipe, runtime, progress))
-
-    finished = train_from(progress, engine, order, index["data"], held_out, identity, recipe, runtime)
-    if held_out and math.isnan(held_out.last_loss):  # nothing was left to train
-        held_out.loss(engine)
-    world.on_main(lambda: tell_where(output, finished, held_out))
+    lease = begin(output, identity, runtime, world)
+    with noting_the_end(lease, world):
+        progress = resume(engine, output / "checkpoints", identity, runtime)
+        claim(lease, output, recipe, runtime, progress.step, world)
+        finished = train_from(progress, engine, order, index["data"], held_out, identity, lease, recipe, runtime)
+        if held_out and math.isnan(held_out.last_loss):  # nothing was left to train
+            held_out.loss(engine)
+    world.on_main(lambda: tell_where(output, finished, held_out, lease))
     disconnect()
     return finished
 
@@ -194,6 +195,7 @@ def train_from(
     index: ShardIndex,
     held_out: HeldOutView | None,
     identity: checkpoint.Identity,
+    lease: Lease,
     recipe: PretrainRecipe,
     runtime: PretrainRuntime,
 ) -> bool:
@@ -208,22 +210,34 @@ def train_from(
     draw = mask_of(recipe, model.encoder)
     monitor = Monitor(
         output,
+        lease=lease,
         first_step=progress.step,
         total_steps=total_steps,
         is_main=world.is_main,
         progress_bar=runtime.progress_bar,
     )
-    ledger = Ledger(Path(runtime.sample_ledger) if runtime.sample_ledger else None, rank=world.rank)
-    save = functools.partial(
-        checkpoint.save, output / "checkpoints", progress, identity, versions(),
-        write_state=engine.save, world=world, keep=runtime.keep_checkpoints,
-    )  # fmt: skip
+    ledger = Ledger(
+        Path(runtime.sample_ledger) if runtime.sample_ledger else None,
+        lease=lease,
+        first_step=progress.step,
+        rank=world.rank,
+    )
+    saver = checkpoint.Saver(
+        output / "checkpoints",
+        identity,
+        versions(),
+        lease=lease,
+        world=world,
+        keep=runtime.keep_checkpoints,
+        background=runtime.background_saves,
+    )
+    save = functools.partial(saver.save, progress, engine.capture)
     logger.info(
         "%d steps of %d images over %d ranks (%g epochs of %d images), from step %d, %s, ZeRO stage %d",
         *(total_steps, recipe.global_batch, world.size, recipe.epochs, len(index), progress.step),
         *(engine.precision, engine.zero_stage),
     )
-    try:
+    with saver, contextlib.closing(ledger), contextlib.closing(monitor):
         return train(
             engine,
             iter(
@@ -277,9 +291,6 @@ def train_from(
             bad=BadSamples(runtime.max_bad_sample_share),
             stop=StopRequest(),
         )
-    finally:
-        ledger.close()
-        monitor.close()
 
 
 def _hooks(engine: Engine, held_out: HeldOutView | None, monitor: Monitor, save: Callable[[], Any]) -> Hooks:
@@ -294,8 +305,9 @@ def _hooks(engine: Engine, held_out: HeldOutView | None, monitor: Monitor, save:
     return Hooks(save=save, measure=measure, picture=picture)
 
 
-def tell_where(output: Path, finished: bool, held_out: HeldOutView | None) -> None:
-    """Print what a newcomer wants to know at the end."""
+def tell_where(output: Path, finished: bool, held_out: HeldOutView | None, lease: Lease) -> None:
+    """Record the end and print what a newcomer wants to know."""
+    lease.ended("finished" if finished else "stopped by a signal")
     newest = (output / "checkpoints" / "latest").read_text().strip()
     print(f"\n{'Finished.' if finished else 'Stopped by a signal, saved; start the same command again to go on.'}")
     print(f"  checkpoint   {output / 'checkpoints' / newest}")

@@ -1,10 +1,12 @@
 """What every training command does before its first step: devices, DeepSpeed settings, output folder, resume."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from typing import Any
 import torch
 
 from trainer import checkpoint
+from trainer import lease as leases
 from trainer.config import Recipe, Runtime, as_record, differing_fields
 from trainer.engine import Engine, default_device, fill_ds_config, owned_by_recipe, read_ds_config
-from trainer.errors import CheckpointError, ConfigError
-from trainer.monitor import cut_ledger
+from trainer.errors import CheckpointError, ConfigError, SupersededError, TrainerError
+from trainer.lease import Lease
+from trainer.monitor import cut_other_ledgers
 from trainer.world import World, check_devices
 
 logger = logging.getLogger(__name__)
@@ -62,7 +66,7 @@ def check_output(output: Path, recipe: Recipe, resume: str) -> None:
             raise ConfigError(f"resume is must, but output_dir {output} is empty: check the path, or use --resume auto")
         return
     if not record.exists():
-        leftovers = {path.name for path in output.iterdir()} - {"logs"}
+        leftovers = {path.name for path in output.iterdir()} - {"logs", "attempts", "checkpoints"}
         if leftovers:
             raise ConfigError(f"output_dir {output} holds {min(leftovers)!r} and others, but no run: name a new folder")
         return
@@ -80,12 +84,56 @@ def check_output(output: Path, recipe: Recipe, resume: str) -> None:
         )
 
 
-def claim_output(output: Path, recipe: Recipe, runtime: Runtime, progress: checkpoint.Progress) -> None:
-    """Record the recipe and cut records beyond the checkpoint."""
-    record = {"recipe": as_record(recipe), "runtime": as_record(runtime), "versions": versions()}
-    checkpoint.write_atomically(output / "recipe.json", json.dumps(record, indent=1) + "\n")
-    checkpoint.sweep(output / "checkpoints")
-    cut_ledger(Path(runtime.sample_ledger) if runtime.sample_ledger else None, progress.step)
+def begin(output: Path, identity: checkpoint.Identity, runtime: Runtime, world: World) -> Lease:
+    """Take the right to change the output, if what stands there is this run; all ranks call.
+
+    Raises:
+        CheckpointError: the checkpoints are another run's, or there is none and --resume must.
+        ConfigError: a folder lies on another file system.
+    """
+
+    def take() -> str:
+        root = output / "checkpoints"
+        found = checkpoint.newest_manifest(root)
+        if found is not None:
+            checkpoint.check_identity(found[1], identity, found[0], allow_data_change=runtime.allow_data_change)
+        lease = leases.take(output, num_ranks=world.size)
+        for setting, folder in (("output_dir", root), ("sample_ledger", runtime.sample_ledger)):
+            if folder is not None:
+                _require_same_file_system(lease, Path(folder), setting)
+        return str(lease.folder)
+
+    return Lease(Path(world.on_main(take)))
+
+
+def claim(lease: Lease, output: Path, recipe: Recipe, runtime: Runtime, step: int, world: World) -> None:
+    """Record what starts here, and cut the records of ranks that are no more; all ranks call.
+
+    Raises:
+        ConfigError: the run dies again and again at this step.
+    """
+
+    def record() -> None:
+        leases.refuse_hopeless(lease, step, limit=runtime.max_restarts)
+        lease.began(step)
+        told = {"recipe": as_record(recipe), "runtime": as_record(runtime), "versions": versions()}
+        lease.write(output / "recipe.json", json.dumps(told, indent=1) + "\n")
+        ledger = Path(runtime.sample_ledger) if runtime.sample_ledger else None
+        cut_other_ledgers(ledger, step, lease=lease, num_ranks=world.size)
+
+    world.on_main(record)
+
+
+@contextlib.contextmanager
+def noting_the_end(lease: Lease, world: World) -> Iterator[None]:
+    """Record that an attempt was refused; one that says nothing has crashed or was killed."""
+    try:
+        yield
+    except TrainerError as error:
+        if world.is_main and not isinstance(error, SupersededError):
+            with contextlib.suppress(OSError, TrainerError):
+                lease.ended(f"refused: {error}")
+        raise
 
 
 def resume(engine: Engine, root: Path, identity: checkpoint.Identity, runtime: Runtime) -> checkpoint.Progress:
@@ -110,6 +158,19 @@ def resume(engine: Engine, root: Path, identity: checkpoint.Identity, runtime: R
     engine.world.together(lambda: engine.load(Path(path)))
     logger.info("resumed from %s", path)
     return checkpoint.Progress(**progress)
+
+
+def _require_same_file_system(lease: Lease, folder: Path, setting: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        same = folder.stat().st_dev == lease.folder.stat().st_dev
+    except OSError as error:
+        raise ConfigError(f"{setting}: {folder} cannot be used ({error.strerror}): name another folder") from error
+    if not same:
+        raise ConfigError(
+            f"{setting}: {folder} lies on another file system than {lease.folder}, so that files cannot be renamed "
+            "into it: put both on one"
+        )
 
 
 def versions() -> dict[str, str]:

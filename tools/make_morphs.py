@@ -41,9 +41,9 @@ from tqdm.auto import tqdm
 from launch.command_line import configure_tool, run
 from tools.landmarks import Points, landmarks_of, read_landmarks
 from tools.make_shards import read_manifest
-from trainer.checkpoint import write_atomically
 from trainer.config import as_record, check_types
 from trainer.errors import ConfigError, DataError
+from trainer.files import write_atomically
 
 _COLUMNS = ("path", "key", "label", "identity", "identity_2", "attack", "blend", "parent_a", "parent_b", "control")
 _FEATHER = 0.04

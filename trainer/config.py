@@ -285,6 +285,10 @@ class Runtime:
     """Interval of checkpoints [steps]."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay on disk."""
+    background_saves: bool = True
+    """Write checkpoints while the training goes on; it waits for a copy of the state only. Needs host memory for it."""
+    max_restarts: int = 10
+    """Refuse to start after so many attempts died in a row without a newer checkpoint; 0 never refuses."""
     stop_at_step: int | None = None
     """Save and leave after this step without shortening the schedule [steps]."""
     max_bad_sample_share: float = 0.001
@@ -299,7 +303,8 @@ class Runtime:
     def __post_init__(self) -> None:
         check_types(self)
         _require_at_least_one(self)
-        _require(self, "num_workers", self.num_workers >= 0, "must not be negative")
+        for name in ("num_workers", "max_restarts"):
+            _require(self, name, getattr(self, name) >= 0, "must not be negative")
         _require(self, "max_bad_sample_share", 0 <= self.max_bad_sample_share < 1, "must be in [0, 1) (try 0.001)")
         _require(self, "output_dir", bool(self.output_dir), "must name a folder")
 

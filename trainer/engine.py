@@ -11,7 +11,7 @@ import logging
 import os
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param, zero_to_fp32
@@ -27,6 +28,7 @@ from deepspeed.utils.logging import logger as deepspeed_logger
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
+from torch.utils._pytree import tree_map_only
 
 from trainer.errors import CheckpointError, ConfigError
 from trainer.optim import parameter_groups
@@ -256,11 +258,38 @@ class Engine:
         norm = self._basic_grad_norm if self._basic_grad_norm is not None else self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
+    def capture(self, copy: bool) -> Callable[[Path], list[Path]]:
+        """Take the state of every rank; all ranks call. Nothing is written by this.
+
+        Args:
+            copy: copy it to the host, so that training may go on; otherwise it must be written before the next step.
+
+        Returns:
+            write: writes this rank's files below a folder and returns their paths.
+        """
+        collector = _Collector(copy=copy)
+        writer, self._engine.checkpoint_engine = self._engine.checkpoint_engine, collector
+        try:
+            self._engine.save_checkpoint(
+                _STATE, tag=_STATE, save_latest=False, exclude_frozen_parameters=not self._save_frozen
+            )
+        finally:
+            self._engine.checkpoint_engine = writer
+        if copy and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the copies to pinned memory were only begun
+
+        def write(directory: Path) -> list[Path]:
+            paths = [directory / _STATE / name for name in collector.files]
+            for path in paths:
+                path.parent.mkdir(exist_ok=True)
+                torch.save(collector.files.pop(path.name), path)  # let go of one copy after the other
+            return paths
+
+        return write
+
     def save(self, directory: Path) -> None:
         """Write every rank's state below ``directory``; all ranks call. Nothing is committed by this."""
-        self._engine.save_checkpoint(
-            str(directory), tag=_STATE, save_latest=False, exclude_frozen_parameters=not self._save_frozen
-        )
+        self.capture(copy=False)(directory)
 
     def load(self, directory: Path) -> None:
         """Restore the state that `save` wrote; all ranks call. No code from the files is executed.
@@ -281,6 +310,43 @@ class Engine:
                 full = safe_get_full_fp32_param(parameter)
                 state[name] = (parameter.detach() if full is None else full).float().cpu().clone()
         return state
+
+
+class _Collector(CheckpointEngine):  # type: ignore[misc]
+    """Takes what DeepSpeed would write, by the name of the file, and touches no disk."""
+
+    def __init__(self, *, copy: bool) -> None:
+        super().__init__()
+        self.files: dict[str, Any] = {}
+        self._copy = copy
+
+    def create(self, info: Any) -> None:
+        """Nothing is announced to anybody."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """The folders belong to `trainer.checkpoint`."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Keep the state."""
+        self.files[Path(path).name] = tree_map_only(Tensor, _on_host, state_dict) if self._copy else state_dict
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Nothing is loaded through this."""
+        raise NotImplementedError
+
+    def commit(self, info: Any) -> bool:
+        """The commit is `trainer.checkpoint`'s."""
+        return True
+
+    def preserves_storage_sharing(self) -> bool:
+        """Whether DeepSpeed must copy small parts out of large tensors first: a copy of ours is small already."""
+        return not self._copy
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the host, without waiting for the device where the memory allows it."""
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
+    return copy.copy_(tensor.detach(), non_blocking=True)
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

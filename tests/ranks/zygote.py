@@ -54,7 +54,7 @@ PHASES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "latest": (lease.Lease, "write", lambda self, path, text: path.name == "latest"),
     "latest rename": (lease.Lease, "move", lambda self, source, target: target.name == "latest"),
     "pruning": (lease.Lease, "discard", always),
-    "pruned": (lease.shutil, "rmtree", lambda path: path.name.startswith("step-")),
+    "pruned": (lease.shutil, "rmtree", lambda path: Path(path).name.startswith("step-")),
 }
 """Phase -> the function that it begins with, and for which of its words."""
 

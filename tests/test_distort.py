@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
+from tools.orl_faces import find_faces
 from trainer.data.augment import DetectorView, Photo
 from trainer.data.distort import (
     BasicAugment,
@@ -129,6 +130,15 @@ def test_printing_follows_the_published_tone_curve() -> None:
     np.testing.assert_allclose(ours, expected, atol=1.0)
     noisy = print_scan(np.full((64, 64, 3), 90, np.uint8), blur=0.1, noise=4.0, tone=0.0, key=2)
     assert 4 < noisy.std() < 9
+
+
+@pytest.mark.parametrize("kind", ["jpeg_budget", "jpeg2000"])
+@pytest.mark.parametrize("person", [1, 22, 36])
+def test_the_hardest_compression_leaves_a_small_face_legible(kind: str, person: int) -> None:
+    with Image.open(find_faces() / f"s{person}" / "6.pgm") as image:
+        face = np.asarray(image.convert("RGB"))
+    error = PassportChain((kind,), 1.0)(face, np.zeros(6, dtype=np.float32)).astype(float) - face
+    assert 3 < np.sqrt(np.square(error).mean()) < 13.5
 
 
 def test_probability_zero_changes_nothing_and_one_always_does() -> None:

@@ -111,8 +111,8 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     for (block, name), value in _REFUSED_VALUES.items():
         if isinstance(config.get(block), dict) and config[block].get(name) is value:
             raise ConfigError(
-                f"ds_config {path} sets {block}.{name} to {json.dumps(value)}, which lets gradients that are not finite "
-                "move the weights: remove the setting"
+                f"ds_config {path} sets {block}.{name} to {json.dumps(value)}, which lets gradients that are not "
+                "finite move the weights: remove the setting"
             )
     return config
 

@@ -253,8 +253,8 @@ def rewind(root: Path, progress: Progress, *, max_attempts: int) -> Path | None:
     if attempts >= max_attempts:
         raise DataError(
             f"the loss spikes at step {progress.spiking_since} although the run went back to {chosen} {attempts} times "
-            "and left out the data behind it: the data are not the cause, so lower learning_rate, set clip_grad_norm 1.0, or "
-            "set on_spike log"
+            "and left out the data behind it: the data are not the cause, so lower learning_rate, set clip_grad_norm "
+            "1.0, or set on_spike log"
         )
     for path in sorted(_committed(root), key=_step_of, reverse=True):
         if _step_of(path) > saved.step:

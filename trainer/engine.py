@@ -22,7 +22,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param, zero_to_fp32
 from deepspeed.utils.logging import logger as deepspeed_logger
@@ -36,7 +36,7 @@ from trainer.world import World, join
 
 logger = logging.getLogger(__name__)
 
-SAFE_GLOBALS = [ZeroStageEnum, fragment_address, LossScaler]
+SAFE_GLOBALS = [ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler]
 """The classes that DeepSpeed 0.19.8 pickles into its files beside tensors and plain containers, and no more."""
 
 _STATE = "state"

@@ -1,8 +1,8 @@
 """One training loop on one screen.
 
 The loop knows steps, batches and dates; the engine knows DeepSpeed, the monitor knows files, the checkpoint module
-knows commits, numerics what is done about losses that are not finite or jump. Each step reads the device once, inside the engine,
-where the ranks agree.
+knows commits, numerics what is done about losses that are not finite or jump. Each step reads the device once, inside
+the engine, where the ranks agree.
 """
 
 import logging

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from engine_worker import GLOBAL_BATCH, inputs
 
 from trainer.engine import Engine, StepResult, connect, disconnect, fill_ds_config, owned_by_recipe, read_ds_config
@@ -44,7 +45,7 @@ def build(config: dict[str, Any], world: World) -> Engine:
     return Engine(model, ds_config=config, weight_decay=0.05, world=world)
 
 
-def step(engine: Engine, number: int, fault: str = "") -> StepResult:
+def step(engine: Engine, number: int, fault: str = "", stop: bool = False) -> StepResult:
     world = engine.world
     mine = list(range(number * GLOBAL_BATCH + world.rank, (number + 1) * GLOBAL_BATCH, world.size))
     parts = [mine[i : i + MICRO_BATCH] for i in range(0, len(mine), MICRO_BATCH)]
@@ -55,7 +56,7 @@ def step(engine: Engine, number: int, fault: str = "") -> StepResult:
             engine.module.fault = fault if place == 1 else ""
             yield inputs(part)
 
-    return engine.step(micro_batches(), learning_rate=LR, seed=number)
+    return engine.step(micro_batches(), learning_rate=LR, seed=number, stop=stop)
 
 
 def digest(engine: Engine) -> str:
@@ -86,16 +87,19 @@ def main(ds_config: str, output: str, stage: str) -> None:
     config = fill_ds_config(read_ds_config(Path(ds_config)), owned)
     config.setdefault("zero_optimization", {})["stage"] = int(stage)
 
-    engine, seen = build(config, world), {"applied": [], "untouched": [], "losses": [], "micro_losses": []}
+    if "fp16" in config:
+        get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, not impossible
+    engine, seen = build(config, world), {"applied": [], "untouched": [], "losses": [], "micro_losses": [], "stop": []}
     for number in range(STEPS):
         if number == SAVED:
             engine.check_finite()
             engine.save(Path(output, "saved"))
         before = digest(engine)
-        result = step(engine, number, FAULTS.get(number, ""))
+        result = step(engine, number, FAULTS.get(number, ""), stop=number == SAVED and world.rank == world.size - 1)
         seen["applied"].append(result.applied)
         seen["untouched"].append(before == digest(engine))
-        seen["micro_losses"].append(result.micro_losses)
+        seen["stop"].append(result.stop)
+        seen["micro_losses"].append([str(loss) for loss in result.micro_losses])
         seen["losses"].append(result.loss)
     engine.load(Path(output, "saved"))  # back in the same engine, as a rollback does
     seen["again"] = [step(engine, number).loss for number in range(SAVED, STEPS)]

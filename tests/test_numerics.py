@@ -174,6 +174,20 @@ def test_bad_steps_are_counted_and_a_row_of_them_ends_the_run_with_their_samples
 
 @pytest.mark.slow
 @pytest.mark.ranks
+def test_a_state_that_is_not_finite_is_never_saved(shards: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    words = pretrain(FAULTY, data=f"{shards}/*.tar", output_dir=output, save_every=4)
+    # One weight of rank 1 turns NaN before step 7, of which step 8 is a date to save.
+    assert codes_of(words, tmp_path, port=29816, FAULTS=faults({8 * 6 + 1: "weight"})) == [2, 2]
+    for rank in range(2):
+        assert "weights or optimizer state are not finite on rank 1, so nothing was saved" in log_of(tmp_path, rank)
+        assert "Traceback" not in log_of(tmp_path, rank)
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["latest", "step-00000004"]
+    checkpoint.verify(output / "checkpoints" / "step-00000004")
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(shards: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     words = pretrain(

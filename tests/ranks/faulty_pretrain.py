@@ -1,4 +1,4 @@
-"""launch/pretrain.py with faults: FAULTS maps data positions to a factor of their batch's loss, or to kill."""
+"""launch/pretrain.py with faults: FAULTS maps data positions to a factor of their loss, kill or weight."""
 
 import dataclasses
 import json
@@ -31,6 +31,9 @@ def training_of(*parts: Any) -> Training:
         met = [FAULTS[position] for position in batch.positions if position in FAULTS]
         if "kill" in met:
             os.kill(os.getpid(), signal.SIGKILL)
+        if "weight" in met:
+            met.remove("weight")
+            training.engine.module.decoder_pred.weight.data[0, 0] = torch.nan
         Faulty.factor = math.prod(map(float, met))
         return training.inputs(batch)
 

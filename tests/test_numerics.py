@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,8 +266,12 @@ def test_the_same_checkpoint_is_gone_back_to_three_times_and_no_more(tmp_path: P
     with pytest.raises(DataError, match="3 times"):
         checkpoint.rewind(tmp_path, spiked, max_attempts=3)
     assert checkpoint.rewind(tmp_path, Progress(4, spiking_since=4), max_attempts=3) is None
-    assert (tmp_path / "step-00000004").exists()
-    assert not list(tmp_path.glob("step-00000012"))
+    # A spike that began before that checkpoint: further back, with all that was left out since left out at once.
+    assert checkpoint.rewind(tmp_path, replace(spiked, spiking_since=6), max_attempts=3) == tmp_path / "step-00000004"
+    found = checkpoint.find(tmp_path)
+    assert found is not None
+    assert found[1]["progress"]["skips"] == [{"at_step": 4, "num_steps": spiked.data_step - 4}]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000004"]
 
 
 @settings(max_examples=25, deadline=None)

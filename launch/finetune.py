@@ -3,11 +3,9 @@
 `finetune` is the table of contents; ``--help`` lists every setting.
 """
 
-import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,8 @@ from launch.data import describe_shares, find_sources, open_on_all_ranks, order_
 from launch.detectors import build_detector, preprocessing_of, training_view
 from launch.init_weights import describe, read_init
 from launch.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
-from launch.run_setup import (
-    begin,
-    check_output,
-    claim,
-    engine_settings,
-    noting_the_end,
-    resume,
-    use_devices,
-    versions,
-)
+from launch.run_setup import begin, check_output, engine_settings, noting_the_end, use_devices, versions
+from launch.training import Training
 from trainer import checkpoint
 from trainer.config import DetectorRecipe, DetectorRuntime, as_record
 from trainer.data.augment import CenterView
@@ -36,18 +26,15 @@ from trainer.data.loader import Loader
 from trainer.data.overlap import prints_of
 from trainer.data.plan import PLAN_VERSION, Order
 from trainer.data.shards import ShardIndex
-from trainer.data.stream import Batch, Slice, fixed_stream, train_stream
+from trainer.data.stream import Batch, fixed_stream
 from trainer.engine import Engine, connect, disconnect
 from trainer.errors import ConfigError
 from trainer.evaluate import UNCALIBRATED, Scores, check_labels, fit_decision, over_ranks, score, validation_figures
 from trainer.heldout import share_of
 from trainer.lease import Lease
-from trainer.loop import BadSamples, Dates, Hooks, StopRequest, train
 from trainer.models.lora import save_adapter
-from trainer.monitor import Ledger, Monitor, Speedometer, start_logging
-from trainer.optim import learning_rate_at
+from trainer.monitor import Monitor, start_logging
 from trainer.saved_detector import read_description, restore, save_detector
-from trainer.seeds import step_seed
 from trainer.world import world_from_environment
 
 logger = logging.getLogger(__name__)
@@ -102,10 +89,8 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
     origin["init"]["sha256"] = init_sha256
     lease = begin(output, identity, runtime, world)
     with noting_the_end(lease, world):
-        progress = resume(engine, output / "checkpoints", identity, runtime)
-        claim(lease, output, recipe, runtime, progress.step, world)
         best = BestDetector(engine, index, recipe, runtime, origin | {"overlap": overlap, "data": runtime.data}, lease)
-        finished = train_from(progress, engine, order, index["data"], best, identity, lease, recipe, runtime)
+        finished = training_of(engine, order, index["data"], best, identity, lease, recipe, runtime).run()
     world.on_main(lambda: tell_where(output, finished, best, lease))
     disconnect()
     return finished
@@ -214,8 +199,7 @@ class BestDetector:
         return [figures["d_eer"], figures["loss"]] if figures else None
 
 
-def train_from(
-    progress: checkpoint.Progress,
+def training_of(
     engine: Engine,
     order: Order,
     index: ShardIndex,
@@ -224,110 +208,43 @@ def train_from(
     lease: Lease,
     recipe: DetectorRecipe,
     runtime: DetectorRuntime,
-) -> bool:
-    """Join the parts and run the loop."""
-    output, world, model = Path(runtime.output_dir), engine.world, engine.module
-    steps = {
-        name: round(getattr(recipe, name) * len(index) / recipe.global_batch) for name in ("epochs", "warmup_epochs")
-    }
-    total_steps = max(1, steps["epochs"])
-    last_step = min(total_steps, runtime.stop_at_step or total_steps)
-    share = Slice(recipe.global_batch, runtime.micro_batch, world.rank, world.size)
-    monitor = Monitor(
-        output,
-        lease=lease,
-        first_step=progress.step,
-        total_steps=total_steps,
-        is_main=world.is_main,
-        progress_bar=runtime.progress_bar,
-    )
-    ledger = Ledger(
-        Path(runtime.sample_ledger) if runtime.sample_ledger else None,
-        lease=lease,
-        first_step=progress.step,
-        rank=world.rank,
-    )
-    saver = checkpoint.Saver(
-        output / "checkpoints",
-        identity,
-        versions(),
-        lease=lease,
-        world=world,
-        keep=runtime.keep_checkpoints,
-        background=runtime.background_saves,
-    )
-    save = functools.partial(saver.save, progress, engine.capture)
+) -> Training:
+    """Say what the training of a detector does at each step and at its dates."""
     trained, whole = (
-        sum(p.numel() for p in model.parameters() if want(p)) for want in (lambda p: p.requires_grad, lambda _: True)
+        sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if want(p))
+        for want in (lambda p: p.requires_grad, lambda _: True)
     )
-    logger.info(
-        "%d steps of %d images over %d ranks, from step %d; %d of %d parameters train (%.3g %%); %s, ZeRO stage %d",
-        *(total_steps, recipe.global_batch, world.size, progress.step, trained, whole, 100 * trained / whole),
-        *(engine.precision, engine.zero_stage),
+    logger.info("%d of %d parameters train (%.3g %%)", trained, whole, 100 * trained / whole)
+
+    def measure(monitor: Monitor, step: int) -> None:
+        figures = best.measure(step)
+        if figures is not None:
+            monitor.scalars(step, figures, group="val")
+
+    return Training(
+        engine=engine,
+        index=index,
+        order=order,
+        identity=identity,
+        lease=lease,
+        recipe=recipe,
+        runtime=runtime,
+        view=training_view(recipe),
+        noise_per_sample=engine.module.num_draws,
+        inputs=inputs,
+        flops_per_image=engine.module.flops_per_image(),
+        measure=measure,
+        measure_every=runtime.val_every,
+        picture=lambda monitor, step: None,
+        picture_every=runtime.val_every,
+        at_end=best.keep_last,
     )
-    stream = train_stream(
-        index,
-        order,
-        share,
-        training_view(recipe),
-        first_step=progress.step,
-        noise_per_sample=model.num_draws,
-        spans=span_reader(runtime),
-    )
-    with saver, contextlib.closing(ledger), contextlib.closing(monitor):
-        finished = train(
-            engine,
-            iter(
-                Loader(
-                    stream,
-                    num_workers=runtime.num_workers,
-                    prefetch=runtime.prefetch,
-                    pin_memory=engine.device.type == "cuda",
-                )
-            ),
-            progress,
-            inputs=inputs,
-            learning_rate_at=functools.partial(
-                learning_rate_at,
-                peak=recipe.peak_learning_rate,
-                floor=recipe.min_learning_rate,
-                warmup_steps=steps["warmup_epochs"],
-                total_steps=total_steps,
-            ),
-            seed_at=lambda step: step_seed(recipe.seed, step, world.rank),
-            accumulation=share.micro_batches_per_step,
-            dates=Dates(last_step, runtime.log_every, runtime.save_every, runtime.val_every, last_step + 1),
-            hooks=hooks(best, monitor, save),
-            monitor=monitor,
-            ledger=ledger,
-            speed=Speedometer(
-                global_batch=recipe.global_batch,
-                flops_per_image=model.flops_per_image(),
-                num_ranks=world.size,
-            ),
-            bad=BadSamples(runtime.max_bad_sample_share),
-            stop=StopRequest(),
-        )
-        if finished:
-            best.keep_last(progress.step)
-        return finished
 
 
 def inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
     """Give the model images, classes and draws."""
     labels_B = torch.tensor(batch.labels, device=batch.images_BCHW.device)
     return batch.images_BCHW, labels_B, batch.noise_BN
-
-
-def hooks(best: BestDetector, monitor: Monitor, save: Callable[[], Any]) -> Hooks:
-    """Bind what happens at the loop's dates."""
-
-    def measure(step: int) -> None:
-        figures = best.measure(step)
-        if figures is not None:
-            monitor.scalars(step, figures, group="val")
-
-    return Hooks(save=save, measure=measure, picture=lambda step: None)
 
 
 def tell_where(output: Path, finished: bool, best: BestDetector, lease: Lease) -> None:

@@ -25,7 +25,7 @@ NUM_KILLS = int(os.environ.get("TRAINER_KILLS", "0"))
 PHASES = ("step", "shard", "sync", "manifest", "rename", "latest", "latest rename", "pruning", "pruned")
 OF_RANK_0 = PHASES[3:]
 """Phases that only rank 0 comes to."""
-FLAGS = TINY | {"save_every": "2", "keep_checkpoints": "2", "max_restarts": "0", "num_workers": "0", "timeout_s": "30"}
+FLAGS = TINY | {"save_every": "2", "keep_checkpoints": "2", "max_restarts": "0", "num_workers": "0", "timeout_s": "120"}
 
 
 class Zygote:
@@ -61,6 +61,7 @@ class Zygote:
 
     def close(self) -> None:
         self._process.stdin.close()
+        self._process.stdout.close()
         self._process.wait(60)
 
 

@@ -30,14 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import differing_fields
-from trainer.errors import CheckpointError, TrainerError
+from trainer.errors import CheckpointError, DataError, TrainerError
 from trainer.files import describe_files, files_below, sync_files, sync_folder, write_synced
 from trainer.lease import Lease
 from trainer.world import World
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _MOST_FAILURES = 3
@@ -48,10 +48,26 @@ _CHANGE = "pass --allow_data_change true, which the checkpoint will record, or c
 
 @dataclass(slots=True)
 class Progress:
-    """What must survive a restart beside the engine's state. Samples consumed are step x global batch."""
+    """What must survive a restart beside the engine's state. Samples passed are data_step x global batch."""
 
     step: int = 0
     """Optimizer steps taken."""
+    skipped_steps: int = 0
+    """How many of them moved nothing, because a loss or a gradient was not finite."""
+    skips: list[dict[str, int]] = field(default_factory=list)
+    """Each rollback: from the optimizer step ``at_step`` on, the data of ``num_steps`` more steps are left out."""
+    recent_losses: list[float] = field(default_factory=list)
+    """What the next loss is compared with, oldest first."""
+    spiking_since: int | None = None
+    """The first step of the loss spike that is going on."""
+    num_spikes: int = 0
+    """How many steps in a row it has."""
+
+    @property
+    def data_step(self) -> int:
+        """Which step's data comes next: rollbacks left some out, all of them behind this step."""
+        return self.step + sum(skip["num_steps"] for skip in self.skips)
+
     data_changes: list[dict[str, Any]] = field(default_factory=list)
     """Each time that the user let the run go on with other data: the step, and the data before and after."""
 
@@ -235,8 +251,10 @@ class Saver:
                 logger.warning("could not remove %s (%s)", path, error)
 
 
-def find(root: Path) -> tuple[Path, dict[str, Any]] | None:
+def find(root: Path, *, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
     """Find the newest checkpoint whose manifest verifies, with its manifest; None where none was ever committed.
+
+    Only checkpoints of steps below ``before`` count where it is given.
 
     Damaged checkpoints are named in the log and passed over.
 
@@ -245,6 +263,8 @@ def find(root: Path) -> tuple[Path, dict[str, Any]] | None:
     """
     damaged = []
     for path in sorted(_committed(root), key=_step_of, reverse=True):
+        if before is not None and _step_of(path) >= before:
+            continue
         try:
             return path, verify(path)
         except CheckpointError as error:
@@ -335,6 +355,40 @@ def check_identity(
     return progress
 
 
+def rewind(root: Path, progress: Progress, *, lease: Lease, max_attempts: int) -> Path | None:
+    """Make the newest checkpoint before the present loss spike the newest of all, with the data since then left out.
+
+    Call on one rank, then resume. Newer checkpoints are removed first: a kill in the middle leaves a run that meets the
+    spike once more and comes back here.
+
+    Returns:
+        path: of that checkpoint; None where there is no such checkpoint, and nothing was done.
+
+    Raises:
+        DataError: that checkpoint has been returned to so many times already.
+    """
+    found = find(root, before=progress.spiking_since)
+    if found is None:
+        return None
+    chosen, manifest = found
+    saved = Progress(**manifest["progress"])
+    attempts = sum(skip["at_step"] == saved.step for skip in saved.skips)
+    if attempts >= max_attempts:
+        raise DataError(
+            f"the loss spikes at step {progress.spiking_since} although the run went back to {chosen} {attempts} times "
+            "and left out the data behind it: the data are not the cause, so lower learning_rate, set clip_grad_norm "
+            "1.0, or set on_spike log"
+        )
+    for path in sorted(_committed(root), key=_step_of, reverse=True):
+        if _step_of(path) > saved.step:
+            lease.discard(path)
+    saved.skips.append({"at_step": saved.step, "num_steps": progress.data_step - saved.data_step})
+    manifest["progress"] = dataclasses.asdict(saved)
+    lease.write(chosen / _MANIFEST, json.dumps(manifest, indent=1))
+    lease.write(root / "latest", chosen.name + "\n")
+    return chosen
+
+
 def newest_manifest(root: Path) -> tuple[Path, dict[str, Any]] | None:
     """Read the manifest of the newest checkpoint that has a readable one, without looking at the other files."""
     for path in sorted(_committed(root), key=_step_of, reverse=True):
@@ -369,7 +423,7 @@ def _write_manifest(
     manifest = {
         "format_version": FORMAT_VERSION,
         "progress": record,
-        "samples": record["step"] * int(identity.recipe["global_batch"]),
+        "samples": Progress(**record).data_step * int(identity.recipe["global_batch"]),
         "identity": dataclasses.asdict(identity),
         "versions": versions,
         "files": files,

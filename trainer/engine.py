@@ -8,10 +8,12 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param, zero_to_fp32
 from deepspeed.utils.logging import logger as deepspeed_logger
@@ -30,13 +32,13 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.utils._pytree import tree_map_only
 
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.optim import parameter_groups
 from trainer.world import World, join
 
 logger = logging.getLogger(__name__)
 
-SAFE_GLOBALS = [ZeroStageEnum, fragment_address, LossScaler]
+SAFE_GLOBALS = [ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler]
 """The classes that DeepSpeed 0.19.8 pickles into its files beside tensors and plain containers, and no more."""
 
 _STATE = "state"
@@ -47,6 +49,10 @@ _REFUSED_BLOCKS = {
     "data_efficiency": "the data plane is trainer/data",
     "curriculum_learning": "the data plane is trainer/data",
 }
+
+
+_REFUSED_VALUES = {("bf16", "check_grad_overflow"): False, ("zero_optimization", "compute_grad_norm"): False}
+"""With these DeepSpeed would move the optimizer by gradients that are not finite."""
 
 
 def default_device() -> torch.device:
@@ -104,6 +110,12 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     for block, reason in _REFUSED_BLOCKS.items():
         if block in config:
             raise ConfigError(f"ds_config {path} sets {block!r}, which is not used here: {reason}; remove the block")
+    for (block, name), value in _REFUSED_VALUES.items():
+        if isinstance(config.get(block), dict) and config[block].get(name) is value:
+            raise ConfigError(
+                f"ds_config {path} sets {block}.{name} to {json.dumps(value)}, which lets gradients that are not "
+                "finite move the weights: remove the setting"
+            )
     return config
 
 
@@ -173,6 +185,20 @@ def owned_by_recipe(
     }
 
 
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What all ranks know of a step: the same on each of them, but for `micro_losses`."""
+
+    loss: float
+    """Mean over the global batch."""
+    applied: bool
+    """Whether the optimizer moved. Where it did not, weights and optimizer state are bit for bit what they were."""
+    stop: bool
+    """Whether any rank asked to stop."""
+    micro_losses: tuple[float, ...] = ()
+    """This rank's loss of each micro batch; read only of a step that was not applied."""
+
+
 class Engine:
     """A model under DeepSpeed. One call of `step` is one optimizer step over the global batch."""
 
@@ -199,15 +225,20 @@ class Engine:
         self._lr_scales = [group["lr_scale"] for group in groups]
         try:
             self._engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
-        except (deepspeed.DeepSpeedConfigError, AssertionError, ValueError) as error:
+        except (deepspeed.DeepSpeedConfigError, AssertionError, NotImplementedError, ValueError) as error:
             raise ConfigError(f"DeepSpeed refuses the ds_config: {error}; compare it with ds_configs/") from error
         # DeepSpeed copies a script beside the state, on rank 0 while others already sync; a checkpoint holds no code.
         self._engine._copy_recovery_script = lambda save_path: None
+        # Steps are skipped at stage 0 by dropping the gradients, and DeepSpeed's clipping fails where there are none.
+        clip, module = self._engine.clip_fp32_gradients, self._engine.module
+        self._engine.clip_fp32_gradients = lambda: clip() if any(True for _ in _gradients(module)) else None
         self.device = torch.device(self._engine.device)
         self._basic_grad_norm: Tensor | None = None
 
-    def step(self, micro_batches: Iterable[tuple[Tensor, ...]], *, learning_rate: float, seed: int) -> Tensor:
-        """Accumulate gradients over the micro batches and move the optimizer once.
+    def step(
+        self, micro_batches: Iterable[tuple[Tensor, ...]], *, learning_rate: float, seed: int, stop: bool = False
+    ) -> StepResult:
+        """Accumulate gradients over the micro batches and move the optimizer once, if all numbers are finite.
 
         ``seed`` is given to torch's generators first: dropout and drop path draw from them, and a resumed run must
         draw the same.
@@ -215,22 +246,49 @@ class Engine:
         The loss is never divided here: DeepSpeed divides by the accumulation steps, and doing it twice is a known
         fault of other trainers.
 
-        Returns:
-            loss: scalar on the device, the mean over this rank's samples. Reading it waits for the device.
+        Before the optimizer moves the ranks agree on three numbers, in one all-reduce, and the host waits for it: the
+        one wait of a step, at the place where ZeRO waits for the norm of the gradients anyway. A loss that is not
+        finite makes all gradients of its rank NaN, and sums carry these to every rank; so the gradients alone decide
+        whether the step is applied: here at stage 0 in fp32, otherwise by DeepSpeed's own check of their global norm.
+
+        Args:
+            micro_batches: what the model takes, one tuple a micro batch.
+            learning_rate: of this step.
+            seed: see above.
+            stop: whether this rank wants the run to stop.
         """
         torch.manual_seed(seed)
         for group, scale in zip(self._engine.optimizer.param_groups, self._lr_scales, strict=True):
             group["lr"] = learning_rate * scale
-        total: Tensor = torch.zeros((), device=self.device)
+        losses: list[Tensor] = []
         self._engine.train()
         for inputs in micro_batches:
             loss: Tensor = self._engine(*inputs)
-            self._engine.backward(loss)
-            total.add_(loss.detach())
-            if self.zero_stage == 0 and self.precision == "fp32" and self._engine.is_gradient_accumulation_boundary():
-                self._basic_grad_norm = nn.utils.get_total_norm(_gradients(self._engine.module))
+            self._engine.backward(loss * (1 + 0 * loss.detach()))  # times 1, or times NaN
+            losses.append(loss.detach())
+            if self._engine.is_gradient_accumulation_boundary():
+                mean_loss, bad, hands = self._agree(losses, stop)
             self._engine.step()
-        return total.div_(self._accumulation)
+        applied = not bad and self._engine.was_step_applied()
+        return StepResult(mean_loss, applied, hands > 0, () if applied else tuple(map(float, losses)))
+
+    def _agree(self, losses: list[Tensor], stop: bool) -> list[float]:
+        """Return, alike on all ranks: the mean loss, and the shares of ranks with bad gradients and a hand raised.
+
+        A second number above 0 is given only where DeepSpeed has no check of its own; the gradients are then dropped,
+        and without gradients torch's optimizers leave everything as it is.
+        """
+        loss, bad = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for part in losses:
+            loss.add_(part)
+        if self.zero_stage == 0 and self.precision == "fp32":
+            self._basic_grad_norm = nn.utils.get_total_norm(_gradients(self._engine.module))
+            bad = (~self._basic_grad_norm.isfinite()).float()
+        word = torch.stack([loss.div_(self._accumulation), bad, torch.full_like(bad, float(stop))])
+        verdict: list[float] = self.mean_over_ranks(word).tolist()
+        if verdict[1]:
+            self._engine.zero_grad()
+        return verdict
 
     @property
     def module(self) -> Any:
@@ -257,6 +315,24 @@ class Engine:
         """Return the global gradient norm of the last step, before clipping; waits for the device."""
         norm = self._basic_grad_norm if self._basic_grad_norm is not None else self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
+
+    def check_finite(self) -> None:
+        """Refuse a state that must not be saved; all ranks call, and all get the same verdict.
+
+        Raises:
+            DataError: a weight or a moment of the optimizer is not finite on some rank, which the message names.
+        """
+        optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        tensors = [getattr(p, "ds_tensor", p).detach() for p in self._engine.module.parameters()]
+        tensors += [p.detach() for group in optimizer.param_groups for p in group["params"]]
+        tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        largest = nn.utils.get_total_norm([t for t in tensors if t.numel()], norm_type=math.inf)  # NaN stays NaN
+        found = self.world.gather_over_ranks(bool(largest.isfinite()))
+        if not all(found):
+            raise DataError(
+                f"weights or optimizer state are not finite on rank {found.index(False)}, so nothing was saved: start "
+                "again from the last checkpoint; if it comes back, lower learning_rate, or look for a faulty device"
+            )
 
     def capture(self, copy: bool) -> Callable[[Path], list[Path]]:
         """Take the state of every rank; all ranks call. Nothing is written by this.

@@ -14,6 +14,7 @@ one order for all, without clocks. Files that are appended to are born among the
 older process still writes goes into a file without a name.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -195,7 +196,7 @@ def _take_number(attempts: Path, text: str) -> Path:
 
 
 def _fence(attempt: Path) -> None:
-    if (attempt / "drafts").is_dir():
+    with contextlib.suppress(FileNotFoundError):  # fenced before, perhaps just now by another start
         (attempt / "drafts").rename(attempt / f".fenced-{uuid.uuid4().hex[:8]}")
         sync_folder(attempt)
     for taken in attempt.glob(".fenced-*"):

@@ -18,7 +18,16 @@ from launch.data import describe_shares, find_sources, open_on_all_ranks, order_
 from launch.detectors import build_detector, preprocessing_of, training_view
 from launch.init_weights import describe, read_init
 from launch.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
-from launch.run_setup import check_output, claim_output, engine_settings, resume, use_devices, versions
+from launch.run_setup import (
+    backend_timeout_s,
+    check_output,
+    claim_output,
+    engine_settings,
+    resume,
+    start_watchdog,
+    use_devices,
+    versions,
+)
 from trainer import checkpoint
 from trainer.config import DetectorRecipe, DetectorRuntime, as_record
 from trainer.data.augment import CenterView
@@ -30,6 +39,7 @@ from trainer.data.stream import Batch, Slice, fixed_stream, train_stream
 from trainer.engine import Engine, connect, disconnect
 from trainer.errors import ConfigError
 from trainer.evaluate import UNCALIBRATED, Scores, check_labels, fit_decision, over_ranks, score, validation_figures
+from trainer.guardian import Phase
 from trainer.heldout import share_of
 from trainer.loop import BadSamples, Dates, Hooks, StopRequest, train
 from trainer.models.lora import save_adapter
@@ -37,6 +47,7 @@ from trainer.monitor import Ledger, Monitor, Speedometer, start_logging
 from trainer.optim import learning_rate_at
 from trainer.saved_detector import read_description, save_detector
 from trainer.seeds import step_seed
+from trainer.watchdog import mark
 from trainer.world import world_from_environment
 
 logger = logging.getLogger(__name__)
@@ -60,10 +71,11 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
     model, init_sha256 = build_detector(recipe, init, grad_checkpointing=runtime.grad_checkpointing)
     found = find_sources(recipe, runtime, others={"val_data": runtime.val_data}) if world.is_main else None
 
-    world = connect(world, timeout_s=runtime.timeout_s)
+    world = connect(world, timeout_s=backend_timeout_s(runtime))
     output = Path(runtime.output_dir)
     world.on_main(lambda: check_output(output, recipe, runtime.resume))
     start_logging(output, is_main=world.is_main, rank=world.rank)
+    start_watchdog(output, world, runtime)
     sources = tell_all_ranks(found, world)
     index = {setting: open_on_all_ranks(wanted, runtime, world) for setting, wanted in sources.items()}
     overlap = world.on_main(lambda: check_sets(index, recipe, runtime))
@@ -94,6 +106,7 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
     origin["init"]["sha256"] = init_sha256
     best = BestDetector(engine, index, recipe, runtime, origin | {"overlap": overlap, "data": runtime.data})
     finished = train_from(progress, engine, order, index["data"], best, identity, recipe, runtime)
+    mark(Phase.LEAVING, progress.step)
     world.on_main(lambda: tell_where(output, finished, best))
     disconnect()
     return finished

@@ -17,11 +17,13 @@ from launch.command_line import EXIT_REQUEUE, configure, recipes_help, run, want
 from launch.data import describe_shares, find_sources, open_on_all_ranks, order_of, span_reader, tell_all_ranks
 from launch.recipes import DEFAULT, RECIPES
 from launch.run_setup import (
+    backend_timeout_s,
     check_output,
     claim_output,
     engine_settings,
     resume,
     spread,
+    start_watchdog,
     use_devices,
     versions,
 )
@@ -37,6 +39,7 @@ from trainer.engine import (
     connect,
     disconnect,
 )
+from trainer.guardian import Phase
 from trainer.loop import BadSamples, Dates, Hooks, StopRequest, train
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
@@ -44,6 +47,7 @@ from trainer.models.mask_utils import draw_mask, num_kept
 from trainer.monitor import Ledger, Monitor, Speedometer, start_logging
 from trainer.optim import learning_rate_at
 from trainer.seeds import step_seed
+from trainer.watchdog import mark
 from trainer.world import World, world_from_environment
 
 logger = logging.getLogger(__name__)
@@ -69,10 +73,11 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
     others = {"heldout_data": runtime.heldout_data}
     found = find_sources(recipe, runtime, others=others) if world.is_main else None
 
-    world = connect(world, timeout_s=runtime.timeout_s)
+    world = connect(world, timeout_s=backend_timeout_s(runtime))
     output = Path(runtime.output_dir)
     world.on_main(lambda: check_output(output, recipe, runtime.resume))
     start_logging(output, is_main=world.is_main, rank=world.rank)
+    start_watchdog(output, world, runtime)
     sources = tell_all_ranks(found, world)
     index = {setting: open_on_all_ranks(wanted, runtime, world) for setting, wanted in sources.items()}
     order = order_of(recipe, index["data"], sources["data"])
@@ -94,6 +99,7 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
     finished = train_from(progress, engine, order, index["data"], held_out, identity, recipe, runtime)
     if held_out and math.isnan(held_out.last_loss):  # nothing was left to train
         held_out.loss(engine)
+    mark(Phase.LEAVING, progress.step)
     world.on_main(lambda: tell_where(output, finished, held_out))
     disconnect()
     return finished

@@ -5,6 +5,7 @@ knows commits. No value is read from the device between logging steps.
 """
 
 import logging
+import os
 import signal
 import time
 from collections import Counter
@@ -21,12 +22,15 @@ from trainer.data.loader import to_device
 from trainer.data.stream import Batch
 from trainer.engine import Engine
 from trainer.errors import DataError
+from trainer.guardian import Phase
 from trainer.monitor import Ledger, Monitor, Speedometer
+from trainer.watchdog import mark
 
 logger = logging.getLogger(__name__)
 
 _ENOUGH_FOR_A_SHARE = 10_000
 """With fewer samples read, one bad image would already be a large share."""
+_SAME_REQUEST_S = 5.0
 
 Inputs = Callable[[Batch], tuple[Tensor, ...]]
 
@@ -89,17 +93,28 @@ class BadSamples:
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGUSR1, which a scheduler sends before it takes the machine away."""
+    """Remembers SIGTERM and SIGUSR1, which a scheduler sends before it takes the machine away.
+
+    A second signal ends the process at once, with 128 + signal. Schedulers signal every process of a job and launchers
+    pass on what they get, so what arrives within a few seconds of the first is the same request.
+    """
 
     def __init__(self) -> None:
         self.seen = False
+        self._ends_s = 0.0
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        logger.warning("got %s: saving at the next logging step, then leaving", signal.Signals(number).name)
-        self.seen = True
+        name, now = signal.Signals(number).name, time.monotonic()
+        if not self.seen:
+            self.seen, self._ends_s = True, now + _SAME_REQUEST_S
+            logger.warning("got %s: saving at the next logging step, then leaving", name)
+        elif now >= self._ends_s:
+            logger.warning("got %s, the second request: leaving at once, without saving", name)
+            mark(Phase.LEAVING)
+            os._exit(128 + number)
 
 
 def train(
@@ -125,7 +140,9 @@ def train(
         finished: False if the run was asked to stop; the state is saved either way.
     """
     while progress.step < dates.last_step:
+        mark(Phase.DATA, progress.step + 1)
         micro_batches = _wait_for(batches, accumulation, speed)
+        mark(Phase.STEP, progress.step + 1)
         learning_rate = learning_rate_at(progress.step)
         loss = engine.step(
             (inputs(to_device(batch, engine.device)) for batch in micro_batches),
@@ -145,10 +162,13 @@ def train(
             _log(step, engine, loss, learning_rate, monitor=monitor, speed=speed, bad=bad)
             leaving = engine.world.any_over_ranks(stop.seen)  # every rank leaves at the same step
         if dates.due(step, dates.heldout_every):
+            mark(Phase.MEASURING, step)
             hooks.measure(step)
         if dates.due(step, dates.picture_every):
+            mark(Phase.DRAWING, step)
             hooks.picture(step)
         if dates.due(step, dates.save_every) or leaving:
+            mark(Phase.SAVING, step)
             _require_finite(engine, loss, step)
             ledger.flush()
             hooks.save()

@@ -253,8 +253,7 @@ class Guardian:
         """Leave a last word; a rank that did not say that it leaves was killed, and the whole job must know."""
         _within(5.0, lambda: self._beat())
         if self._phase < Phase.LEAVING:
-            headline = f"rank {self._rank} on {self._settings['host']} (pid {self._pid}) was killed or crashed"
-            _within(10.0, lambda: self._tell(headline))
+            _within(10.0, lambda: self._tell("a rank was killed or crashed"))
 
     def _end_rank(self, *, overdue: bool) -> None:
         """Keep the stacks, name the culprit, wait until the other guardians have done the same, and kill."""
@@ -298,7 +297,7 @@ class Guardian:
     def _keep(self, stacks: str) -> None:
         folder = self._logs / "stacks"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"rank-{self._rank:05d}.txt").write_text(stacks)
+        (folder / f"rank-{self._rank:05d}.txt").write_text(stacks, encoding="utf-8")
 
     def _kill(self) -> None:
         """End the rank and its loader workers, which might hang with it. SIGKILL also ends a stopped process."""

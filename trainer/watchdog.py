@@ -122,7 +122,8 @@ def explain_loss(error: BaseException) -> str | None:
     with contextlib.suppress(OSError):
         stacks = _watch.logs / "stacks"
         stacks.mkdir(exist_ok=True)
-        (stacks / f"rank-{_watch.rank:05d}.txt").write_text("".join(traceback.format_exception(error)))
+        text = "".join(traceback.format_exception(error))
+        (stacks / f"rank-{_watch.rank:05d}.txt").write_text(text, encoding="utf-8")
     verdict = verdict_path(_watch.logs, _watch.attempt)
     deadline = time.monotonic() + grace_s(_watch.num_ranks)
     while not verdict.exists() and time.monotonic() < deadline:

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, TINY, command, environment
 
 from trainer.guardian import Phase, blame, grace_s
+from trainer.watchdog import SlowRanks
 
 HOST = socket.gethostname()
 RANKS = ROOT / "tests" / "ranks"
@@ -180,6 +181,29 @@ def test_blame_falls_on_the_lost_the_silent_the_stopped_and_else_on_those_behind
     assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), lines
 
 
+def test_a_rank_that_missed_two_heartbeats_is_the_lost_one_when_a_connection_broke() -> None:
+    beats = [beat(0, age_s=2.0), beat(1, age_s=5.0)]
+    assert blame(beats)[0].startswith("no rank is behind")
+    [line] = blame(beats, silent_beats=2)
+    assert line.startswith("rank 1 on host1 (pid 71) has given no sign of life for 5 s")
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        ([[0.0, 0.8, 0.0, 0.1]] * 7, [[], [], [1], [], [], [1], []]),
+        ([[0.0, 0.8], [0.0, 0.8], [0.0, 0.0], [0.0, 0.8]], [[], [], [], []]),
+        ([[0.9, 0.9, 0.9]] * 3, [[], [], []]),
+        ([[0.01, 0.05, 0.01]] * 3, [[], [], []]),
+    ],
+)
+def test_a_rank_whose_data_come_late_in_several_windows_is_slow(
+    windows: list[list[float]], expected: list[list[int]]
+) -> None:
+    slow = SlowRanks()
+    assert [slow.after(shares) for shares in windows] == expected
+
+
 # -------------------------------------------------------------------------------------------------- how a rank ends
 
 
@@ -195,7 +219,7 @@ def script(text: str) -> "subprocess.Popen[str]":
     [
         ("ZeroDivisionError('x')", 1, "Traceback"),
         ("ConfigError('mend it')", 2, "error: mend it"),
-        ("RuntimeError('[/a/gloo/b.cc:5] Connection closed by peer. GLHF')", 86, "could not connect (Connection clos"),
+        ("RuntimeError('[/a/gloo/b.cc:5] Connection closed by peer. GLHF')", 86, "could not connect (Connection"),
         ("RuntimeError('shapes differ')", 1, "Traceback"),
     ],
 )

@@ -37,6 +37,7 @@ _SETTLE_S = 1.0
 """How long the others get for their last words before the culprit is named."""
 _FOREIGN_SLEEP_S = 4 * TICK_S
 _NAMED_RANKS = 8
+_SILENT_BEATS = 5
 
 
 class Phase(enum.IntEnum):
@@ -70,8 +71,8 @@ Beat = dict[str, Any]
 
 
 def beat_interval_s(num_ranks: int) -> float:
-    """Return the seconds between heartbeats: together the ranks write at most 50 small files a second."""
-    return max(2.0, num_ranks / 50)
+    """Return the seconds between heartbeats: up to a thousand ranks write at most 50 small files a second together."""
+    return min(max(2.0, num_ranks / 50), 20.0)
 
 
 def grace_s(num_ranks: int) -> float:
@@ -111,9 +112,12 @@ def read_beats(logs: Path, attempt: str, num_ranks: int) -> list[Beat | None]:
     return beats
 
 
-def blame(beats: Sequence[Beat | None]) -> list[str]:
-    """Name the ranks that keep the others waiting, one line each: lost, silent, stopped, or else those behind."""
-    silent_s = 5 * beat_interval_s(len(beats))
+def blame(beats: Sequence[Beat | None], *, silent_beats: int = _SILENT_BEATS) -> list[str]:
+    """Name the ranks that keep the others waiting, one line each: lost, silent, stopped, or else those behind.
+
+    A rank is silent when its newest heartbeat is so many intervals older than the newest of all.
+    """
+    silent_s = silent_beats * beat_interval_s(len(beats))
     lost = sorted(
         (beat for beat in beats if beat and (beat["gone"] or beat["phase"] == Phase.FAILED)), key=lambda b: b["time"]
     )
@@ -158,10 +162,10 @@ def verdict_path(logs: Path, attempt: str) -> Path:
     return logs / f"{attempt}_watchdog.txt"
 
 
-def tell(logs: Path, attempt: str, num_ranks: int, headline: str) -> None:
+def tell(logs: Path, attempt: str, num_ranks: int, headline: str, *, silent_beats: int = _SILENT_BEATS) -> None:
     """Name the culprit for the whole job, once: whoever comes first writes the file and speaks."""
     time.sleep(_SETTLE_S)
-    culprits = blame(read_beats(logs, attempt, num_ranks))
+    culprits = blame(read_beats(logs, attempt, num_ranks), silent_beats=silent_beats)
     more = [f"  and {len(culprits) - _NAMED_RANKS} more"] * (len(culprits) > _NAMED_RANKS)
     text = "\n".join(
         [

@@ -24,7 +24,7 @@ from trainer.engine import Engine
 from trainer.errors import DataError
 from trainer.guardian import Phase
 from trainer.monitor import Ledger, Monitor, Speedometer
-from trainer.watchdog import mark
+from trainer.watchdog import compare_waits, mark, where_we_wait
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +203,7 @@ def _log(
         **speed.read(),
         **{f"bad_samples_{reason}": count for reason, count in bad.agree(engine).items()},
     }
+    compare_waits(step, engine.world.gather_over_ranks(where_we_wait(values["data_wait_share"])))
     monitor.scalars(step, values)
 
 

@@ -8,23 +8,31 @@ nothing.
 import contextlib
 import faulthandler
 import json
+import logging
 import mmap
 import os
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trainer import guardian
-from trainer.guardian import MARK, Phase, grace_s, tell, verdict_path
+from trainer.guardian import MARK, Phase, beat_interval_s, tell, verdict_path
 
-_AFTER_AN_ERROR_S = 60
+logger = logging.getLogger(__name__)
+
+_AFTER_AN_ERROR_S = 300
 """A rank that reported its error must be gone after this; interpreters have hung while they left."""
+_LATE_RATIO, _LATE_SHARE, _LATE_WINDOWS = 1.5, 0.1, 3
 BACKEND_MARGIN_S = 60
 """The backend's own time-out comes so much later than ours, so that one message names the rank."""
 
@@ -58,6 +66,26 @@ class _Watch:
     process: "subprocess.Popen[bytes]"
     num_marks: int = 0
     step: int = 0
+    slow: "SlowRanks" = field(default_factory=lambda: SlowRanks())
+
+
+class SlowRanks:
+    """Finds the rank whose data come late, window after window, while the others wait for it in their collectives."""
+
+    def __init__(self) -> None:
+        self._windows: Counter[int] = Counter()
+
+    def after(self, wait_share_of: Sequence[float]) -> list[int]:
+        """Return the ranks that have now waited for data far longer than the median, in several windows in a row.
+
+        Args:
+            wait_share_of: share of the last window that each rank waited for data, in rank order.
+        """
+        usual = statistics.median_low(wait_share_of)
+        for rank, share in enumerate(wait_share_of):
+            late = share > max(_LATE_RATIO * usual, usual + _LATE_SHARE)
+            self._windows[rank] = self._windows[rank] + 1 if late else 0
+        return [rank for rank, count in self._windows.items() if count and count % _LATE_WINDOWS == 0]
 
 
 _watch: _Watch | None = None
@@ -102,6 +130,28 @@ def mark(phase: Phase, step: int | None = None) -> None:
         MARK.pack_into(_watch.memory, 0, _watch.num_marks, _watch.step, phase)
 
 
+def where_we_wait(share: float) -> list[Any]:
+    """Return this rank's host and the share of the last window that it waited for data, for `compare_waits`."""
+    return [socket.gethostname(), share]
+
+
+def compare_waits(step: int, found: Sequence[Sequence[Any]]) -> None:
+    """Warn, on rank 0, of ranks that keep the others waiting because their data come late.
+
+    Args:
+        step: the step that ended the window.
+        found: what `where_we_wait` gave on each rank, in rank order.
+    """
+    if _watch is None or _watch.rank:
+        return
+    shares = [share for _, share in found]
+    for rank in _watch.slow.after(shares):
+        logger.warning(
+            "step %d: rank %d on %s waits for data %.0f %% of the time, a usual rank %.0f %%: the others wait for it",
+            *(step, rank, found[rank][0], 100 * shares[rank], 100 * statistics.median_low(shares)),
+        )
+
+
 def explain_loss(error: BaseException) -> str | None:
     """Say in one message which rank was lost, if that is what the error means; None for any other error.
 
@@ -125,11 +175,13 @@ def explain_loss(error: BaseException) -> str | None:
         text = "".join(traceback.format_exception(error))
         (stacks / f"rank-{_watch.rank:05d}.txt").write_text(text, encoding="utf-8")
     verdict = verdict_path(_watch.logs, _watch.attempt)
-    deadline = time.monotonic() + grace_s(_watch.num_ranks)
+    deadline = time.monotonic() + 3 * beat_interval_s(_watch.num_ranks)
     while not verdict.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     if not verdict.exists():
-        tell(_watch.logs, _watch.attempt, _watch.num_ranks, f"rank {_watch.rank} lost another rank ({reason})")
+        headline = f"rank {_watch.rank} lost another rank ({reason})"
+        # Some rank is gone with its guardian, so that two heartbeats missed are enough to tell which.
+        tell(_watch.logs, _watch.attempt, _watch.num_ranks, headline, silent_beats=2)
     return f"this run lost a rank: {verdict} names it; start the same command again to go on"
 
 

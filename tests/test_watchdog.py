@@ -256,6 +256,25 @@ while True:
     assert process.communicate()[1].count("saving at the next logging step") == 1
 
 
+def test_a_killed_rank_takes_its_loader_workers_along_even_one_that_hangs_with_the_storage(tmp_path: Path) -> None:
+    process = script(f"""
+import time
+from torch.utils.data import IterableDataset
+from trainer.data.loader import Loader
+class Hung(IterableDataset):
+    def __iter__(self):
+        print("ready {tmp_path}", flush=True)
+        time.sleep(60)
+        yield from ()
+next(iter(Loader(Hung(), num_workers=1)))""")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("ready")
+    assert len(processes_of(tmp_path)) == 2
+    process.kill()
+    process.communicate()
+    assert wait_until(lambda: not processes_of(tmp_path), 10)
+
+
 # -------------------------------------------------------------------------------------------------- whole runs
 
 

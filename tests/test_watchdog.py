@@ -271,8 +271,9 @@ next(iter(Loader(Hung(), num_workers=1)))""")
     assert process.stdout.readline().startswith("ready")
     assert len(processes_of(tmp_path)) == 2
     process.kill()
-    process.communicate()
+    process.wait()
     assert wait_until(lambda: not processes_of(tmp_path), 10)
+    process.communicate()
 
 
 # -------------------------------------------------------------------------------------------------- whole runs

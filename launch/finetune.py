@@ -17,7 +17,16 @@ from launch.data import describe_shares, find_sources, open_on_all_ranks, order_
 from launch.detectors import build_detector, preprocessing_of, training_view
 from launch.init_weights import describe, read_init
 from launch.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
-from launch.run_setup import begin, check_output, engine_settings, noting_the_end, use_devices, versions
+from launch.run_setup import (
+    backend_timeout_s,
+    begin,
+    check_output,
+    engine_settings,
+    noting_the_end,
+    start_watchdog,
+    use_devices,
+    versions,
+)
 from launch.training import Training
 from trainer import checkpoint
 from trainer.config import DetectorRecipe, DetectorRuntime, as_record
@@ -30,11 +39,13 @@ from trainer.data.stream import Batch, fixed_stream
 from trainer.engine import Engine, connect, disconnect
 from trainer.errors import ConfigError
 from trainer.evaluate import UNCALIBRATED, Scores, check_labels, fit_decision, over_ranks, score, validation_figures
+from trainer.guardian import Phase
 from trainer.heldout import share_of
 from trainer.lease import Lease
 from trainer.models.lora import save_adapter
 from trainer.monitor import Monitor, start_logging
 from trainer.saved_detector import read_description, restore, save_detector
+from trainer.watchdog import mark
 from trainer.world import world_from_environment
 
 logger = logging.getLogger(__name__)
@@ -58,10 +69,11 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
     model, init_sha256 = build_detector(recipe, init, grad_checkpointing=runtime.grad_checkpointing)
     found = find_sources(recipe, runtime, others={"val_data": runtime.val_data}) if world.is_main else None
 
-    world = connect(world, timeout_s=runtime.timeout_s)
+    world = connect(world, timeout_s=backend_timeout_s(runtime))
     output = Path(runtime.output_dir)
     world.on_main(lambda: check_output(output, recipe, runtime.resume))
     start_logging(output, is_main=world.is_main, rank=world.rank)
+    start_watchdog(output, world, runtime)
     sources = tell_all_ranks(found, world)
     index = {setting: open_on_all_ranks(wanted, runtime, world) for setting, wanted in sources.items()}
     overlap = world.on_main(lambda: check_sets(index, recipe, runtime))
@@ -91,6 +103,7 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
     with noting_the_end(lease, world):
         best = BestDetector(engine, index, recipe, runtime, origin | {"overlap": overlap, "data": runtime.data}, lease)
         finished = training_of(engine, order, index["data"], best, identity, lease, recipe, runtime).run()
+    mark(Phase.LEAVING)
     world.on_main(lambda: tell_where(output, finished, best, lease))
     disconnect()
     return finished

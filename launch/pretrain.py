@@ -15,7 +15,16 @@ import torch
 from launch.command_line import EXIT_REQUEUE, configure, recipes_help, run, wants_help
 from launch.data import describe_shares, find_sources, open_on_all_ranks, order_of, span_reader, tell_all_ranks
 from launch.recipes import DEFAULT, RECIPES
-from launch.run_setup import begin, check_output, engine_settings, noting_the_end, spread, use_devices
+from launch.run_setup import (
+    backend_timeout_s,
+    begin,
+    check_output,
+    engine_settings,
+    noting_the_end,
+    spread,
+    start_watchdog,
+    use_devices,
+)
 from launch.training import Training
 from trainer import checkpoint, heldout
 from trainer.config import PretrainRecipe, PretrainRuntime, as_record
@@ -25,11 +34,13 @@ from trainer.data.plan import PLAN_VERSION, Order
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import Batch, fixed_stream
 from trainer.engine import Engine, connect, disconnect
+from trainer.guardian import Phase
 from trainer.lease import Lease
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept
 from trainer.monitor import Monitor, start_logging
+from trainer.watchdog import mark
 from trainer.world import World, world_from_environment
 
 logger = logging.getLogger(__name__)
@@ -55,10 +66,11 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
     others = {"heldout_data": runtime.heldout_data}
     found = find_sources(recipe, runtime, others=others) if world.is_main else None
 
-    world = connect(world, timeout_s=runtime.timeout_s)
+    world = connect(world, timeout_s=backend_timeout_s(runtime))
     output = Path(runtime.output_dir)
     world.on_main(lambda: check_output(output, recipe, runtime.resume))
     start_logging(output, is_main=world.is_main, rank=world.rank)
+    start_watchdog(output, world, runtime)
     sources = tell_all_ranks(found, world)
     index = {setting: open_on_all_ranks(wanted, runtime, world) for setting, wanted in sources.items()}
     order = order_of(recipe, index["data"], sources["data"])
@@ -79,6 +91,7 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
         finished = training_of(engine, order, index["data"], held_out, identity, lease, recipe, runtime).run()
         if held_out and math.isnan(held_out.last_loss):  # nothing was left to train
             held_out.loss(engine)
+    mark(Phase.LEAVING)
     world.on_main(lambda: tell_where(output, finished, held_out, lease))
     disconnect()
     return finished

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from trainer.engine import Engine, default_device, fill_ds_config, owned_by_reci
 from trainer.errors import CheckpointError, ConfigError, SupersededError, TrainerError
 from trainer.lease import Lease
 from trainer.monitor import cut_other_ledgers
+from trainer.watchdog import BACKEND_MARGIN_S, Limits, start
 from trainer.world import World, check_devices
 
 logger = logging.getLogger(__name__)
 
+_FOR_EVER_S = 30 * 86400
 _DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
 
@@ -34,6 +37,18 @@ def use_devices(world: World, runtime: Runtime) -> None:
     num_devices = torch.cuda.device_count() if device.type == "cuda" else cores
     check_devices(world, num_devices, device.type, oversubscribe=runtime.oversubscribe)
     torch.set_num_threads(runtime.num_threads or max(1, cores // world.local_size))
+
+
+def backend_timeout_s(runtime: Runtime) -> int:
+    """Return the time-out of the backend's collectives: beyond the watchdog's, which names the rank."""
+    return runtime.timeout_s + BACKEND_MARGIN_S if runtime.timeout_s else _FOR_EVER_S
+
+
+def start_watchdog(output: Path, world: World, runtime: Runtime) -> None:
+    """Watch this rank from here on."""
+    limits = Limits(runtime.timeout_s, runtime.data_timeout_s, runtime.save_timeout_s)
+    attempt = world.on_main(lambda: f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    start(output / "logs", attempt, rank=world.rank, num_ranks=world.size, limits=limits)
 
 
 def engine_settings(recipe: Recipe, runtime: Runtime, world: World) -> dict[str, Any]:

@@ -10,7 +10,7 @@ READING_ORDER = (
     *("data.decode", "data.selfmorph", "data.augment", "data.distort", "data.stream", "data.loader"),
     *("losses", "models.mask_utils", "models.encoder", "models.mae"),
     *("models.heads", "models.classifier", "models.mixstyle", "models.lora", "models.detector"),
-    *("optim", "engine", "lease", "checkpoint", "monitor", "numerics", "heldout", "loop"),
+    *("optim", "engine", "lease", "checkpoint", "monitor", "guardian", "watchdog", "numerics", "heldout", "loop"),
     *("metrics", "evaluate", "saved_detector", "report"),
 )
 OWNERS = {

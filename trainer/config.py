@@ -306,7 +306,11 @@ class Runtime:
     max_bad_sample_share: float = 0.001
     """Stop when more than this share of the samples read was undecodable and had to be substituted."""
     timeout_s: int = 1800
-    """How long a collective may wait for a missing rank [seconds]."""
+    """A step and its collectives that take longer end the job, naming the rank that hangs; 0 for ever [seconds]."""
+    data_timeout_s: int = 1200
+    """Waiting longer for the batches of a step ends the job, likewise; 0 for ever [seconds]."""
+    save_timeout_s: int = 7200
+    """Saving, measuring or drawing longer ends the job, likewise; 0 for ever [seconds]."""
     oversubscribe: bool = False
     """Allow more CPU ranks than cores."""
     progress_bar: bool = True
@@ -315,7 +319,7 @@ class Runtime:
     def __post_init__(self) -> None:
         check_types(self)
         _require_at_least_one(self)
-        for name in ("num_workers", "max_restarts"):
+        for name in ("num_workers", "max_restarts", "timeout_s", "data_timeout_s", "save_timeout_s"):
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
         _require(self, "max_bad_sample_share", 0 <= self.max_bad_sample_share < 1, "must be in [0, 1) (try 0.001)")
         _require(self, "output_dir", bool(self.output_dir), "must name a folder")
@@ -361,7 +365,7 @@ _AT_LEAST_ONE = {
     *("lora_r", "proj_dim", "proj_hidden_dim", "cls_hidden_dim", "mixstyle_blocks", "advanced_aug_num_ops"),
     *("global_batch", "micro_batch", "num_lanes", "block_samples", "window_blocks", "cache_bytes", "prefetch"),
     *("log_every", "save_every", "heldout_every", "picture_every", "val_every", "keep_checkpoints", "stop_at_step"),
-    *("num_threads", "timeout_s", "max_bad_steps", "spike_patience"),
+    *("num_threads", "max_bad_steps", "spike_patience"),
 }
 
 R = TypeVar("R", bound=Recipe)

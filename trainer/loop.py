@@ -6,6 +6,7 @@ the engine, where the ranks agree.
 """
 
 import logging
+import os
 import signal
 import time
 from collections import Counter
@@ -22,14 +23,17 @@ from trainer.data.loader import to_device
 from trainer.data.stream import Batch
 from trainer.engine import Engine, StepResult
 from trainer.errors import DataError
+from trainer.guardian import Phase
 from trainer.lease import Lease
 from trainer.monitor import Ledger, Monitor, Speedometer
 from trainer.numerics import BadSteps, SpikeWatch
+from trainer.watchdog import compare_waits, mark, where_we_wait
 
 logger = logging.getLogger(__name__)
 
 _ENOUGH_FOR_A_SHARE = 10_000
 """With fewer samples read, one bad image would already be a large share."""
+_SAME_REQUEST_S = 5.0
 
 Inputs = Callable[[Batch], tuple[Tensor, ...]]
 
@@ -92,17 +96,28 @@ class BadSamples:
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGUSR1, which a scheduler sends before it takes the machine away."""
+    """Remembers SIGTERM and SIGUSR1, which a scheduler sends before it takes the machine away.
+
+    A second signal ends the process at once, with 128 + signal. Schedulers signal every process of a job and launchers
+    pass on what they get, so what arrives within a few seconds of the first is the same request.
+    """
 
     def __init__(self) -> None:
         self.seen = False
+        self._ends_s = 0.0
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        logger.warning("got %s: saving after this step or the next, then leaving", signal.Signals(number).name)
-        self.seen = True
+        name, now = signal.Signals(number).name, time.monotonic()
+        if not self.seen:
+            self.seen, self._ends_s = True, now + _SAME_REQUEST_S
+            logger.warning("got %s: saving after this step or the next, then leaving", name)
+        elif now >= self._ends_s:
+            logger.warning("got %s, the second request: leaving at once, without saving", name)
+            mark(Phase.LEAVING)
+            os._exit(128 + number)
 
 
 class Outcome(Enum):
@@ -145,7 +160,9 @@ def train(
     The state is saved at the end, but not of a spike.
     """
     while progress.step < dates.last_step:
+        mark(Phase.DATA, progress.step + 1)
         micro_batches = _wait_for(batches, accumulation, speed)
+        mark(Phase.STEP, progress.step + 1)
         learning_rate = learning_rate_at(progress.step)
         result = engine.step(
             (inputs(to_device(batch, engine.device)) for batch in micro_batches),
@@ -169,10 +186,13 @@ def train(
             engine.world.on_main(guards.lease.check)
             _log(progress, engine, result, learning_rate, monitor=monitor, speed=speed, bad=guards.bad_samples)
         if dates.due(step, dates.heldout_every):
+            mark(Phase.MEASURING, step)
             hooks.measure(step)
         if dates.due(step, dates.picture_every):
+            mark(Phase.DRAWING, step)
             hooks.picture(step)
         if dates.due(step, dates.save_every) or result.stop:
+            mark(Phase.SAVING, step)
             engine.check_finite()
             ledger.flush()
             hooks.save()
@@ -209,4 +229,5 @@ def _log(
         "rollbacks": len(progress.skips),
         **{f"bad_samples_{reason}": count for reason, count in bad.agree(engine).items()},
     }
+    compare_waits(progress.step, engine.world.gather_over_ranks(where_we_wait(values["data_wait_share"])))
     monitor.scalars(progress.step, values)

@@ -11,6 +11,7 @@ import difflib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -19,10 +20,14 @@ import fire
 from fire.decorators import SetParseFn
 
 from trainer.config import Recipe, Runtime, help_text, refuse_unknown, resolve, with_flags
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import ConfigError, SupersededError, TrainerError
+from trainer.guardian import Phase
+from trainer.watchdog import explain_loss, mark
 
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 85
+EXIT_PEER_LOST = 86
+EXIT_SUPERSEDED = 87
 _MAIN_SPEAKS_FIRST_S = 15.0
 
 S = TypeVar("S", bound=Any)
@@ -34,14 +39,26 @@ Recipes = Mapping[str, Callable[[], tuple[R, T]]]
 def run(command: Callable[[], int]) -> NoReturn:
     """Run a command and end the process.
 
-    The exit code is the command's own, or 2 with one message on stderr if the user can mend what went wrong.
+    The exit code is the command's own; 2 with one message on stderr if the user can mend what went wrong; 86 if another
+    rank or its host was lost, which the same command may survive; 87 if a newer attempt has taken over; 1 with a
+    traceback for anything else.
     """
     try:
         code = command()
     except TrainerError as error:
+        mark(Phase.FAILED)
         _let_main_speak_first()
         print(f"\nerror: {error}", file=sys.stderr)
-        code = EXIT_USER_ERROR
+        code = EXIT_SUPERSEDED if isinstance(error, SupersededError) else EXIT_USER_ERROR
+    except Exception as error:  # noqa: BLE001  (every error is shown; this process must not linger)
+        code, loss = 1, explain_loss(error)
+        if loss is None:
+            mark(Phase.FAILED)
+            traceback.print_exc()
+        else:
+            code = EXIT_PEER_LOST
+            if _is_main():
+                print(f"\nerror: {loss}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a rank that failed must not wait in the clean-up of a group that lost its members
@@ -136,8 +153,12 @@ def _split_overrides(words: list[str]) -> tuple[list[tuple[str, str]], list[str]
 
 def _let_main_speak_first() -> None:
     """Wait on other ranks: the launcher ends all of them when the first leaves, and rank 0 has the better message."""
-    if os.environ.get("RANK", "0") != "0":
+    if not _is_main():
         time.sleep(_MAIN_SPEAKS_FIRST_S)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def recipes_help(recipes: Recipes[R, T], default: str) -> str:

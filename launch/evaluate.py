@@ -31,7 +31,6 @@ from launch.data import span_reader
 from launch.detectors import build_detector, load_trained, preprocessing_of
 from launch.init_weights import read_init
 from launch.run_setup import versions
-from trainer.checkpoint import write_atomically
 from trainer.config import DetectorRecipe, DetectorRuntime, check_types
 from trainer.data.augment import CenterView
 from trainer.data.loader import Loader
@@ -41,6 +40,7 @@ from trainer.data.stream import fixed_stream
 from trainer.engine import default_device
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.evaluate import SUCCESS, Truth, check_labels, score, truth_of
+from trainer.files import write_atomically
 from trainer.metrics import summarise
 from trainer.models.detector import MorphDetector
 from trainer.report import HardSample, ScoredSet, write_report

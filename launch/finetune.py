@@ -6,7 +6,6 @@
 import functools
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,17 @@ from launch.data import describe_shares, find_sources, open_on_all_ranks, order_
 from launch.detectors import build_detector, preprocessing_of, training_view
 from launch.init_weights import describe, read_init
 from launch.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
-from launch.run_setup import check_output, claim_output, engine_settings, resume, use_devices, versions
+from launch.run_setup import (
+    backend_timeout_s,
+    begin,
+    check_output,
+    engine_settings,
+    noting_the_end,
+    start_watchdog,
+    use_devices,
+    versions,
+)
+from launch.training import Training
 from trainer import checkpoint
 from trainer.config import DetectorRecipe, DetectorRuntime, as_record
 from trainer.data.augment import CenterView
@@ -26,17 +35,17 @@ from trainer.data.loader import Loader
 from trainer.data.overlap import prints_of
 from trainer.data.plan import PLAN_VERSION, Order
 from trainer.data.shards import ShardIndex
-from trainer.data.stream import Batch, Slice, fixed_stream, train_stream
+from trainer.data.stream import Batch, fixed_stream
 from trainer.engine import Engine, connect, disconnect
 from trainer.errors import ConfigError
 from trainer.evaluate import UNCALIBRATED, Scores, check_labels, fit_decision, over_ranks, score, validation_figures
+from trainer.guardian import Phase
 from trainer.heldout import share_of
-from trainer.loop import BadSamples, Dates, Hooks, StopRequest, train
+from trainer.lease import Lease
 from trainer.models.lora import save_adapter
-from trainer.monitor import Ledger, Monitor, Speedometer, start_logging
-from trainer.optim import learning_rate_at
-from trainer.saved_detector import read_description, save_detector
-from trainer.seeds import step_seed
+from trainer.monitor import Monitor, start_logging
+from trainer.saved_detector import read_description, restore, save_detector
+from trainer.watchdog import mark
 from trainer.world import world_from_environment
 
 logger = logging.getLogger(__name__)
@@ -60,10 +69,11 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
     model, init_sha256 = build_detector(recipe, init, grad_checkpointing=runtime.grad_checkpointing)
     found = find_sources(recipe, runtime, others={"val_data": runtime.val_data}) if world.is_main else None
 
-    world = connect(world, timeout_s=runtime.timeout_s)
+    world = connect(world, timeout_s=backend_timeout_s(runtime))
     output = Path(runtime.output_dir)
     world.on_main(lambda: check_output(output, recipe, runtime.resume))
     start_logging(output, is_main=world.is_main, rank=world.rank)
+    start_watchdog(output, world, runtime)
     sources = tell_all_ranks(found, world)
     index = {setting: open_on_all_ranks(wanted, runtime, world) for setting, wanted in sources.items()}
     overlap = world.on_main(lambda: check_sets(index, recipe, runtime))
@@ -87,14 +97,14 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
         num_ranks=world.size,
         init=init_sha256,
     )
-    progress = resume(engine, output / "checkpoints", identity, runtime)
-    world.on_main(lambda: claim_output(output, recipe, runtime, progress))
-
     origin = {"init": {"source": describe(init), "path": runtime.init, "pretrained": runtime.pretrained}}
     origin["init"]["sha256"] = init_sha256
-    best = BestDetector(engine, index, recipe, runtime, origin | {"overlap": overlap, "data": runtime.data})
-    finished = train_from(progress, engine, order, index["data"], best, identity, recipe, runtime)
-    world.on_main(lambda: tell_where(output, finished, best))
+    lease = begin(output, identity, runtime, world)
+    with noting_the_end(lease, world):
+        best = BestDetector(engine, index, recipe, runtime, origin | {"overlap": overlap, "data": runtime.data}, lease)
+        finished = training_of(engine, order, index["data"], best, identity, lease, recipe, runtime).run()
+    mark(Phase.LEAVING)
+    world.on_main(lambda: tell_where(output, finished, best, lease))
     disconnect()
     return finished
 
@@ -132,7 +142,9 @@ class BestDetector:
         recipe: DetectorRecipe,
         runtime: DetectorRuntime,
         origin: dict[str, Any],
+        lease: Lease,
     ) -> None:
+        self._lease = lease
         self._engine, self._index, self._recipe, self._runtime, self._origin = engine, index, recipe, runtime, origin
         self.folder = Path(runtime.output_dir) / "detector"
         self.best = engine.world.on_main(self._read_best)
@@ -182,7 +194,7 @@ class BestDetector:
                 "versions": versions(),
             }
             more = functools.partial(self._write_adapter, weights) if self._recipe.use_lora else None
-            save_detector(self.folder, description, weights, decision, seen, write_more=more)
+            save_detector(self.folder, description, weights, decision, seen, lease=self._lease, write_more=more)
 
         self._engine.world.on_main(write)
 
@@ -193,99 +205,53 @@ class BestDetector:
         save_adapter(draft / "adapter", model.encoder.vit, head, base_model=self._recipe.model, values=values)
 
     def _read_best(self) -> list[float] | None:
+        restore(self.folder, self._lease)
         if not (self.folder / "detector.json").exists():
             return None
         figures = read_description(self.folder)["selection"]["figures"]
         return [figures["d_eer"], figures["loss"]] if figures else None
 
 
-def train_from(
-    progress: checkpoint.Progress,
+def training_of(
     engine: Engine,
     order: Order,
     index: ShardIndex,
     best: BestDetector,
     identity: checkpoint.Identity,
+    lease: Lease,
     recipe: DetectorRecipe,
     runtime: DetectorRuntime,
-) -> bool:
-    """Join the parts and run the loop."""
-    output, world, model = Path(runtime.output_dir), engine.world, engine.module
-    steps = {
-        name: round(getattr(recipe, name) * len(index) / recipe.global_batch) for name in ("epochs", "warmup_epochs")
-    }
-    total_steps = max(1, steps["epochs"])
-    last_step = min(total_steps, runtime.stop_at_step or total_steps)
-    share = Slice(recipe.global_batch, runtime.micro_batch, world.rank, world.size)
-    monitor = Monitor(
-        output,
-        first_step=progress.step,
-        total_steps=total_steps,
-        is_main=world.is_main,
-        progress_bar=runtime.progress_bar,
-    )
-    ledger = Ledger(Path(runtime.sample_ledger) if runtime.sample_ledger else None, rank=world.rank)
-    save = functools.partial(
-        checkpoint.save, output / "checkpoints", progress, identity, versions(),
-        write_state=engine.save, world=world, keep=runtime.keep_checkpoints,
-    )  # fmt: skip
+) -> Training:
+    """Say what the training of a detector does at each step and at its dates."""
     trained, whole = (
-        sum(p.numel() for p in model.parameters() if want(p)) for want in (lambda p: p.requires_grad, lambda _: True)
+        sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if want(p))
+        for want in (lambda p: p.requires_grad, lambda _: True)
     )
-    logger.info(
-        "%d steps of %d images over %d ranks, from step %d; %d of %d parameters train (%.3g %%); %s, ZeRO stage %d",
-        *(total_steps, recipe.global_batch, world.size, progress.step, trained, whole, 100 * trained / whole),
-        *(engine.precision, engine.zero_stage),
+    logger.info("%d of %d parameters train (%.3g %%)", trained, whole, 100 * trained / whole)
+
+    def measure(monitor: Monitor, step: int) -> None:
+        figures = best.measure(step)
+        if figures is not None:
+            monitor.scalars(step, figures, group="val")
+
+    return Training(
+        engine=engine,
+        index=index,
+        order=order,
+        identity=identity,
+        lease=lease,
+        recipe=recipe,
+        runtime=runtime,
+        view=training_view(recipe),
+        noise_per_sample=engine.module.num_draws,
+        inputs=inputs,
+        flops_per_image=engine.module.flops_per_image(),
+        measure=measure,
+        measure_every=runtime.val_every,
+        picture=lambda monitor, step: None,
+        picture_every=runtime.val_every,
+        at_end=best.keep_last,
     )
-    stream = train_stream(
-        index,
-        order,
-        share,
-        training_view(recipe),
-        first_step=progress.step,
-        noise_per_sample=model.num_draws,
-        spans=span_reader(runtime),
-    )
-    try:
-        finished = train(
-            engine,
-            iter(
-                Loader(
-                    stream,
-                    num_workers=runtime.num_workers,
-                    prefetch=runtime.prefetch,
-                    pin_memory=engine.device.type == "cuda",
-                )
-            ),
-            progress,
-            inputs=inputs,
-            learning_rate_at=functools.partial(
-                learning_rate_at,
-                peak=recipe.peak_learning_rate,
-                floor=recipe.min_learning_rate,
-                warmup_steps=steps["warmup_epochs"],
-                total_steps=total_steps,
-            ),
-            seed_at=lambda step: step_seed(recipe.seed, step, world.rank),
-            accumulation=share.micro_batches_per_step,
-            dates=Dates(last_step, runtime.log_every, runtime.save_every, runtime.val_every, last_step + 1),
-            hooks=hooks(best, monitor, save),
-            monitor=monitor,
-            ledger=ledger,
-            speed=Speedometer(
-                global_batch=recipe.global_batch,
-                flops_per_image=model.flops_per_image(),
-                num_ranks=world.size,
-            ),
-            bad=BadSamples(runtime.max_bad_sample_share),
-            stop=StopRequest(),
-        )
-        if finished:
-            best.keep_last(progress.step)
-        return finished
-    finally:
-        ledger.close()
-        monitor.close()
 
 
 def inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
@@ -294,19 +260,9 @@ def inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
     return batch.images_BCHW, labels_B, batch.noise_BN
 
 
-def hooks(best: BestDetector, monitor: Monitor, save: Callable[[], Any]) -> Hooks:
-    """Bind what happens at the loop's dates."""
-
-    def measure(step: int) -> None:
-        figures = best.measure(step)
-        if figures is not None:
-            monitor.scalars(step, figures, group="val")
-
-    return Hooks(save=save, measure=measure, picture=lambda step: None)
-
-
-def tell_where(output: Path, finished: bool, best: BestDetector) -> None:
-    """Print what a newcomer wants to know at the end."""
+def tell_where(output: Path, finished: bool, best: BestDetector, lease: Lease) -> None:
+    """Record the end and print what a newcomer wants to know."""
+    lease.ended("finished" if finished else "stopped by a signal")
     newest = (output / "checkpoints" / "latest").read_text().strip()
     print(f"\n{'Finished.' if finished else 'Stopped by a signal, saved; start the same command again to go on.'}")
     print(f"  checkpoint   {output / 'checkpoints' / newest}")

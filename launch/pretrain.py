@@ -7,9 +7,8 @@ import functools
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,33 +16,31 @@ from launch.command_line import EXIT_REQUEUE, configure, recipes_help, run, want
 from launch.data import describe_shares, find_sources, open_on_all_ranks, order_of, span_reader, tell_all_ranks
 from launch.recipes import DEFAULT, RECIPES
 from launch.run_setup import (
+    backend_timeout_s,
+    begin,
     check_output,
-    claim_output,
     engine_settings,
-    resume,
+    noting_the_end,
     spread,
+    start_watchdog,
     use_devices,
-    versions,
 )
+from launch.training import Training
 from trainer import checkpoint, heldout
 from trainer.config import PretrainRecipe, PretrainRuntime, as_record
 from trainer.data.augment import CenterView, PretrainView
 from trainer.data.loader import Loader
 from trainer.data.plan import PLAN_VERSION, Order
 from trainer.data.shards import ShardIndex
-from trainer.data.stream import Batch, Slice, fixed_stream, train_stream
-from trainer.engine import (
-    Engine,
-    connect,
-    disconnect,
-)
-from trainer.loop import BadSamples, Dates, Hooks, StopRequest, train
+from trainer.data.stream import Batch, fixed_stream
+from trainer.engine import Engine, connect, disconnect
+from trainer.guardian import Phase
+from trainer.lease import Lease
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept
-from trainer.monitor import Ledger, Monitor, Speedometer, start_logging
-from trainer.optim import learning_rate_at
-from trainer.seeds import step_seed
+from trainer.monitor import Monitor, start_logging
+from trainer.watchdog import mark
 from trainer.world import World, world_from_environment
 
 logger = logging.getLogger(__name__)
@@ -69,10 +66,11 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
     others = {"heldout_data": runtime.heldout_data}
     found = find_sources(recipe, runtime, others=others) if world.is_main else None
 
-    world = connect(world, timeout_s=runtime.timeout_s)
+    world = connect(world, timeout_s=backend_timeout_s(runtime))
     output = Path(runtime.output_dir)
     world.on_main(lambda: check_output(output, recipe, runtime.resume))
     start_logging(output, is_main=world.is_main, rank=world.rank)
+    start_watchdog(output, world, runtime)
     sources = tell_all_ranks(found, world)
     index = {setting: open_on_all_ranks(wanted, runtime, world) for setting, wanted in sources.items()}
     order = order_of(recipe, index["data"], sources["data"])
@@ -88,13 +86,13 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
         precision=engine.precision,
         num_ranks=world.size,
     )
-    progress = resume(engine, output / "checkpoints", identity, runtime)
-    world.on_main(lambda: claim_output(output, recipe, runtime, progress))
-
-    finished = train_from(progress, engine, order, index["data"], held_out, identity, recipe, runtime)
-    if held_out and math.isnan(held_out.last_loss):  # nothing was left to train
-        held_out.loss(engine)
-    world.on_main(lambda: tell_where(output, finished, held_out))
+    lease = begin(output, identity, runtime, world)
+    with noting_the_end(lease, world):
+        finished = training_of(engine, order, index["data"], held_out, identity, lease, recipe, runtime).run()
+        if held_out and math.isnan(held_out.last_loss):  # nothing was left to train
+            held_out.loss(engine)
+    mark(Phase.LEAVING)
+    world.on_main(lambda: tell_where(output, finished, held_out, lease))
     disconnect()
     return finished
 
@@ -187,115 +185,56 @@ class HeldOutView:
         )
 
 
-def train_from(
-    progress: checkpoint.Progress,
+def training_of(
     engine: Engine,
     order: Order,
     index: ShardIndex,
     held_out: HeldOutView | None,
     identity: checkpoint.Identity,
+    lease: Lease,
     recipe: PretrainRecipe,
     runtime: PretrainRuntime,
-) -> bool:
-    """Join the parts and run the loop."""
-    output, world, model = Path(runtime.output_dir), engine.world, engine.module
-    steps = {
-        name: round(getattr(recipe, name) * len(index) / recipe.global_batch) for name in ("epochs", "warmup_epochs")
-    }
-    total_steps = max(1, steps["epochs"])
-    share = Slice(recipe.global_batch, runtime.micro_batch, world.rank, world.size)
-    num_keep = num_kept(model.encoder.num_patches, recipe.mask_ratio)
-    draw = mask_of(recipe, model.encoder)
-    monitor = Monitor(
-        output,
-        first_step=progress.step,
-        total_steps=total_steps,
-        is_main=world.is_main,
-        progress_bar=runtime.progress_bar,
-    )
-    ledger = Ledger(Path(runtime.sample_ledger) if runtime.sample_ledger else None, rank=world.rank)
-    save = functools.partial(
-        checkpoint.save, output / "checkpoints", progress, identity, versions(),
-        write_state=engine.save, world=world, keep=runtime.keep_checkpoints,
-    )  # fmt: skip
-    logger.info(
-        "%d steps of %d images over %d ranks (%g epochs of %d images), from step %d, %s, ZeRO stage %d",
-        *(total_steps, recipe.global_batch, world.size, recipe.epochs, len(index), progress.step),
-        *(engine.precision, engine.zero_stage),
-    )
-    try:
-        return train(
-            engine,
-            iter(
-                Loader(
-                    train_stream(
-                        index,
-                        order,
-                        share,
-                        PretrainView(
-                            size=recipe.image_size,
-                            crop_scale=(recipe.crop_scale_min, recipe.crop_scale_max),
-                            flip_probability=recipe.flip_probability,
-                            seed=recipe.seed,
-                            fast=recipe.decode_quality == "fast",
-                        ),
-                        first_step=progress.step,
-                        noise_per_sample=model.encoder.num_patches,
-                        spans=span_reader(runtime),
-                    ),
-                    num_workers=runtime.num_workers,
-                    prefetch=runtime.prefetch,
-                    pin_memory=engine.device.type == "cuda",
-                )
-            ),
-            progress,
-            inputs=lambda batch: (batch.images_BCHW, *draw(batch.noise_BN)),
-            learning_rate_at=functools.partial(
-                learning_rate_at,
-                peak=recipe.peak_learning_rate,
-                floor=recipe.min_learning_rate,
-                warmup_steps=steps["warmup_epochs"],
-                total_steps=total_steps,
-            ),
-            seed_at=lambda step: step_seed(recipe.seed, step, world.rank),
-            accumulation=share.micro_batches_per_step,
-            dates=Dates(
-                last_step=min(total_steps, runtime.stop_at_step or total_steps),
-                log_every=runtime.log_every,
-                save_every=runtime.save_every,
-                heldout_every=runtime.heldout_every,
-                picture_every=runtime.picture_every,
-            ),
-            hooks=_hooks(engine, held_out, monitor, save),
-            monitor=monitor,
-            ledger=ledger,
-            speed=Speedometer(
-                global_batch=recipe.global_batch,
-                flops_per_image=model.flops_per_image(num_keep),
-                num_ranks=world.size,
-            ),
-            bad=BadSamples(runtime.max_bad_sample_share),
-            stop=StopRequest(),
-        )
-    finally:
-        ledger.close()
-        monitor.close()
+) -> Training:
+    """Say what pre-training does at each step and at its dates."""
+    encoder, draw = engine.module.encoder, mask_of(recipe, engine.module.encoder)
 
-
-def _hooks(engine: Engine, held_out: HeldOutView | None, monitor: Monitor, save: Callable[[], Any]) -> Hooks:
-    def measure(step: int) -> None:
+    def measure(monitor: Monitor, step: int) -> None:
         if held_out:
             monitor.scalars(step, held_out.loss(engine), group="heldout")
 
-    def picture(step: int) -> None:
+    def picture(monitor: Monitor, step: int) -> None:
         if held_out:
             monitor.picture(step, "original_masked_reconstructed", held_out.picture(engine))
 
-    return Hooks(save=save, measure=measure, picture=picture)
+    return Training(
+        engine=engine,
+        index=index,
+        order=order,
+        identity=identity,
+        lease=lease,
+        recipe=recipe,
+        runtime=runtime,
+        view=PretrainView(
+            size=recipe.image_size,
+            crop_scale=(recipe.crop_scale_min, recipe.crop_scale_max),
+            flip_probability=recipe.flip_probability,
+            seed=recipe.seed,
+            fast=recipe.decode_quality == "fast",
+        ),
+        noise_per_sample=encoder.num_patches,
+        inputs=lambda batch: (batch.images_BCHW, *draw(batch.noise_BN)),
+        flops_per_image=engine.module.flops_per_image(num_kept(encoder.num_patches, recipe.mask_ratio)),
+        measure=measure,
+        measure_every=runtime.heldout_every,
+        picture=picture,
+        picture_every=runtime.picture_every,
+        at_end=lambda step: None,
+    )
 
 
-def tell_where(output: Path, finished: bool, held_out: HeldOutView | None) -> None:
-    """Print what a newcomer wants to know at the end."""
+def tell_where(output: Path, finished: bool, held_out: HeldOutView | None, lease: Lease) -> None:
+    """Record the end and print what a newcomer wants to know."""
+    lease.ended("finished" if finished else "stopped by a signal")
     newest = (output / "checkpoints" / "latest").read_text().strip()
     print(f"\n{'Finished.' if finished else 'Stopped by a signal, saved; start the same command again to go on.'}")
     print(f"  checkpoint   {output / 'checkpoints' / newest}")

@@ -1,10 +1,13 @@
 """What every training command does before its first step: devices, DeepSpeed settings, output folder, resume."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,18 @@ from typing import Any
 import torch
 
 from trainer import checkpoint
+from trainer import lease as leases
 from trainer.config import Recipe, Runtime, as_record, differing_fields
 from trainer.engine import Engine, default_device, fill_ds_config, owned_by_recipe, read_ds_config
-from trainer.errors import CheckpointError, ConfigError
-from trainer.monitor import cut_ledger
+from trainer.errors import CheckpointError, ConfigError, SupersededError, TrainerError
+from trainer.lease import Lease
+from trainer.monitor import cut_other_ledgers
+from trainer.watchdog import BACKEND_MARGIN_S, Limits, start
 from trainer.world import World, check_devices
 
 logger = logging.getLogger(__name__)
 
+_FOR_EVER_S = 30 * 86400
 _DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
 
@@ -30,6 +37,18 @@ def use_devices(world: World, runtime: Runtime) -> None:
     num_devices = torch.cuda.device_count() if device.type == "cuda" else cores
     check_devices(world, num_devices, device.type, oversubscribe=runtime.oversubscribe)
     torch.set_num_threads(runtime.num_threads or max(1, cores // world.local_size))
+
+
+def backend_timeout_s(runtime: Runtime) -> int:
+    """Return the time-out of the backend's collectives: beyond the watchdog's, which names the rank."""
+    return runtime.timeout_s + BACKEND_MARGIN_S if runtime.timeout_s else _FOR_EVER_S
+
+
+def start_watchdog(output: Path, world: World, runtime: Runtime) -> None:
+    """Watch this rank from here on."""
+    limits = Limits(runtime.timeout_s, runtime.data_timeout_s, runtime.save_timeout_s)
+    attempt = world.on_main(lambda: f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    start(output / "logs", attempt, rank=world.rank, num_ranks=world.size, limits=limits)
 
 
 def engine_settings(recipe: Recipe, runtime: Runtime, world: World) -> dict[str, Any]:
@@ -62,7 +81,7 @@ def check_output(output: Path, recipe: Recipe, resume: str) -> None:
             raise ConfigError(f"resume is must, but output_dir {output} is empty: check the path, or use --resume auto")
         return
     if not record.exists():
-        leftovers = {path.name for path in output.iterdir()} - {"logs"}
+        leftovers = {path.name for path in output.iterdir()} - {"logs", "attempts", "checkpoints"}
         if leftovers:
             raise ConfigError(f"output_dir {output} holds {min(leftovers)!r} and others, but no run: name a new folder")
         return
@@ -80,12 +99,56 @@ def check_output(output: Path, recipe: Recipe, resume: str) -> None:
         )
 
 
-def claim_output(output: Path, recipe: Recipe, runtime: Runtime, progress: checkpoint.Progress) -> None:
-    """Record the recipe and cut records beyond the checkpoint."""
-    record = {"recipe": as_record(recipe), "runtime": as_record(runtime), "versions": versions()}
-    checkpoint.write_atomically(output / "recipe.json", json.dumps(record, indent=1) + "\n")
-    checkpoint.sweep(output / "checkpoints")
-    cut_ledger(Path(runtime.sample_ledger) if runtime.sample_ledger else None, progress.step)
+def begin(output: Path, identity: checkpoint.Identity, runtime: Runtime, world: World) -> Lease:
+    """Take the right to change the output, if what stands there is this run; all ranks call.
+
+    Raises:
+        CheckpointError: the checkpoints are another run's, or there is none and --resume must.
+        ConfigError: a folder lies on another file system.
+    """
+
+    def take() -> str:
+        root = output / "checkpoints"
+        found = checkpoint.newest_manifest(root)
+        if found is not None:
+            checkpoint.check_identity(found[1], identity, found[0], allow_data_change=runtime.allow_data_change)
+        lease = leases.take(output, num_ranks=world.size)
+        for setting, folder in (("output_dir", root), ("sample_ledger", runtime.sample_ledger)):
+            if folder is not None:
+                _require_same_file_system(lease, Path(folder), setting)
+        return str(lease.folder)
+
+    return Lease(Path(world.on_main(take)))
+
+
+def claim(lease: Lease, output: Path, recipe: Recipe, runtime: Runtime, step: int, world: World) -> None:
+    """Record what starts here, and cut the records of ranks that are no more; all ranks call.
+
+    Raises:
+        ConfigError: the run dies again and again at this step.
+    """
+
+    def record() -> None:
+        leases.refuse_hopeless(lease, step, limit=runtime.max_restarts)
+        lease.began(step)
+        told = {"recipe": as_record(recipe), "runtime": as_record(runtime), "versions": versions()}
+        lease.write(output / "recipe.json", json.dumps(told, indent=1) + "\n")
+        ledger = Path(runtime.sample_ledger) if runtime.sample_ledger else None
+        cut_other_ledgers(ledger, step, lease=lease, num_ranks=world.size)
+
+    world.on_main(record)
+
+
+@contextlib.contextmanager
+def noting_the_end(lease: Lease, world: World) -> Iterator[None]:
+    """Record that an attempt was refused; one that says nothing has crashed or was killed."""
+    try:
+        yield
+    except TrainerError as error:
+        if world.is_main and not isinstance(error, SupersededError):
+            with contextlib.suppress(OSError, TrainerError):
+                lease.ended(f"refused: {error}")
+        raise
 
 
 def resume(engine: Engine, root: Path, identity: checkpoint.Identity, runtime: Runtime) -> checkpoint.Progress:
@@ -111,6 +174,19 @@ def resume(engine: Engine, root: Path, identity: checkpoint.Identity, runtime: R
     engine.world.together(lambda: engine.load(Path(path), written_by=written_by))
     logger.info("resumed from %s, written by %d ranks", path, written_by)
     return checkpoint.Progress(**progress)
+
+
+def _require_same_file_system(lease: Lease, folder: Path, setting: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        same = folder.stat().st_dev == lease.folder.stat().st_dev
+    except OSError as error:
+        raise ConfigError(f"{setting}: {folder} cannot be used ({error.strerror}): name another folder") from error
+    if not same:
+        raise ConfigError(
+            f"{setting}: {folder} lies on another file system than {lease.folder}, so that files cannot be renamed "
+            "into it: put both on one"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = (
-    *("errors", "world", "seeds", "config"),
+    *("errors", "files", "world", "seeds", "config"),
     *("data.storage", "data.tar", "data.shards", "data.plan", "data.sampler", "data.mixture", "data.overlap"),
     *("data.decode", "data.selfmorph", "data.augment", "data.distort", "data.stream", "data.loader"),
     *("losses", "models.mask_utils", "models.encoder", "models.mae"),
     *("models.heads", "models.classifier", "models.mixstyle", "models.lora", "models.detector"),
-    *("optim", "zero_files", "engine", "checkpoint", "monitor", "heldout", "loop"),
+    *("optim", "zero_files", "engine", "lease", "checkpoint", "monitor"),
+    *("guardian", "watchdog", "numerics", "heldout", "loop"),
     *("metrics", "evaluate", "saved_detector", "report"),
 )
 OWNERS = {

@@ -1,45 +1,68 @@
 import dataclasses
 import json
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from trainer import checkpoint
-from trainer.checkpoint import Identity, Progress
+from trainer.checkpoint import Identity, Progress, Saver
 from trainer.errors import CheckpointError
-from trainer.monitor import cut_after
+from trainer.lease import take
+from trainer.monitor import rows_until
 from trainer.world import World
 
 IDENTITY = Identity({"global_batch": 8, "seed": 0}, "abc", "", 1, 1, "fp32", 1)
 
 
-def save(root: Path, step: int, keep: int = 3, fail: bool = False) -> Path:
-    def write_state(folder: Path) -> None:
-        (folder / "state").mkdir()
-        (folder / "state" / "weights.pt").write_bytes(bytes(range(200)) + step.to_bytes(4, "big"))
-        if fail:
-            raise OSError(28, "No space left on device")
+class Run:
+    """One rank's saver, and a state of a few bytes."""
 
-    root.mkdir(exist_ok=True)
-    return checkpoint.save(root, Progress(step), IDENTITY, {}, write_state=write_state, world=World(), keep=keep)
+    def __init__(self, output: Path, keep: int = 3, background: bool = False) -> None:
+        self.root = output / "checkpoints"
+        self.saver = Saver(
+            self.root, IDENTITY, {}, lease=take(output, num_ranks=1), world=World(), keep=keep, background=background
+        )
+
+    def save(self, step: int, fail: bool = False) -> Path:
+        def write(folder: Path) -> list[Path]:
+            path = folder / "state" / "weights.pt"
+            path.parent.mkdir()
+            path.write_bytes(bytes(range(200)) + step.to_bytes(4, "big"))
+            if fail:
+                raise OSError(28, "No space left on device")
+            return [path]
+
+        self.saver.save(Progress(step), lambda copy: write)
+        return self.root / f"step-{step:08d}"
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.root.iterdir())
 
 
-def test_the_newest_valid_one_wins_and_old_ones_go(tmp_path: Path) -> None:
-    root = tmp_path / "c"
+@pytest.fixture(params=[False, True], ids=["at-once", "in-background"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
+    return Run(tmp_path / "out", background=request.param)
+
+
+def test_the_newest_valid_one_wins_and_old_ones_go(run: Run) -> None:
     for step in (1, 2, 3, 4):
-        save(root, step)
-    assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000002", "step-00000003", "step-00000004"]
-    found = checkpoint.find(root)
+        run.save(step)
+    run.saver.finish()
+    assert run.names() == ["latest", "step-00000002", "step-00000003", "step-00000004"]
+    found = checkpoint.find(run.root)
     assert found is not None
     assert found[1]["samples"] == 32
-    assert (root / "latest").read_text() == "step-00000004\n"
+    assert (run.root / "latest").read_text() == "step-00000004\n"
+    assert not list((run.root.parent / "attempts" / "000001" / "drafts").iterdir())
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove", "manifest"])
 def test_damage_of_any_kind_is_passed_over(tmp_path: Path, damage: str) -> None:
-    root = tmp_path / "c"
-    save(root, 1)
-    path = save(root, 2)
+    run = Run(tmp_path)
+    run.save(1)
+    path = run.save(2)
     weights = path / "state" / "weights.pt"
     if damage == "cut":
         weights.write_bytes(weights.read_bytes()[:-1])
@@ -49,29 +72,72 @@ def test_damage_of_any_kind_is_passed_over(tmp_path: Path, damage: str) -> None:
         weights.unlink()
     else:
         (path / "manifest.json").write_text('{"files": {}}')
-    found = checkpoint.find(root)
+    found = checkpoint.find(run.root)
     assert found is not None
     assert found[0].name == "step-00000001"
-    (root / "step-00000001" / "manifest.json").unlink()
+    (run.root / "step-00000001" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="every checkpoint"):
-        checkpoint.find(root)
+        checkpoint.find(run.root)
 
 
-def test_a_failed_write_leaves_the_older_one_and_no_rubbish(tmp_path: Path) -> None:
-    root = tmp_path / "c"
-    save(root, 1)
-    with pytest.raises(CheckpointError, match="No space left"):
-        save(root, 2, fail=True)
-    assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000001"]
+def test_a_failed_write_leaves_the_older_one_and_no_rubbish(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run.save(1)
+    run.save(2, fail=True)
+    run.saver.wait()
+    assert "No space left" in caplog.text
+    assert run.names() == ["latest", "step-00000001"]
+    with pytest.raises(CheckpointError, match="last checkpoint of this run"):
+        run.saver.finish()
+    run.save(3)
+    run.saver.finish()
+    assert run.names() == ["latest", "step-00000001", "step-00000003"]
+
+
+def test_the_third_failure_in_a_row_ends_the_run(run: Run) -> None:
+    run.save(1, fail=True)
+    run.save(2, fail=True)
+    with pytest.raises(CheckpointError, match="3 saves in a row"), run.saver:  # which waits when it is left
+        run.save(3, fail=True)
+
+
+def test_a_background_save_that_is_still_writing_is_waited_for(tmp_path: Path) -> None:
+    run = Run(tmp_path, background=True)
+    go_on, seen = threading.Event(), []
+
+    def slow(folder: Path) -> list[Path]:
+        assert go_on.wait(30)
+        seen.append("written")
+        return []
+
+    run.saver.save(Progress(1), lambda copy: slow)
+    assert not seen
+    assert not list(run.root.glob("step-*"))
+    threading.Timer(0.2, go_on.set).start()
+    run.save(2)
+    assert seen == ["written"]
+    run.saver.finish()
+    assert run.names() == ["latest", "step-00000001", "step-00000002"]
+
+
+def test_too_little_space_is_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path)
+    run.save(1)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=203))
+    run.save(2)
+    assert "needs 204 bytes" in caplog.text
+    assert run.names() == ["latest", "step-00000001"]
 
 
 def test_saving_a_step_again_replaces_only_a_damaged_one(tmp_path: Path) -> None:
-    root = tmp_path / "c"
-    path = save(root, 5)
+    run = Run(tmp_path)
+    path = run.save(5)
+    before = path.stat().st_ino
+    assert run.save(5).stat().st_ino == before
     (path / "state" / "weights.pt").write_bytes(b"damaged")
-    assert checkpoint.verify(save(root, 5))["progress"]["step"] == 5
-    checkpoint.sweep(root)
-    assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000005"]
+    assert checkpoint.verify(run.save(5))["progress"]["step"] == 5
+    assert run.names() == ["latest", "step-00000005"]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +150,7 @@ def test_saving_a_step_again_replaces_only_a_damaged_one(tmp_path: Path) -> None
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_both_values(tmp_path: Path, change: dict, message: str) -> None:
-    path = save(tmp_path / "c", 1)
+    path = Run(tmp_path).save(1)
     manifest = checkpoint.verify(path)
     checkpoint.check_identity(manifest, IDENTITY, path)
     with pytest.raises(CheckpointError, match=message):
@@ -92,7 +158,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values(tmp_path: Path,
 
 
 def test_a_manifest_cannot_name_files_outside(tmp_path: Path) -> None:
-    path = save(tmp_path / "c", 1)
+    path = Run(tmp_path).save(1)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["../../secret"] = {"bytes": 1, "sha256": "0"}
     (path / "manifest.json").write_text(json.dumps(manifest))
@@ -103,5 +169,5 @@ def test_a_manifest_cannot_name_files_outside(tmp_path: Path) -> None:
 def test_records_beyond_the_checkpoint_and_torn_lines_are_cut(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    cut_after(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert rows_until(path, 2) == '{"step": 1}\n{"step": 2}\n'
+    assert rows_until(tmp_path / "none", 2) == ""

@@ -70,7 +70,7 @@ def test_help_lists_every_recipe_and_setting_with_its_default(capsys: pytest.Cap
     text = capsys.readouterr().out
     assert all(f"--recipe {name}\n" in text for name in RECIPES)
     assert "--mask_ratio float\n        Share of patches hidden, strictly between 0 and 1. Default: 0.75" in text
-    assert "--timeout_s int\n        How long a collective may wait for a missing rank [seconds]. Default: 1800" in text
+    assert "  --save_timeout_s int\n        Saving, measuring or drawing longer ends the job, likewise; 0 for" in text
 
 
 def test_recipes_are_valid_and_the_published_ones_scale_their_learning_rate() -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
+from tools.orl_faces import find_faces
 from trainer.data.augment import DetectorView, Photo
 from trainer.data.distort import (
     BasicAugment,
@@ -91,6 +92,33 @@ def test_translation_moves_by_its_share_and_mirrors_the_border(name: str, axis: 
     assert plus.min() > 0 or image.min() == 0
 
 
+@pytest.mark.parametrize("name", ["rotate", "shear_x", "shear_y"])
+def test_turns_and_shears_have_two_opposite_signs_and_no_black_corners(name: str) -> None:
+    image = np.maximum(photo(61, 61), 40)
+    minus, plus = rand_augment_ops(9)[name]
+    mirrored = plus(np.ascontiguousarray(image[:, ::-1]))[:, ::-1]
+    assert np.abs(minus(image).astype(int) - mirrored).mean() < 2
+    assert np.abs(minus(image).astype(int) - plus(image)).mean() > 5
+    assert min(minus(image).min(), plus(image).min()) > 15
+    rows, columns = np.mgrid[:61, :61].astype(np.uint8)
+    for ramp, still in ((rows, "shear_x"), (columns, "shear_y")):  # the axis along which nothing moves
+        moved = plus(np.repeat(ramp[..., None], 3, 2))[20:41, 20:41, 0].astype(int)
+        assert (np.abs(moved - ramp[20:41, 20:41]).max() <= 1) == (name == still)
+
+
+def test_basic_augmentation_keeps_the_middle_scales_the_mean_and_sometimes_compresses() -> None:
+    image, augment = np.clip(photo(), 60, 180), BasicAugment()
+    np.testing.assert_array_equal(augment(image, np.array([0.5, 0.5, 0.9, 0], np.float32)), image)
+    low, high = (augment(image, np.array([c, 0.5, 0.9, 0], np.float32)) for c in (0.0, 0.999))
+    assert low.std() == pytest.approx(0.9 * image.std(), rel=0.02)
+    assert high.std() == pytest.approx(1.1 * image.std(), rel=0.02)
+    for brightness in (0.0, 0.999):
+        for contrast in (0.0, 0.999):
+            changed = augment(image, np.array([contrast, brightness, 0.9, 0], np.float32))
+            assert changed.mean() == pytest.approx((0.9 + 0.2 * brightness) * image.mean(), rel=0.01)
+    assert (augment(image, np.array([0.5, 0.5, 0.2, 0], np.float32)) != image).any()
+
+
 def test_both_signs_and_all_operations_occur_equally_often() -> None:
     augment, seen = RandAugment(num_ops=1, magnitude=5), []
 
@@ -129,6 +157,30 @@ def test_printing_follows_the_published_tone_curve() -> None:
     np.testing.assert_allclose(ours, expected, atol=1.0)
     noisy = print_scan(np.full((64, 64, 3), 90, np.uint8), blur=0.1, noise=4.0, tone=0.0, key=2)
     assert 4 < noisy.std() < 9
+
+
+def test_print_noise_is_stronger_in_the_dark_and_other_draws_give_other_noise() -> None:
+    dark, bright = (np.full((64, 64, 3), grey, np.uint8) for grey in (60, 200))
+    spread = [print_scan(flat, blur=0.1, noise=4.0, tone=0.0, key=2).std() for flat in (dark, bright)]
+    assert spread[0] / spread[1] == pytest.approx((1 + 195 / 255) / (1 + 55 / 255), rel=0.05)
+    chain, one, two = PassportChain(("print_scan",), 1.0), draws(6), draws(6)
+    two[-1] = 1 - one[-1]  # the last draws only key the noise
+    assert (chain(dark, one) != chain(dark, two)).mean() > 0.5
+
+
+def test_a_passport_is_compressed_once() -> None:
+    both, first = PassportChain(("jpeg_budget", "jpeg2000"), 1.0), PassportChain(("jpeg2000",), 1.0)
+    mine = draws(both.num_draws)
+    np.testing.assert_array_equal(both(photo(), mine), first(photo(), mine[:6]))
+
+
+@pytest.mark.parametrize("kind", ["jpeg_budget", "jpeg2000"])
+@pytest.mark.parametrize("person", [1, 22, 36])
+def test_the_hardest_compression_leaves_a_small_face_legible(kind: str, person: int) -> None:
+    with Image.open(find_faces() / f"s{person}" / "6.pgm") as image:
+        face = np.asarray(image.convert("RGB"))
+    error = PassportChain((kind,), 1.0)(face, np.zeros(6, dtype=np.float32)).astype(float) - face
+    assert 3 < np.sqrt(np.square(error).mean()) < 13.5
 
 
 def test_probability_zero_changes_nothing_and_one_always_does() -> None:
@@ -174,6 +226,38 @@ def test_a_self_morph_changes_a_region_and_nothing_else(size: tuple[int, int], l
         assert not differs[:, [0, -1]].any()
     assert 0.03 < np.mean(changed) < 0.75
     assert min(changed) > 0
+
+
+@pytest.mark.parametrize(("band", "top", "bottom"), [(0, 0.0, 1.0), (1, 0.12, 0.5), (2, 0.3, 0.68), (3, 0.62, 0.92)])
+def test_a_self_morph_changes_the_landmarks_band_and_fades_towards_its_edge(band, top, bottom) -> None:
+    angle = np.linspace(0, 2 * np.pi, 200, dtype=np.float32)
+    points = np.concatenate([np.stack([60 + r * np.cos(angle), 70 + 1.3 * r * np.sin(angle)], 1) for r in (15, 30, 40)])
+    image, mine = np.full((140, 120, 3), 200, np.uint8), np.full(NUM_DRAWS, 0.5, np.float32)
+    mine[0], mine[4:7], mine[11] = (band + 0.5) / 4, 0.99, 0.99  # the band, not grown, wholly a brighter copy
+    difference = np.abs(self_morph(image, mine, points).astype(int) - image).max(axis=2)
+    rows, columns = np.nonzero(difference)
+    y = points[:, 1]
+    assert rows.min() >= y.min() + top * np.ptp(y) - 2
+    assert rows.max() <= y.min() + bottom * np.ptp(y) + 2
+    assert np.abs(columns - 60).max() <= 42
+    assert difference.max() == 12
+    assert difference[[rows.min(), rows.max()]].max() <= 4, "the region has a hard edge"
+
+
+def test_a_self_morph_without_displacement_is_an_altered_copy_and_the_field_moves_both_axes() -> None:
+    image, still = np.clip(photo(140, 120), 60, 180), np.full(NUM_DRAWS, 0.5, np.float32)
+    still[0], still[6], still[11] = 0.0, 0.9, 0.99  # the face, as sharp as it was, wholly the copy
+    np.testing.assert_array_equal(self_morph(image, still), image)
+    brighter = still.copy()
+    brighter[5] = 0.99
+    assert (self_morph(image, brighter).astype(int) - image).max() == 4
+    ramp = np.arange(120)[None] + np.zeros((140, 1), int), np.arange(140)[:, None] + np.zeros((1, 120), int)
+    for half, one in ((slice(12, 37), 0), (slice(37, 62), 1)):
+        moving = still.copy()
+        moving[half] = 1.0
+        along, across = (np.repeat(r[..., None], 3, 2).astype(np.uint8) for r in (ramp[one], ramp[1 - one]))
+        assert (self_morph(along, moving) != along).any()
+        np.testing.assert_array_equal(self_morph(across, moving), across)
 
 
 def test_the_view_turns_the_given_share_of_bona_fides_into_attacks() -> None:

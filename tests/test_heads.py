@@ -63,6 +63,27 @@ def test_prototypes_give_cosines() -> None:
     assert MorphClassifier(6, hidden_dim=9, cosine=True)(rand(4, 6)).shape == (4, 2)
 
 
+def test_the_classifier_is_norm_linear_gelu_dropout_and_a_last_layer() -> None:
+    head, x_BD = MorphClassifier(6, hidden_dim=9, dropout=0.5).eval(), 100 * rand(4, 6)
+    hidden_BH = F.gelu(head.hidden(F.layer_norm(x_BD, (6,))))
+    torch.testing.assert_close(head(x_BD), head.out(hidden_BH))
+    head.train()
+    assert not torch.equal(head(x_BD), head(x_BD)), "nothing was dropped in training"
+    cosine_BC = MorphClassifier(6, cosine=True)(x_BD)
+    assert cosine_BC.abs().max() <= 1 + 1e-6
+    assert F.cosine_similarity(CosineLayer(6).weight, torch.ones(2, 6)).abs().max() < 1
+
+
+def test_smoothing_is_torchs_and_losses_are_taken_in_float32() -> None:
+    logits_BC, labels_B = 5 * rand(8, 2), torch.arange(8) % 2
+    ours = weighted_cross_entropy(logits_BC, labels_B, label_smoothing=0.2)
+    torch.testing.assert_close(ours, F.cross_entropy(logits_BC, labels_B, label_smoothing=0.2))
+    half_BC = logits_BC.bfloat16()
+    for loss in (weighted_cross_entropy, margin_loss):
+        assert loss(half_BC, labels_B).dtype == torch.float32
+        assert torch.equal(loss(half_BC, labels_B), loss(half_BC.float(), labels_B))
+
+
 # ---------------------------------------------------------------------------------------------- MixStyle
 
 
@@ -96,6 +117,13 @@ def test_mixstyle_is_off_in_evaluation_and_an_unmixed_sample_keeps_its_bits() ->
     unmixed_B = draws_BK[:, 0] >= 0.5
     assert 0 < unmixed_B.sum() < 6
     assert torch.equal(result_BTD[unmixed_B], tokens_BTD[unmixed_B])
+
+
+def test_mixstyle_takes_statistics_of_half_precision_tokens_in_float32() -> None:
+    tokens_BTD, labels_B = (rand(4, 50, 6) + 20).bfloat16(), torch.zeros(4, dtype=torch.long)
+    draws_BK = torch.rand(4, 3, generator=torch.Generator().manual_seed(1))
+    whole_BTD = mixed(tokens_BTD.float(), draws_BK, labels_B, p=1.0, alpha=1.0)
+    assert torch.equal(mixed(tokens_BTD, draws_BK, labels_B, p=1.0, alpha=1.0), whole_BTD.bfloat16())
 
 
 def test_mixstyles_statistics_carry_no_gradient() -> None:

@@ -1,6 +1,10 @@
 """Morphs: geometry against OpenCV's own warp, laws of blending and splicing, manifests, refusals."""
 
 import csv
+import importlib.util
+import io
+import json
+import tarfile
 from pathlib import Path
 
 import cv2
@@ -10,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tools.landmarks import dlib_finder, read_landmarks
 from tools.make_morphs import Settings, face_mask, make_morphs, spliced_morph, warp, whole_morph
 from tools.make_shards import Settings as ShardSettings
 from tools.make_shards import make_shards
+from tools.orl_faces import find_faces
+from tools.orl_morphs import LANDMARKS
 from trainer.data.shards import ShardReader, open_index
 from trainer.errors import ConfigError, DataError
 
@@ -127,6 +134,9 @@ def test_bytes_depend_on_the_seed_and_not_on_processes_and_a_killed_run_goes_on(
         ({"blend": "half"}, "two shares"),
         ({"pairs_per_identity": 0}, "at least 1"),
         ({"landmarks": "/nowhere.npz"}, "cannot be read"),
+        ({"landmarks": ""}, "landmarks is empty"),
+        ({"source": "/nowhere.csv"}, "no such CSV file or shards"),
+        ({"source": "/nowhere/*.tar"}, "no shard matches"),
     ],
 )
 def test_wrong_settings_are_refused(people: dict[str, str], tmp_path: Path, changes, message: str) -> None:
@@ -154,3 +164,108 @@ def test_landmarks_travel_through_a_shard_to_the_self_morph(people: dict[str, st
         np.testing.assert_allclose(points, POINTS + int(ref.key[1]), atol=0.01)
     with pytest.raises(ConfigError, match="landmarks and max_side"):
         ShardSettings(**options, max_side=16)  # type: ignore[arg-type]
+
+
+def in_shards(people: dict[str, str], folder: Path) -> dict[str, str]:
+    make_shards(ShardSettings(**people, output_dir=str(folder), progress_bar=False, max_shard_samples=5))  # type: ignore[arg-type]
+    return {"source": str(folder / "*.tar")}
+
+
+def test_morphs_made_from_shards_are_those_made_from_the_manifest(people: dict[str, str], tmp_path: Path) -> None:
+    arrays = np.load(people["landmarks"])
+    np.savez(people["landmarks"], names=arrays["names"], points=np.round(arrays["points"], 2))  # what shards keep
+    lines = Path(people["source"]).read_text().splitlines()
+    for number, format in enumerate(("jpeg", "bmp"), start=1):
+        name = lines[number].split(",")[0]
+        Image.open(name).convert("L" if format == "bmp" else "RGB").save(Path(name).with_suffix(f".{format}"))
+        lines[number] = lines[number].replace(".png", f".{format}", 1)
+    Path(people["source"]).write_text("\n".join(lines) + "\n")
+    one, two = made(people, tmp_path / "one"), made(in_shards(people, tmp_path / "shards"), tmp_path / "two")
+    assert len(one[1]) > 10
+    assert one[1] == two[1]
+    columns = [[{name: row[name] for name in row if name != "path"} for row in rows] for rows, _ in (one, two)]
+    assert columns[0] == columns[1]
+    assert (tmp_path / "one/make_morphs.json").read_text() == (tmp_path / "two/make_morphs.json").read_text()
+
+
+def test_other_landmarks_are_another_run(people: dict[str, str], tmp_path: Path) -> None:
+    made(people, tmp_path / "out")
+    arrays = np.load(people["landmarks"])
+    np.savez(people["landmarks"], names=arrays["names"], points=arrays["points"] + 1)
+    with pytest.raises(ConfigError, match="other faces or settings"):
+        made(people, tmp_path / "out")
+
+
+def rewritten(shard: Path, change: dict[str, object]) -> None:
+    """Write a shard anew with other values in the json of its last sample; None removes a value."""
+    with tarfile.open(shard) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+    last = max(i for i, (member, _) in enumerate(members) if member.name.endswith(".json"))
+    values = json.loads(members[last][1]) | change
+    text = json.dumps({name: value for name, value in values.items() if value is not None}).encode()
+    members[last][0].size = len(text)
+    members[last] = (members[last][0], text)
+    with tarfile.open(shard, "w") as tar:
+        for member, payload in members:
+            tar.addfile(member, io.BytesIO(payload))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"landmarks": None},
+            DataError,
+            "1 of 12 photographs have no landmarks .*, the first .*shard-000002.tar: p3_2",
+        ),
+        ({"landmarks": [[1, 2], [3, 4], [5, 7]]}, DataError, "photographs have 3 and 19 landmarks"),
+        ({"identity": None}, ConfigError, "shard-000002.tar: p3_2 has no identity"),
+        ({"label": 1}, DataError, "p3_2 is a morph"),
+    ],
+)
+def test_shards_that_cannot_be_used_are_refused(people: dict[str, str], tmp_path: Path, change, error, message) -> None:
+    source = in_shards(people, tmp_path / "shards")
+    rewritten(tmp_path / "shards" / "shard-000002.tar", change)
+    with pytest.raises(error, match=message):
+        made(source, tmp_path / "out")
+
+
+def test_shards_whose_samples_name_nobody_are_refused(people: dict[str, str], tmp_path: Path) -> None:
+    text = Path(people["source"]).read_text()
+    Path(people["source"]).write_text(text.replace("identity", "person", 1))
+    with pytest.raises(DataError, match="field 'identity'"):
+        made(in_shards(people, tmp_path / "shards"), tmp_path / "out")
+    with pytest.raises(ConfigError, match="has no identity"):
+        made(people, tmp_path / "out")
+
+
+HAS_DLIB = bool(importlib.util.find_spec("dlib") and importlib.util.find_spec("face_recognition_models"))
+
+
+@pytest.mark.skipif(HAS_DLIB, reason="dlib is installed")
+def test_dlib_that_is_not_installed_is_named_with_its_command(people: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="pip install dlib-bin face_recognition_models"):
+        made(people, tmp_path / "out", landmarks="dlib")
+
+
+# Where MediaPipe's mesh has the points of the 68: brows, nose, eyes and lips; the jaw lines are not comparable.
+MESH_OF_68 = (
+    *(71, 63, 105, 66, 107, 336, 296, 334, 293, 301, 168, 197, 5, 4, 75, 97, 2, 326, 305, 33, 160, 158, 133, 153, 144),
+    *(362, 385, 387, 263, 373, 380, 61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181, 78, 82, 13, 312, 308, 317),
+    *(14, 87),
+)
+
+
+@pytest.mark.skipif(not HAS_DLIB, reason="pip install dlib-bin face_recognition_models")
+def test_dlib_finds_the_points_of_the_mesh(people: dict[str, str], tmp_path: Path) -> None:
+    known, find, distances = read_landmarks(LANDMARKS), dlib_finder(), []
+    for person in range(1, 11):
+        with Image.open(find_faces() / f"s{person}" / "1.pgm") as image:
+            points = find(np.asarray(image.convert("RGB")))
+        assert points is not None
+        assert points.shape == (68, 2)
+        distances.append(np.linalg.norm(points[17:] - known[f"s{person}_1"][list(MESH_OF_68)], axis=1).mean())
+    assert np.mean(distances) < 3, "pixels of 92 x 112"
+    assert find(picture(0)) is None
+    with pytest.raises(DataError, match="12 of 12 photographs have no landmarks"):
+        made(people, tmp_path / "out", landmarks="dlib")

@@ -5,15 +5,21 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from trainer.lease import Lease, take
 from trainer.monitor import Ledger, Monitor, Speedometer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # tensorboard's own
 
+LEASE = Lease(Path("nowhere"))
 VALUES = {"loss": 0.5, "lr": 1e-3, "images_per_s": 10.0, "grad_norm": float("nan")}
 
 
+def monitor_of(output: Path, **steps: int) -> Monitor:
+    return Monitor(output, lease=take(output, num_ranks=1), is_main=True, progress_bar=False, **steps)
+
+
 def test_numbers_and_pictures_reach_every_sink(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path, first_step=0, total_steps=2, is_main=True, progress_bar=False)
+    monitor = monitor_of(tmp_path, first_step=0, total_steps=2)
     monitor.scalars(1, VALUES)
     monitor.scalars(2, {"loss": 0.25}, group="heldout")
     monitor.picture(2, "faces", torch.zeros(3, 8, 16, dtype=torch.uint8))
@@ -31,7 +37,14 @@ def test_numbers_and_pictures_reach_every_sink(tmp_path: Path) -> None:
 
 def test_a_resumed_monitor_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     for first in (0, 1):
-        monitor = Monitor(tmp_path, first_step=first, total_steps=3, is_main=True, progress_bar=False)
+        monitor = Monitor(
+            tmp_path,
+            lease=take(tmp_path, num_ranks=1),
+            first_step=first,
+            total_steps=3,
+            is_main=True,
+            progress_bar=False,
+        )
         for step in range(first + 1, 4):
             monitor.scalars(step, VALUES | {"loss": float(step + 10 * first)})
         monitor.close()
@@ -42,14 +55,14 @@ def test_a_resumed_monitor_forgets_what_came_after_the_checkpoint(tmp_path: Path
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path / "out", first_step=0, total_steps=2, is_main=False, progress_bar=False)
+    monitor = Monitor(tmp_path / "out", lease=LEASE, first_step=0, total_steps=2, is_main=False, progress_bar=False)
     monitor.scalars(1, VALUES)
     monitor.close()
     assert not (tmp_path / "out").exists()
 
 
 def test_the_ledger_keeps_step_position_and_key(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "l", rank=3)
+    ledger = Ledger(tmp_path / "l", lease=take(tmp_path, num_ranks=1), first_step=0, rank=3)
     ledger.consumed(7, [56, 57], ["a", "b"])
     ledger.close()
     rows = [json.loads(line) for line in (tmp_path / "l" / "rank-00003.jsonl").read_text().splitlines()]

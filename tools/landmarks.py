@@ -1,10 +1,16 @@
-"""Landmarks of faces in an .npz: ``names`` and ``points`` (N, L, 2) in pixels, or ``points_64th_px`` in 1/64 pixel.
+"""Landmarks of faces: from an .npz, or found by dlib where that is installed.
 
-Shapes: N photographs, L landmarks (x, y) [pixels].
+An .npz holds ``names`` and ``points`` (N, L, 2) in pixels, or ``points_64th_px`` in 1/64 pixel.
+
+Shapes: N photographs, L landmarks (x, y) [pixels]; images are HWC uint8 RGB.
 """
 
-from collections.abc import Mapping
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +18,11 @@ from numpy.typing import NDArray
 from trainer.errors import ConfigError
 
 Points = NDArray[np.float32]
+
+DLIB = "dlib"
+"""What stands for an .npz where dlib is to find the landmarks."""
+
+_MODEL = Path("models") / "shape_predictor_68_face_landmarks.dat"
 
 
 def read_landmarks(path: Path) -> dict[str, Points]:
@@ -36,3 +47,29 @@ def landmarks_of(name: str | None, key: str, path: Path, points: Mapping[str, Po
     """Find a photograph's landmarks by its landmark_name, else its key, else the stem of its path."""
     candidates = (name or "", key, path.stem)
     return next((points[candidate] for candidate in candidates if candidate in points), None)
+
+
+@cache
+def dlib_finder() -> Callable[[NDArray[np.uint8]], Points | None]:
+    """Load dlib's detector and its 68 points: image -> points of the largest face, None where it sees no face.
+
+    Raises:
+        ConfigError: dlib or its model is not installed.
+
+    Source: King 2009, JMLR 10; Kazemi and Sullivan 2014, "One millisecond face alignment", CVPR.
+    """
+    spec = importlib.util.find_spec("face_recognition_models")  # not imported: it wants an old setuptools
+    model = Path(next(iter(spec.submodule_search_locations or [""]))) / _MODEL if spec else None
+    if importlib.util.find_spec(DLIB) is None or model is None or not model.is_file():
+        raise ConfigError("landmarks is dlib, which is not installed: pip install dlib-bin face_recognition_models")
+    dlib: Any = importlib.import_module(DLIB)
+    detect, predict = dlib.get_frontal_face_detector(), dlib.shape_predictor(str(model))
+
+    def find(image_HWC: NDArray[np.uint8]) -> Points | None:
+        faces = detect(image_HWC, 0) or detect(image_HWC, 1)  # enlarged, for faces below 80 pixels
+        if not faces:
+            return None
+        points = predict(image_HWC, max(faces, key=lambda face: face.area())).parts()
+        return np.array([(point.x, point.y) for point in points], dtype=np.float32)
+
+    return find

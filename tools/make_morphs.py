@@ -7,14 +7,15 @@ the result is bona fide, but carries the traces of blending. A detector that cal
 blending and not the morph.
 
 Partners are other people of similar face shape, as an attacker would choose. Every row of OUTPUT/morphs.csv names both
-parents; join it with the bona fides' manifest for tools/splits.py and tools/make_shards.py. Landmarks come from an .npz
-(arrays ``names`` and ``points`` in pixels, or ``points_64th_px``); a row of the source is matched by its column
-landmark_name, else its key, else the stem of its path.
+parents; join it with the bona fides' manifest for tools/splits.py and tools/make_shards.py. Landmarks are those in the
+shards, or come from an .npz (arrays ``names`` and ``points`` in pixels, or ``points_64th_px``), where a photograph is
+matched by its column landmark_name, else its key, else the stem of its path; or dlib finds them.
 
 Shapes: L landmarks (x, y) [pixels]; H, W image size; images are HWC uint8 RGB.
 Source: Ferrara et al. 2014, "The magic passport", IJCB; splicing: Makrushin et al. 2017, VISAPP.
 
 Usage: python tools/make_morphs.py --source FACES.csv --landmarks POINTS.npz --output_dir FOLDER [--name value]
+       python tools/make_morphs.py --source 'SHARDS/*.tar' --output_dir FOLDER [--name value]
 """
 
 import csv
@@ -24,12 +25,12 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -39,14 +40,19 @@ from scipy.spatial import Delaunay
 from tqdm.auto import tqdm
 
 from launch.command_line import configure_tool, run
-from tools.landmarks import Points, landmarks_of, read_landmarks
-from tools.make_shards import read_manifest
-from trainer.checkpoint import write_atomically
+from tools.landmarks import DLIB, Points, dlib_finder, landmarks_of, read_landmarks
+from tools.make_shards import DAMAGE, as_jpeg_or_png, read_manifest
 from trainer.config import as_record, check_types
+from trainer.data.decode import decode_image
+from trainer.data.shards import NO_GROUP, SampleRef, ShardReader, list_shards, open_index
+from trainer.data.storage import is_url
 from trainer.errors import ConfigError, DataError
+from trainer.files import write_atomically
 
 _COLUMNS = ("path", "key", "label", "identity", "identity_2", "attack", "blend", "parent_a", "parent_b", "control")
 _FEATHER = 0.04
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,9 +60,9 @@ class Settings:
     """What the user may set."""
 
     source: str = ""
-    """CSV of bona fide photographs with columns path, identity and optional key, landmark_name."""
+    """Bona fide photographs: a CSV with columns path, identity and optional key, landmark_name; or shards."""
     landmarks: str = ""
-    """An .npz with arrays names and points (N, L, 2) in pixels, or points_64th_px."""
+    """An .npz with arrays names and points (N, L, 2) in pixels, or points_64th_px; or dlib; or none: the shards'."""
     output_dir: str = ""
     """Where morphs.csv and the pictures (PNG) go."""
     mode: Literal["whole", "splice", "both"] = "both"
@@ -94,11 +100,20 @@ class Settings:
         return low, high
 
 
+class Photograph(NamedTuple):
+    """What the source says of a picture."""
+
+    picture: Path | SampleRef
+    key: str
+    identity: str
+    landmark_name: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Face:
-    """A photograph with what is known of it."""
+    """A photograph with its landmarks."""
 
-    path: Path
+    picture: Path | SampleRef
     key: str
     identity: str
     points_L2: Points
@@ -117,7 +132,7 @@ class Job:
 
 def main(words: list[str]) -> int:
     """Return the exit code."""
-    settings = configure_tool(words, Settings(), __doc__, required=("source", "landmarks", "output_dir"))
+    settings = configure_tool(words, Settings(), __doc__, required=("source", "output_dir"))
     if settings is not None:
         make_morphs(settings)
     return 0
@@ -131,7 +146,7 @@ def make_morphs(settings: Settings) -> Path:
         DataError: a photograph has no landmarks or cannot be read.
     """
     output = Path(settings.output_dir)
-    faces = read_faces(Path(settings.source), Path(settings.landmarks))
+    faces = read_faces(settings)
     pairs = draw_pairs(faces, settings)
     modes = ("whole", "splice") if settings.mode == "both" else (settings.mode,)
     jobs = [
@@ -143,46 +158,107 @@ def make_morphs(settings: Settings) -> Path:
     missing = [job for job in jobs if not job.output.exists()]
     for mode in modes:
         (output / mode).mkdir(parents=True, exist_ok=True)
-    processes = settings.num_processes or len(os.sched_getaffinity(0))
-    with tqdm(total=len(missing), desc="morphs", unit="image", disable=not settings.progress_bar) as bar:
-        if processes == 1:
-            for job in missing:
-                make_one(job)
-                bar.update()
-        else:
-            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-                for _ in pool.map(make_one, missing, chunksize=8):
-                    bar.update()
+    for _ in _each(make_one, missing, settings, "morphs"):
+        pass
     manifest = output / "morphs.csv"
     write_atomically(manifest, _manifest(jobs, same_person=settings.same_person))
     print(f"{len(jobs)} pictures of {len(pairs)} pairs: {manifest}")
     return manifest
 
 
-def read_faces(source: Path, landmarks: Path) -> list[Face]:
-    """Join the manifest of photographs with their landmarks.
+def read_faces(settings: Settings) -> list[Face]:
+    """Join the photographs of the source with their landmarks.
 
     Raises:
-        ConfigError: a file or column is missing.
-        DataError: photographs have no landmarks.
+        ConfigError: a file, column or package is missing.
+        DataError: photographs are morphs, have no landmarks, or have other points than others.
     """
-    points, entries = read_landmarks(landmarks), read_manifest(source)
-    faces, lost = [], []
-    for entry in entries:
+    shards = _names_shards(settings.source)
+    photographs = _in_shards(settings.source) if shards else _in_manifest(Path(settings.source))
+    if settings.landmarks == DLIB:
+        dlib_finder()  # refuses here and not in a worker
+        found = list(_each(_find_landmarks, [each.picture for each in photographs], settings, "landmarks"))
+    elif settings.landmarks:
+        points = read_landmarks(Path(settings.landmarks))
+        names = [(each.landmark_name, each.key, Path(_name(each.picture))) for each in photographs]
+        found = [landmarks_of(*name, points) for name in names]
+    elif shards:
+        found = ShardReader().read_landmarks(
+            [each.picture for each in photographs if isinstance(each.picture, SampleRef)]
+        )
+    else:
+        raise ConfigError(f"landmarks is empty, but source {settings.source} holds none: name an .npz, or {DLIB}")
+    _check_landmarks(photographs, found, settings.landmarks or settings.source)
+    faces = zip(photographs, found, strict=True)
+    return [Face(each.picture, each.key, each.identity, mine) for each, mine in faces if mine is not None]
+
+
+def _check_landmarks(photographs: Sequence[Photograph], found: Sequence[Points | None], where: str) -> None:
+    lost = [_name(each.picture) for each, mine in zip(photographs, found, strict=True) if mine is None]
+    if lost:
+        raise DataError(
+            f"{len(lost)} of {len(found)} photographs have no landmarks ({where}), the first {lost[0]}: add a column "
+            f"landmark_name with the names of an .npz, let {DLIB} find them, or leave those photographs out"
+        )
+    counts = sorted({len(mine) for mine in found if mine is not None})
+    if len(counts) > 1:
+        raise DataError(f"photographs have {counts[0]} and {counts[1]} landmarks ({where}): all need the same points")
+
+
+def _names_shards(source: str) -> bool:
+    return is_url(source) or ".tar" in source or any(c in source for c in "*?[{") or Path(source).is_dir()
+
+
+def _in_shards(source: str) -> list[Photograph]:
+    index = open_index(list_shards(source, setting="source"))
+    refs = index.samples(np.arange(len(index)))
+    values, codes_N = index.groups("identity")
+    for ref, code in zip(refs, codes_N.tolist(), strict=True):
+        if code == NO_GROUP:
+            raise ConfigError(f"source {source}: {_name(ref)} has no identity: add a column identity to its manifest")
+        _refuse_morph(ref, ref.label)
+    return [Photograph(ref, ref.key, values[code]) for ref, code in zip(refs, codes_N.tolist(), strict=True)]
+
+
+def _in_manifest(source: Path) -> list[Photograph]:
+    if not source.is_file():
+        raise ConfigError(f"source is {str(source)!r}, but no such CSV file or shards exist: check the path")
+    photographs = []
+    for entry in read_manifest(source):
         identity = entry.metadata.get("identity")
         if not identity:
             raise ConfigError(f"source {source}: {entry.path} has no identity: add a column identity")
-        found = landmarks_of(entry.metadata.get("landmark_name"), entry.key, entry.path, points)
-        if found is None:
-            lost.append(entry.path)
+        _refuse_morph(entry.path, entry.label)
+        photographs.append(Photograph(entry.path, entry.key, str(identity), entry.metadata.get("landmark_name")))
+    return photographs
+
+
+def _refuse_morph(picture: Path | SampleRef, label: int | None) -> None:
+    if label == 1:
+        raise DataError(f"source: {_name(picture)} is a morph (label 1), but morphs need bona fides: leave it out")
+
+
+def _find_landmarks(picture: Path | SampleRef) -> Points | None:
+    return dlib_finder()(_read(picture))
+
+
+def _name(picture: Path | SampleRef) -> str:
+    return f"{picture.shard}: {picture.key}" if isinstance(picture, SampleRef) else str(picture)
+
+
+def _each(work: Callable[[_T], _R], items: Sequence[_T], settings: Settings, what: str) -> Iterator[_R]:
+    """Do the work for each item, in order, on all processes and under a progress bar."""
+    processes = settings.num_processes or len(os.sched_getaffinity(0))
+    with tqdm(total=len(items), desc=what, unit="image", disable=not settings.progress_bar) as bar:
+        if processes == 1:
+            for item in items:
+                yield work(item)
+                bar.update()
         else:
-            faces.append(Face(entry.path, entry.key, str(identity), found))
-    if lost:
-        raise DataError(
-            f"{len(lost)} of {len(entries)} photographs have no landmarks in {landmarks}, the first {lost[0]}: add a "
-            "column landmark_name with the names of that file, or leave them out"
-        )
-    return faces
+            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+                for result in pool.map(work, items, chunksize=8):
+                    yield result
+                    bar.update()
 
 
 def draw_pairs(faces: Sequence[Face], settings: Settings) -> list[tuple[Face, Face, float]]:
@@ -234,7 +310,7 @@ def _normalised(points_L2: Points) -> Points:
 
 def make_one(job: Job) -> None:
     """Make one picture, whole or not at all."""
-    first, second = (_read(face.path) for face in (job.first, job.second))
+    first, second = (_read(face.picture) for face in (job.first, job.second))
     blend_faces = whole_morph if job.mode == "whole" else spliced_morph
     morph_HWC = blend_faces(first, job.first.points_L2, second, job.second.points_L2, job.blend)
     file = io.BytesIO()
@@ -318,12 +394,14 @@ def _frame(height: int, width: int) -> Points:
     return np.array([(a, b) for a in x for b in y if (a, b) != (x[1], y[1])], dtype=np.float32)
 
 
-def _read(path: Path) -> NDArray[np.uint8]:
+def _read(picture: Path | SampleRef) -> NDArray[np.uint8]:
+    """Decode as training does, so that a file and its copy in a shard give the same pixels."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{path} cannot be read ({error}): leave it out of the source") from error
+        if isinstance(picture, SampleRef):
+            return decode_image(ShardReader().read(picture))
+        return decode_image(as_jpeg_or_png(picture.read_bytes()))
+    except DAMAGE as error:
+        raise DataError(f"{_name(picture)} cannot be read ({error}): leave it out of the source") from error
 
 
 # ---------------------------------------------------------------------------------------------- bookkeeping
@@ -331,8 +409,10 @@ def _read(path: Path) -> NDArray[np.uint8]:
 
 def _claim(output: Path, settings: Settings, faces: Sequence[Face]) -> None:
     """Record what the output is made of; refuse one that was made of something else."""
-    digest = hashlib.sha256("\n".join(f"{face.key} {face.identity}" for face in faces).encode()).hexdigest()
-    record = as_record(settings) | {"faces": digest}
+    digest = hashlib.sha256()
+    for face in faces:
+        digest.update(f"{face.key}\n{face.identity}\n".encode("utf-8", "surrogateescape") + face.points_L2.tobytes())
+    record = as_record(settings) | {"faces": digest.hexdigest()}
     for name in ("num_processes", "progress_bar", "output_dir", "source", "landmarks"):
         del record[name]
     path = output / "make_morphs.json"

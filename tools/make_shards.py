@@ -49,7 +49,7 @@ _PROBERS = 16
 _TAR_BLOCK = 512
 _TAR_RECORD = 10240
 # What Pillow may raise for a damaged image; SampleError is what decode_image makes of it.
-_DAMAGE = (SampleError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+DAMAGE = (SampleError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 cv2.setNumThreads(0)  # one process a shard: the processes are the parallelism
 
@@ -259,7 +259,7 @@ def _stored_size(path: Path, settings: Settings) -> int:
             profile = image.info.get("icc_profile") or b""
             size = _shrunk_size(image.size, settings.max_side)
             return _png_bound(size, num_channels=max(3, len(image.getbands()))) + len(profile)
-    except _DAMAGE:
+    except DAMAGE:
         return num_bytes  # never stored: the writer lists it with the other damaged images
 
 
@@ -361,7 +361,7 @@ def _write_shard(job: _Job) -> list[tuple[str, str]]:
                 for entry in group:
                     try:
                         writer.write(_sample(entry, settings))
-                    except _DAMAGE as error:
+                    except DAMAGE as error:
                         bad.append((str(entry.path), str(error)))
             file.flush()
             os.fsync(file.fileno())
@@ -378,15 +378,18 @@ def _sample(entry: Entry, settings: Settings) -> dict[str, Any]:
     return {"__key__": entry.key, suffix: payload, "json": entry.json_text(), **label}
 
 
+def as_jpeg_or_png(payload: bytes) -> bytes:
+    """Return a JPEG or PNG file as it is, another one as an upright PNG; damage raises Pillow's errors."""
+    return payload if _suffix_of(payload[:8]) else _converted_to_png(payload)
+
+
 def _stored_image(payload: bytes, settings: Settings) -> tuple[str, bytes]:
     """Return the suffix and the bytes of the image member.
 
     Raises:
         SampleError: the image is damaged; where Pillow finds out first, its own error.
     """
-    suffix = _suffix_of(payload[:8])
-    if suffix is None:
-        suffix, payload = "png", _converted_to_png(payload)
+    suffix, payload = _suffix_of(payload[:8]) or "png", as_jpeg_or_png(payload)
     if _stays_untouched(io.BytesIO(payload), settings):
         if settings.verify:
             decode_image(payload)

@@ -26,12 +26,12 @@ from sklearn.preprocessing import StandardScaler
 
 from launch.command_line import configure_tool, run
 from launch.evaluate import named_values
-from trainer.checkpoint import write_atomically
 from trainer.config import check_types
 from trainer.data.augment import CenterView
 from trainer.data.shards import list_shards, open_index
 from trainer.data.stream import fixed_stream
 from trainer.evaluate import check_labels, truth_of
+from trainer.files import write_atomically
 from trainer.metrics import summarise
 
 _RINGS = 24

@@ -60,6 +60,12 @@ class Recipe:
     """AdamW's second-moment decay."""
     clip_grad_norm: float = 0.0
     """Clip the global gradient norm to this; 0 leaves it alone."""
+    spike_threshold: float = 0.0
+    """A loss so far above the median of the last 128 is a spike [median absolute deviations]; 0 looks for none."""
+    spike_patience: int = 3
+    """So many spikes in a row are an incident [steps]."""
+    on_spike: Literal["log", "rollback"] = "log"
+    """rollback: go back to the last checkpoint before the spike and leave out the data up to its end."""
 
     # Data
     crop_scale_min: float = 0.2
@@ -91,6 +97,10 @@ class Recipe:
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
         for name in ("beta1", "beta2"):
             _require(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+        far = self.spike_threshold == 0 or self.spike_threshold >= 4
+        _require(self, "spike_threshold", far, "must be 0 (off) or at least 4: an even drift alone reaches 2 (try 20)")
+        looks = self.spike_threshold > 0 or self.on_spike == "log"
+        _require(self, "on_spike", looks, "needs a spike_threshold above 0 (try 20)")
         _require(self, "flip_probability", 0 <= self.flip_probability <= 1, "must be from 0 to 1")
         ordered = 0 < self.crop_scale_min <= self.crop_scale_max <= 1
         _require(self, "crop_scale_min", ordered, f"must be above 0 and at most {self.crop_scale_max=} <= 1")
@@ -285,12 +295,22 @@ class Runtime:
     """Interval of checkpoints [steps]."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay on disk."""
+    background_saves: bool = True
+    """Write checkpoints while the training goes on; it waits for a copy of the state only. Needs host memory for it."""
+    max_restarts: int = 10
+    """Refuse to start after so many attempts died in a row without a newer checkpoint; 0 never refuses."""
     stop_at_step: int | None = None
     """Save and leave after this step without shortening the schedule [steps]."""
+    max_bad_steps: int = 5
+    """Stop when the loss or a gradient was not finite in so many steps in a row; each such step moves nothing."""
     max_bad_sample_share: float = 0.001
     """Stop when more than this share of the samples read was undecodable and had to be substituted."""
     timeout_s: int = 1800
-    """How long a collective may wait for a missing rank [seconds]."""
+    """A step and its collectives that take longer end the job, naming the rank that hangs; 0 for ever [seconds]."""
+    data_timeout_s: int = 1200
+    """Waiting longer for the batches of a step ends the job, likewise; 0 for ever [seconds]."""
+    save_timeout_s: int = 7200
+    """Saving, measuring or drawing longer ends the job, likewise; 0 for ever [seconds]."""
     oversubscribe: bool = False
     """Allow more CPU ranks than cores."""
     progress_bar: bool = True
@@ -299,7 +319,8 @@ class Runtime:
     def __post_init__(self) -> None:
         check_types(self)
         _require_at_least_one(self)
-        _require(self, "num_workers", self.num_workers >= 0, "must not be negative")
+        for name in ("num_workers", "max_restarts", "timeout_s", "data_timeout_s", "save_timeout_s"):
+            _require(self, name, getattr(self, name) >= 0, "must not be negative")
         _require(self, "max_bad_sample_share", 0 <= self.max_bad_sample_share < 1, "must be in [0, 1) (try 0.001)")
         _require(self, "output_dir", bool(self.output_dir), "must name a folder")
 
@@ -344,7 +365,7 @@ _AT_LEAST_ONE = {
     *("lora_r", "proj_dim", "proj_hidden_dim", "cls_hidden_dim", "mixstyle_blocks", "advanced_aug_num_ops"),
     *("global_batch", "micro_batch", "num_lanes", "block_samples", "window_blocks", "cache_bytes", "prefetch"),
     *("log_every", "save_every", "heldout_every", "picture_every", "val_every", "keep_checkpoints", "stop_at_step"),
-    *("num_threads", "timeout_s"),
+    *("num_threads", "max_bad_steps", "spike_patience"),
 }
 
 R = TypeVar("R", bound=Recipe)

@@ -6,10 +6,12 @@ mathematics. A value that both could set stands as "auto" in the JSON and is fil
 
 import json
 import logging
+import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
 from trainer import zero_files
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.optim import parameter_groups
 from trainer.world import World, join
 
@@ -36,6 +38,10 @@ _REFUSED_BLOCKS = {
     "data_efficiency": "the data plane is trainer/data",
     "curriculum_learning": "the data plane is trainer/data",
 }
+
+
+_REFUSED_VALUES = {("bf16", "check_grad_overflow"): False, ("zero_optimization", "compute_grad_norm"): False}
+"""With these DeepSpeed would move the optimizer by gradients that are not finite."""
 
 
 def default_device() -> torch.device:
@@ -93,6 +99,12 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     for block, reason in _REFUSED_BLOCKS.items():
         if block in config:
             raise ConfigError(f"ds_config {path} sets {block!r}, which is not used here: {reason}; remove the block")
+    for (block, name), value in _REFUSED_VALUES.items():
+        if isinstance(config.get(block), dict) and config[block].get(name) is value:
+            raise ConfigError(
+                f"ds_config {path} sets {block}.{name} to {json.dumps(value)}, which lets gradients that are not "
+                "finite move the weights: remove the setting"
+            )
     return config
 
 
@@ -162,6 +174,20 @@ def owned_by_recipe(
     }
 
 
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What all ranks know of a step: the same on each of them, but for `micro_losses`."""
+
+    loss: float
+    """Mean over the global batch."""
+    applied: bool
+    """Whether the optimizer moved. Where it did not, weights and optimizer state are bit for bit what they were."""
+    stop: bool
+    """Whether any rank asked to stop."""
+    micro_losses: tuple[float, ...] = ()
+    """This rank's loss of each micro batch; read only of a step that was not applied."""
+
+
 class Engine:
     """A model under DeepSpeed. One call of `step` is one optimizer step over the global batch."""
 
@@ -188,15 +214,20 @@ class Engine:
         self._lr_scales = [group["lr_scale"] for group in groups]
         try:
             self._engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
-        except (deepspeed.DeepSpeedConfigError, AssertionError, ValueError) as error:
+        except (deepspeed.DeepSpeedConfigError, AssertionError, NotImplementedError, ValueError) as error:
             raise ConfigError(f"DeepSpeed refuses the ds_config: {error}; compare it with ds_configs/") from error
         # DeepSpeed copies a script beside the state, on rank 0 while others already sync; a checkpoint holds no code.
         self._engine._copy_recovery_script = lambda save_path: None
+        # Steps are skipped at stage 0 by dropping the gradients, and DeepSpeed's clipping fails where there are none.
+        clip, module = self._engine.clip_fp32_gradients, self._engine.module
+        self._engine.clip_fp32_gradients = lambda: clip() if any(True for _ in _gradients(module)) else None
         self.device = torch.device(self._engine.device)
         self._basic_grad_norm: Tensor | None = None
 
-    def step(self, micro_batches: Iterable[tuple[Tensor, ...]], *, learning_rate: float, seed: int) -> Tensor:
-        """Accumulate gradients over the micro batches and move the optimizer once.
+    def step(
+        self, micro_batches: Iterable[tuple[Tensor, ...]], *, learning_rate: float, seed: int, stop: bool = False
+    ) -> StepResult:
+        """Accumulate gradients over the micro batches and move the optimizer once, if all numbers are finite.
 
         ``seed`` is given to torch's generators first: dropout and drop path draw from them, and a resumed run must
         draw the same.
@@ -204,22 +235,49 @@ class Engine:
         The loss is never divided here: DeepSpeed divides by the accumulation steps, and doing it twice is a known
         fault of other trainers.
 
-        Returns:
-            loss: scalar on the device, the mean over this rank's samples. Reading it waits for the device.
+        Before the optimizer moves the ranks agree on three numbers, in one all-reduce, and the host waits for it: the
+        one wait of a step, at the place where ZeRO waits for the norm of the gradients anyway. A loss that is not
+        finite makes all gradients of its rank NaN, and sums carry these to every rank; so the gradients alone decide
+        whether the step is applied: here at stage 0 in fp32, otherwise by DeepSpeed's own check of their global norm.
+
+        Args:
+            micro_batches: what the model takes, one tuple a micro batch.
+            learning_rate: of this step.
+            seed: see above.
+            stop: whether this rank wants the run to stop.
         """
         torch.manual_seed(seed)
         for group, scale in zip(self._engine.optimizer.param_groups, self._lr_scales, strict=True):
             group["lr"] = learning_rate * scale
-        total: Tensor = torch.zeros((), device=self.device)
+        losses: list[Tensor] = []
         self._engine.train()
         for inputs in micro_batches:
             loss: Tensor = self._engine(*inputs)
-            self._engine.backward(loss)
-            total.add_(loss.detach())
-            if self.zero_stage == 0 and self.precision == "fp32" and self._engine.is_gradient_accumulation_boundary():
-                self._basic_grad_norm = nn.utils.get_total_norm(_gradients(self._engine.module))
+            self._engine.backward(loss * (1 + 0 * loss.detach()))  # times 1, or times NaN
+            losses.append(loss.detach())
+            if self._engine.is_gradient_accumulation_boundary():
+                mean_loss, bad, hands = self._agree(losses, stop)
             self._engine.step()
-        return total.div_(self._accumulation)
+        applied = not bad and self._engine.was_step_applied()
+        return StepResult(mean_loss, applied, hands > 0, () if applied else tuple(map(float, losses)))
+
+    def _agree(self, losses: list[Tensor], stop: bool) -> list[float]:
+        """Return, alike on all ranks: the mean loss, and the shares of ranks with bad gradients and a hand raised.
+
+        A second number above 0 is given only where DeepSpeed has no check of its own; the gradients are then dropped,
+        and without gradients torch's optimizers leave everything as it is.
+        """
+        loss, bad = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for part in losses:
+            loss.add_(part)
+        if self.zero_stage == 0 and self.precision == "fp32":
+            self._basic_grad_norm = nn.utils.get_total_norm(_gradients(self._engine.module))
+            bad = (~self._basic_grad_norm.isfinite()).float()
+        word = torch.stack([loss.div_(self._accumulation), bad, torch.full_like(bad, float(stop))])
+        verdict: list[float] = self.mean_over_ranks(word).tolist()
+        if verdict[1]:
+            self._engine.zero_grad()
+        return verdict
 
     @property
     def module(self) -> Any:
@@ -247,11 +305,59 @@ class Engine:
         norm = self._basic_grad_norm if self._basic_grad_norm is not None else self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
+    def check_finite(self) -> None:
+        """Refuse a state that must not be saved; all ranks call, and all get the same verdict.
+
+        Raises:
+            DataError: a weight or a moment of the optimizer is not finite on some rank, which the message names.
+        """
+        optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        tensors = [getattr(p, "ds_tensor", p).detach() for p in self._engine.module.parameters()]
+        tensors += [p.detach() for group in optimizer.param_groups for p in group["params"]]
+        tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        largest = nn.utils.get_total_norm([t for t in tensors if t.numel()], norm_type=math.inf)  # NaN stays NaN
+        found = self.world.gather_over_ranks(bool(largest.isfinite()))
+        if not all(found):
+            raise DataError(
+                f"weights or optimizer state are not finite on rank {found.index(False)}, so nothing was saved: start "
+                "again from the last checkpoint; if it comes back, lower learning_rate, or look for a faulty device"
+            )
+
+    def capture(self, copy: bool) -> Callable[[Path], list[Path]]:
+        """Take the state of every rank; all ranks call. Nothing is written by this.
+
+        Args:
+            copy: copy it to the host, so that training may go on; otherwise it must be written before the next step.
+
+        Returns:
+            write: writes this rank's files below a folder and returns their paths.
+        """
+        collector = _Collector(copy=copy)
+        writer, self._engine.checkpoint_engine = self._engine.checkpoint_engine, collector
+        try:
+            self._engine.save_checkpoint(
+                zero_files.STATE,
+                tag=zero_files.STATE,
+                save_latest=False,
+                exclude_frozen_parameters=not self._save_frozen,
+            )
+        finally:
+            self._engine.checkpoint_engine = writer
+        if copy and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the copies to pinned memory were only begun
+
+        def write(directory: Path) -> list[Path]:
+            paths = [directory / zero_files.STATE / name for name in collector.files]
+            for path in paths:
+                path.parent.mkdir(exist_ok=True)
+                torch.save(collector.files.pop(path.name), path)  # let go of one copy after the other
+            return paths
+
+        return write
+
     def save(self, directory: Path) -> None:
         """Write every rank's state below ``directory``; all ranks call. Nothing is committed by this."""
-        self._engine.save_checkpoint(
-            str(directory), tag=zero_files.STATE, save_latest=False, exclude_frozen_parameters=not self._save_frozen
-        )
+        self.capture(copy=False)(directory)
 
     def load(self, directory: Path, *, written_by: int) -> None:
         """Restore the state that `save` wrote; all ranks call. No code from the files is executed.
@@ -298,6 +404,43 @@ class Engine:
             if parameter.requires_grad:
                 state[name] = zero_files.whole(parameter).float().cpu().clone()
         return state
+
+
+class _Collector(CheckpointEngine):  # type: ignore[misc]
+    """Takes what DeepSpeed would write, by the name of the file, and touches no disk."""
+
+    def __init__(self, *, copy: bool) -> None:
+        super().__init__()
+        self.files: dict[str, Any] = {}
+        self._copy = copy
+
+    def create(self, info: Any) -> None:
+        """Nothing is announced to anybody."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """The folders belong to `trainer.checkpoint`."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Keep the state."""
+        self.files[Path(path).name] = tree_map_only(Tensor, _on_host, state_dict) if self._copy else state_dict
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Nothing is loaded through this."""
+        raise NotImplementedError
+
+    def commit(self, info: Any) -> bool:
+        """The commit is `trainer.checkpoint`'s."""
+        return True
+
+    def preserves_storage_sharing(self) -> bool:
+        """Whether DeepSpeed must copy small parts out of large tensors first: a copy of ours is small already."""
+        return not self._copy
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the host, without waiting for the device where the memory allows it."""
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
+    return copy.copy_(tensor.detach(), non_blocking=True)
 
 
 def _gradients(module: nn.Module) -> list[Tensor]:

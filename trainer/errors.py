@@ -17,6 +17,10 @@ class CheckpointError(TrainerError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class SupersededError(TrainerError):
+    """A newer attempt at the same run has taken over its output; this one has nothing left to do."""
+
+
 class SampleError(DataError):
     """One sample cannot be used. The stream substitutes another and counts ``reason``."""
 

@@ -1,32 +1,39 @@
 """One training loop on one screen.
 
 The loop knows steps, batches and dates; the engine knows DeepSpeed, the monitor knows files, the checkpoint module
-knows commits. No value is read from the device between logging steps.
+knows commits, numerics what is done about losses that are not finite or jump. Each step reads the device once, inside
+the engine, where the ranks agree.
 """
 
 import logging
+import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trainer.checkpoint import Progress
 from trainer.data.loader import to_device
 from trainer.data.stream import Batch
-from trainer.engine import Engine
+from trainer.engine import Engine, StepResult
 from trainer.errors import DataError
+from trainer.guardian import Phase
+from trainer.lease import Lease
 from trainer.monitor import Ledger, Monitor, Speedometer
+from trainer.numerics import BadSteps, SpikeWatch
+from trainer.watchdog import compare_waits, mark, where_we_wait
 
 logger = logging.getLogger(__name__)
 
 _ENOUGH_FOR_A_SHARE = 10_000
 """With fewer samples read, one bad image would already be a large share."""
+_SAME_REQUEST_S = 5.0
 
 Inputs = Callable[[Batch], tuple[Tensor, ...]]
 
@@ -50,7 +57,7 @@ class Dates:
 class Hooks:
     """What the loop does at its dates; each is called on all ranks."""
 
-    save: Callable[[], None]
+    save: Callable[[], Any]
     measure: Callable[[int], None]
     picture: Callable[[int], None]
 
@@ -89,17 +96,47 @@ class BadSamples:
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGUSR1, which a scheduler sends before it takes the machine away."""
+    """Remembers SIGTERM and SIGUSR1, which a scheduler sends before it takes the machine away.
+
+    A second signal ends the process at once, with 128 + signal. Schedulers signal every process of a job and launchers
+    pass on what they get, so what arrives within a few seconds of the first is the same request.
+    """
 
     def __init__(self) -> None:
         self.seen = False
+        self._ends_s = 0.0
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        logger.warning("got %s: saving at the next logging step, then leaving", signal.Signals(number).name)
-        self.seen = True
+        name, now = signal.Signals(number).name, time.monotonic()
+        if not self.seen:
+            self.seen, self._ends_s = True, now + _SAME_REQUEST_S
+            logger.warning("got %s: saving after this step or the next, then leaving", name)
+        elif now >= self._ends_s:
+            logger.warning("got %s, the second request: leaving at once, without saving", name)
+            mark(Phase.LEAVING)
+            os._exit(128 + number)
+
+
+class Outcome(Enum):
+    """How `train` ended."""
+
+    FINISHED = "the last step is done"
+    STOPPED = "a rank was asked to stop"
+    SPIKED = "the loss jumped and stayed, and the run must go back"
+
+
+@dataclass(frozen=True, slots=True)
+class Guards:
+    """What looks after the data, the numbers, the wishes of the scheduler and newer attempts at the same run."""
+
+    bad_samples: BadSamples
+    bad_steps: BadSteps
+    spikes: SpikeWatch
+    stop: StopRequest
+    lease: Lease
 
 
 def train(
@@ -116,46 +153,53 @@ def train(
     monitor: Monitor,
     ledger: Ledger,
     speed: Speedometer,
-    bad: BadSamples,
-    stop: StopRequest,
-) -> bool:
-    """Train until the last step, or until any rank is asked to stop.
+    guards: Guards,
+) -> Outcome:
+    """Train until the last step, until any rank is asked to stop, or until the loss spikes.
 
-    Returns:
-        finished: False if the run was asked to stop; the state is saved either way.
+    The state is saved at the end, but not of a spike.
     """
     while progress.step < dates.last_step:
+        mark(Phase.DATA, progress.step + 1)
         micro_batches = _wait_for(batches, accumulation, speed)
+        mark(Phase.STEP, progress.step + 1)
         learning_rate = learning_rate_at(progress.step)
-        loss = engine.step(
+        result = engine.step(
             (inputs(to_device(batch, engine.device)) for batch in micro_batches),
             learning_rate=learning_rate,
             seed=seed_at(progress.step),
+            stop=guards.stop.seen,
         )
         progress.step += 1
         step = progress.step
         for batch in micro_batches:
-            ledger.consumed(step, batch.positions, batch.keys)
-            bad.note(batch)
+            guards.bad_samples.note(batch)
+            if result.applied:
+                ledger.consumed(step, batch.positions, batch.keys)
         speed.step_done()
         monitor.step_done()
+        guards.bad_steps.note(progress, result, micro_batches, engine.world)
+        if guards.spikes.note(progress, result):
+            return Outcome.SPIKED
 
-        leaving = False
-        if dates.due(step, dates.log_every):
-            _log(step, engine, loss, learning_rate, monitor=monitor, speed=speed, bad=bad)
-            leaving = engine.world.any_over_ranks(stop.seen)  # every rank leaves at the same step
+        if dates.due(step, dates.log_every) or result.stop:
+            engine.world.on_main(guards.lease.check)
+            _log(progress, engine, result, learning_rate, monitor=monitor, speed=speed, bad=guards.bad_samples)
         if dates.due(step, dates.heldout_every):
+            mark(Phase.MEASURING, step)
             hooks.measure(step)
         if dates.due(step, dates.picture_every):
+            mark(Phase.DRAWING, step)
             hooks.picture(step)
-        if dates.due(step, dates.save_every) or leaving:
-            _require_finite(engine, loss, step)
+        if dates.due(step, dates.save_every) or result.stop:
+            mark(Phase.SAVING, step)
+            engine.check_finite()
             ledger.flush()
             hooks.save()
             monitor.flush()
-        if leaving:
-            return False
-    return True
+        if result.stop:
+            return Outcome.STOPPED
+    return Outcome.FINISHED
 
 
 def _wait_for(batches: Iterator[Batch], count: int, speed: Speedometer) -> list[Batch]:
@@ -166,32 +210,24 @@ def _wait_for(batches: Iterator[Batch], count: int, speed: Speedometer) -> list[
 
 
 def _log(
-    step: int,
+    progress: Progress,
     engine: Engine,
-    loss: Tensor,
+    result: StepResult,
     learning_rate: float,
     *,
     monitor: Monitor,
     speed: Speedometer,
     bad: BadSamples,
 ) -> None:
-    """Read the device, once, and tell the monitor."""
+    """Tell the monitor how the run stands."""
     values: dict[str, Any] = {
-        "loss": _require_finite(engine, loss, step),
+        "loss": result.loss,
         "lr": learning_rate,
         "grad_norm": engine.grad_norm(),
         **speed.read(),
+        "skipped_steps": progress.skipped_steps,
+        "rollbacks": len(progress.skips),
         **{f"bad_samples_{reason}": count for reason, count in bad.agree(engine).items()},
     }
-    monitor.scalars(step, values)
-
-
-def _require_finite(engine: Engine, loss: Tensor, step: int) -> float:
-    """Return the loss over all ranks; a run that lost its numbers stops on all ranks and saves nothing."""
-    value = engine.mean_over_ranks(loss)
-    if not torch.isfinite(value):
-        raise DataError(
-            f"the loss at step {step} is {float(value)}; nothing was saved since the last checkpoint: "
-            "lower learning_rate, set clip_grad_norm 1.0, or look at the samples of this step with --sample_ledger"
-        )
-    return float(value)
+    compare_waits(progress.step, engine.world.gather_over_ranks(where_we_wait(values["data_wait_share"])))
+    monitor.scalars(progress.step, values)

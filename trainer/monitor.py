@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from trainer.checkpoint import write_atomically
+from trainer.lease import Lease
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +60,25 @@ def start_logging(output_dir: Path, *, is_main: bool, rank: int) -> Path | None:
 class Monitor:
     """Rank 0's view of the run; on other ranks every method does nothing."""
 
-    def __init__(self, output_dir: Path, *, first_step: int, total_steps: int, is_main: bool, progress_bar: bool):
-        """Open the sinks and cut away what lies beyond ``first_step``."""
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        lease: Lease,
+        first_step: int,
+        total_steps: int,
+        is_main: bool,
+        progress_bar: bool,
+    ) -> None:
+        """Open the sinks and cut away what lies beyond ``first_step``, and what an older attempt may yet write."""
         self._is_main = is_main
         if not is_main:
             return
-        output_dir.mkdir(parents=True, exist_ok=True)
         self._pictures = output_dir / "pictures"
         metrics = output_dir / "metrics.jsonl"
-        cut_after(metrics, first_step)
-        self._metrics = metrics.open("a", buffering=1)
+        self._metrics = lease.append_to(metrics, rows_until(metrics, first_step))
+        for events in (output_dir / "tensorboard").glob("events.*"):
+            lease.detach(events)
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self._bar = tqdm(
             total=total_steps,
@@ -93,6 +102,7 @@ class Monitor:
         prefix = "" if group == "train" else f"{group}_"
         row = {"step": step} | {prefix + name: _plain(value) for name, value in values.items()}
         self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{group}/{name}", value, step)
         if group == "train":
@@ -124,11 +134,13 @@ class Monitor:
 class Ledger:
     """JSON lines {step, position, key} of every sample that this rank's optimizer steps consumed."""
 
-    def __init__(self, folder: Path | None, *, rank: int) -> None:
+    def __init__(self, folder: Path | None, *, lease: Lease, first_step: int, rank: int) -> None:
+        """Open this rank's file; rows beyond ``first_step`` belong to weights that no longer exist."""
         self._file: TextIO | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / f"rank-{rank:05d}.jsonl").open("a")
+            path = folder / _ledger_name(rank)
+            self._file = lease.append_to(path, rows_until(path, first_step))
 
     def consumed(self, step: int, positions: Iterable[int], keys: Iterable[str]) -> None:
         """Note samples after their optimizer step; buffered until `flush`."""
@@ -184,24 +196,28 @@ class Speedometer:
         return values
 
 
-def cut_after(path: Path, step: int) -> None:
-    """Keep the JSON lines up to a step; drop later ones and a torn last line. The file is replaced whole."""
-    if not path.exists():
-        return
+def rows_until(path: Path, step: int) -> str:
+    """Return the JSON lines of a file up to a step, without later ones and a torn last line; "" where there is none."""
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # the process was killed in the middle of this line
-    write_atomically(path, "".join(kept))
+    return "".join(kept)
 
 
-def cut_ledger(folder: Path | None, step: int) -> None:
-    """Cut the ledgers of all ranks, also of ranks that the resumed run no longer has."""
+def cut_other_ledgers(folder: Path | None, step: int, *, lease: Lease, num_ranks: int) -> None:
+    """Cut the ledgers of ranks that the resumed run no longer has; the others cut their own."""
+    ours = {_ledger_name(rank) for rank in range(num_ranks)}
     for path in sorted(folder.glob("rank-*.jsonl")) if folder else []:
-        cut_after(path, step)
+        if path.name not in ours:
+            lease.write(path, rows_until(path, step))
+
+
+def _ledger_name(rank: int) -> str:
+    return f"rank-{rank:05d}.jsonl"
 
 
 def _memory_gib() -> float:

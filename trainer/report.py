@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from scipy.special import ndtri
 
-from trainer.checkpoint import write_atomically
+from trainer.files import write_atomically
 from trainer.metrics import clopper_pearson, error_curve
 
 Floats = NDArray[np.float64]

@@ -11,9 +11,7 @@ A frozen encoder is not in it: its weights are those of ``init``, whose sha256 i
 """
 
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +20,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.checkpoint import describe_files, write_atomically
 from trainer.data.overlap import Prints
 from trainer.errors import CheckpointError
 from trainer.evaluate import Decision
+from trainer.files import describe_files, files_below, sync_files, write_synced
+from trainer.lease import Lease
 from trainer.metrics import Calibration
 
 FORMAT_VERSION = 1
@@ -52,31 +51,37 @@ def save_detector(
     decision: Decision,
     seen: dict[str, Prints],
     *,
+    lease: Lease,
     write_more: Callable[[Path], None] | None = None,
 ) -> None:
     """Replace a detector's folder; a kill leaves the old one or the new one.
 
     Raises:
         CheckpointError: the storage refuses; what was there stays.
+        SupersededError: a newer attempt has taken over.
     """
-    draft = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    draft = lease.draft(folder.name)
     try:
-        draft.mkdir(parents=True)
+        lease.check()
+        draft.mkdir()
         save_file({name: value.contiguous() for name, value in weights.items()}, draft / _WEIGHTS)
         for name, prints in seen.items():
             prints.save(draft / f"{name}.npz")
         if write_more is not None:
             write_more(draft)
-        for path in (path for path in draft.rglob("*") if path.is_file()):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        sync_files(files_below(draft))
         fitted = {
             "calibration": {"slope": decision.calibration.slope, "offset": decision.calibration.offset},
             "thresholds": {name: repr(value) for name, value in decision.thresholds.items()},  # inf is no JSON number
         }
         text = {"format_version": FORMAT_VERSION} | description | fitted | {"files": describe_files(draft)}
-        write_atomically(draft / _DESCRIPTION, json.dumps(text, indent=1) + "\n")
-        _replace(folder, draft)
+        write_synced(draft / _DESCRIPTION, json.dumps(text, indent=1) + "\n")
+        restore(folder, lease)
+        if folder.exists():  # no file system everywhere swaps two folders, so for a moment there is only the old one
+            lease.move(folder, _old(folder))
+        lease.move(draft, folder)
+        if _old(folder).exists():
+            lease.discard(_old(folder))
     except OSError as error:
         raise CheckpointError(f"detector {folder} cannot be written ({error}): mend the storage") from error
     finally:
@@ -89,7 +94,8 @@ def load_detector(path: Path) -> SavedDetector:
     Raises:
         CheckpointError: there is none, or a file is missing or altered.
     """
-    folder = path if (path / _DESCRIPTION).exists() else path / "detector"
+    places = (path, path / "detector", _old(path / "detector"))
+    folder = next((place for place in places if (place / _DESCRIPTION).exists()), places[1])
     if not (folder / _DESCRIPTION).exists():
         raise CheckpointError(f"{path} holds no detector ({_DESCRIPTION}): name the output_dir of launch/finetune.py")
     description = read_description(folder)
@@ -135,9 +141,14 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _replace(folder: Path, draft: Path) -> None:
-    old = draft.with_name(f"{draft.name}-old")
-    if folder.exists():
-        folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def restore(folder: Path, lease: Lease) -> None:
+    """Put a detector back that was about to be replaced when the process was killed."""
+    if _old(folder).exists():
+        if folder.exists():
+            lease.discard(_old(folder))
+        else:
+            lease.move(_old(folder), folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}-old")

@@ -8,18 +8,18 @@ may index terabytes while the others wait.
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from trainer.errors import CheckpointError, ConfigError, DataError, TrainerError
+from trainer.errors import CheckpointError, ConfigError, DataError, SupersededError, TrainerError
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=2)
-_KINDS = {kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError)}
+_KINDS = {kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError, SupersededError)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,12 @@ class World:
     local_size: int = 1
     decisions: Any = field(default=None, repr=False, compare=False)
     """Process group for host-side words; None in a world of one."""
+    background: Any = field(default=None, repr=False, compare=False)
+    """A second such group, for one thread beside the main one: words of two threads must not meet in one group."""
+
+    def in_background(self) -> "World":
+        """Return this world for use by a background thread."""
+        return replace(self, decisions=self.background)
 
     @property
     def is_main(self) -> bool:
@@ -134,8 +140,8 @@ def check_devices(world: World, num_devices: int, kind: str, *, oversubscribe: b
 
 
 def join(world: World) -> World:
-    """Return the same world with its group for decisions; the default process group must exist."""
+    """Return the same world with its groups for decisions; the default process group must exist."""
     if world.size == 1:
         return world
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    return World(world.rank, world.size, world.local_rank, world.local_size, group)
+    groups = [dist.new_group(backend="gloo", timeout=_PATIENCE) for _ in range(2)]
+    return replace(world, decisions=groups[0], background=groups[1])

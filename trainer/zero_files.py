@@ -30,7 +30,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 STATE = "state"
 """The folder of DeepSpeed's files in a checkpoint."""
 
-SAFE_GLOBALS = [ZeroStageEnum, fragment_address, LossScaler]
+SAFE_GLOBALS = [ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler]
 """The classes that DeepSpeed 0.19.8 pickles into its files beside tensors and plain containers, and no more."""
 
 WEIGHTS, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")

@@ -38,8 +38,8 @@ def steps(engine: Engine, first: int, end: int, world, micro_batch: int) -> list
     for step in range(first, end):
         mine = list(range(step * GLOBAL_BATCH + world.rank, (step + 1) * GLOBAL_BATCH, world.size))
         parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
-        loss = engine.step((inputs(part) for part in parts), learning_rate=LR, seed=step)
-        losses.append(float(engine.mean_over_ranks(loss)))
+        result = engine.step((inputs(part) for part in parts), learning_rate=LR, seed=step)
+        losses.append(result.loss)
     return losses
 
 

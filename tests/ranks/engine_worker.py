@@ -48,8 +48,8 @@ def main(ds_config: str, micro_batch: str, output: str, stage: str) -> None:
     for step in range(STEPS):
         mine = list(range(step * GLOBAL_BATCH + world.rank, (step + 1) * GLOBAL_BATCH, world.size))
         parts = [mine[i : i + int(micro_batch)] for i in range(0, len(mine), int(micro_batch))]
-        loss = engine.step((inputs(part) for part in parts), learning_rate=LR * min(1, (step + 1) / 5), seed=step)
-        losses.append(float(engine.mean_over_ranks(loss)))
+        result = engine.step((inputs(part) for part in parts), learning_rate=LR * min(1, (step + 1) / 5), seed=step)
+        losses.append(result.loss)
         norms.append(engine.grad_norm())
     errors = engine.evaluate(*inputs(list(range(4))), want="error")
     digest = hashlib.sha256()

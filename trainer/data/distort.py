@@ -27,6 +27,8 @@ Pixels = NDArray[np.uint8]
 Draws = NDArray[np.float32]
 
 _MOST = 10
+_PASSPORT_PIXELS = 413 * 531
+_JPEG_HEADER_BYTES, _JPEG2000_HEADER_BYTES = 623, 260
 _RANGES = {"rotate": 30.0, "shear": 0.3, "translate": 0.45, "enhance": 0.9}
 
 
@@ -216,11 +218,23 @@ def resize_chain(image_HWC: Pixels, draws_K: Draws) -> Pixels:
     return np.asarray(cv2.resize(cv2.resize(image_HWC, size, interpolation=down), (width, height), interpolation=up))
 
 
-def _drawn_budget(image_HWC: Pixels, draws_K: Draws) -> Pixels:
-    """Budgets are drawn in bits a pixel, because 15 kB bind a passport's 413 x 531 pixels and not a small view."""
-    bits_a_pixel = 0.25 * 8.0 ** float(draws_K[0])  # 0.25 to 2, uniform in the logarithm; 15 kB of a passport are 0.55
+def _drawn_bytes(image_HWC: Pixels, draw: float) -> float:
+    """Draw what a compressed image may hold besides its header: as much a face as of a passport's 413 x 531 pixels.
+
+    There it is 0.4 to 2.4 bits a pixel, 11 to 66 kB, uniform in the logarithm; chips have 15 to 20. Each pixel of a
+    smaller image holds more of the face, and with as few bits a face of 92 x 112 is a handful of blocks.
+    """
     pixels = image_HWC.shape[0] * image_HWC.shape[1]
-    return jpeg_to_budget(image_HWC, max(700, round(bits_a_pixel * pixels / 8)))[0]  # 623 bytes are header
+    return float(0.4 * 6.0**draw / 8 * pixels * max(1.0, _PASSPORT_PIXELS / pixels) ** 0.25)
+
+
+def _drawn_jpeg(image_HWC: Pixels, draws_K: Draws) -> Pixels:
+    return jpeg_to_budget(image_HWC, round(_JPEG_HEADER_BYTES + _drawn_bytes(image_HWC, float(draws_K[0]))))[0]
+
+
+def _drawn_jpeg2000(image_HWC: Pixels, draws_K: Draws) -> Pixels:
+    num_bytes = _JPEG2000_HEADER_BYTES + _drawn_bytes(image_HWC, float(draws_K[0]))
+    return jpeg2000(image_HWC, max(1.0, image_HWC.size / num_bytes))
 
 
 def _drawn_print(image_HWC: Pixels, draws_K: Draws) -> Pixels:
@@ -234,8 +248,8 @@ _DRAWS_A_KIND = 5
 _KINDS: dict[str, Callable[[Pixels, Draws], Pixels]] = {
     "print_scan": _drawn_print,
     "resize": resize_chain,
-    "jpeg2000": lambda image_HWC, draws_K: jpeg2000(image_HWC, 10.0 * 6.0 ** float(draws_K[0])),
-    "jpeg_budget": _drawn_budget,
+    "jpeg2000": _drawn_jpeg2000,
+    "jpeg_budget": _drawn_jpeg,
 }
 
 

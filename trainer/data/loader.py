@@ -1,5 +1,6 @@
 """Workers, prefetch and the copy to the device: batches are ready when the step wants them."""
 
+import ctypes
 import signal
 from collections.abc import Iterator
 
@@ -8,6 +9,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from trainer.data.stream import Batch, Guarded
 from trainer.errors import TrainerError
+
+_PR_SET_PDEATHSIG = 1
+"""Linux: send this process a signal when its parent dies."""
 
 
 class Loader:
@@ -48,9 +52,11 @@ def _prepare_worker(worker: int) -> None:
     """Workers are the parallelism: threads inside each would only fight over the cores.
 
     A scheduler sends its warning to every process of the job. The training process answers it by saving, for which it
-    needs its workers alive.
+    needs its workers alive. A killed training process takes them along: they hold copies of its connections, so that
+    the other ranks would learn of its end only when its workers end, and one that hangs with the storage never does.
     """
     del worker
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

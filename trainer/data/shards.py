@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from trainer.data.storage import Span, SpanReader, find, is_url, stamp
 from trainer.data.tar import Member, walk_tar
 from trainer.errors import ConfigError, DataError, SampleError
+from trainer.files import sync_files
 
 logger = logging.getLogger(__name__)
 
@@ -404,9 +405,7 @@ def _build(folder: Path, shards: list[str], num_processes: int, on_shard: Callab
 
 
 def _publish(draft: Path, folder: Path) -> None:
-    for path in draft.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    sync_files(draft.iterdir())
     if folder.exists():  # out of date, or another job was faster: both are replaced
         folder.rename(draft.with_name(f"{draft.name}-old"))
         shutil.rmtree(draft.with_name(f"{draft.name}-old"), ignore_errors=True)

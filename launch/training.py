@@ -1,0 +1,169 @@
+"""A training run from its last checkpoint to its end, as pre-training and detection share it."""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.data import span_reader
+from launch.run_setup import claim, resume, versions
+from trainer import checkpoint
+from trainer.config import Recipe, Runtime
+from trainer.data.augment import View
+from trainer.data.loader import Loader
+from trainer.data.plan import Order
+from trainer.data.shards import ShardIndex
+from trainer.data.stream import Slice, train_stream
+from trainer.engine import Engine
+from trainer.lease import Lease
+from trainer.loop import BadSamples, Dates, Guards, Hooks, Inputs, Outcome, StopRequest, train
+from trainer.monitor import Ledger, Monitor, Speedometer
+from trainer.numerics import BadSteps, SpikeWatch
+from trainer.optim import learning_rate_at
+from trainer.seeds import step_seed
+
+logger = logging.getLogger(__name__)
+
+_MAX_ROLLBACKS = 3
+"""To one checkpoint: more of the same data left out would not help."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What a run is made of."""
+
+    engine: Engine
+    index: ShardIndex
+    order: Order
+    identity: checkpoint.Identity
+    lease: Lease
+    recipe: Recipe
+    runtime: Runtime
+    view: View
+    noise_per_sample: int
+    inputs: Inputs
+    flops_per_image: int
+    measure: Callable[[Monitor, int], None]
+    measure_every: int
+    picture: Callable[[Monitor, int], None]
+    picture_every: int
+    at_end: Callable[[int], None]
+    """Called on all ranks after the last step."""
+
+    def run(self) -> bool:
+        """Train to the end of the schedule; False if a signal asked to stop. The state is saved either way.
+
+        After a loss spike the run goes back to a checkpoint in the same process, exactly as a restart would.
+        """
+        stop, progress = StopRequest(), self._resume()
+        while (outcome := self._train_from(progress, stop)) is Outcome.SPIKED:
+            if self.engine.world.on_main(functools.partial(self._rewind, progress)):
+                progress = self._resume()
+        if outcome is Outcome.FINISHED:
+            self.at_end(progress.step)
+        return outcome is Outcome.FINISHED
+
+    def _resume(self) -> checkpoint.Progress:
+        output, runtime = Path(self.runtime.output_dir), self.runtime
+        progress = resume(self.engine, output / "checkpoints", self.identity, runtime)
+        claim(self.lease, output, self.recipe, runtime, progress.step, self.engine.world)
+        return progress
+
+    def _rewind(self, spiked: checkpoint.Progress) -> bool:
+        root = Path(self.runtime.output_dir, "checkpoints")
+        found = checkpoint.rewind(root, spiked, lease=self.lease, max_attempts=_MAX_ROLLBACKS)
+        if found is None:
+            logger.warning("the loss spikes since step %s, but no checkpoint is older: going on", spiked.spiking_since)
+            return False
+        logger.warning(
+            "the loss spikes since step %s: back to %s, and the data up to step %d are left out",
+            *(spiked.spiking_since, found.name, spiked.step),
+        )
+        return True
+
+    def _train_from(self, progress: checkpoint.Progress, stop: StopRequest) -> Outcome:
+        """Join the parts and run the loop."""
+        engine, recipe, runtime, world = self.engine, self.recipe, self.runtime, self.engine.world
+        output, images = Path(runtime.output_dir), len(self.index)
+        total_steps = max(1, round(recipe.epochs * images / recipe.global_batch))
+        last_step = min(total_steps, runtime.stop_at_step or total_steps)
+        share = Slice(recipe.global_batch, runtime.micro_batch, world.rank, world.size)
+        logger.info(
+            "%d steps of %d images over %d ranks (%g epochs of %d images), from step %d, %s, ZeRO stage %d",
+            *(total_steps, recipe.global_batch, world.size, recipe.epochs, images, progress.step),
+            *(engine.precision, engine.zero_stage),
+        )
+        stream = train_stream(
+            self.index,
+            self.order,
+            share,
+            self.view,
+            first_step=progress.data_step,
+            noise_per_sample=self.noise_per_sample,
+            spans=span_reader(runtime),
+        )
+        loader = Loader(
+            stream,
+            num_workers=runtime.num_workers,
+            prefetch=runtime.prefetch,
+            pin_memory=engine.device.type == "cuda",
+        )
+        monitor = Monitor(
+            output,
+            lease=self.lease,
+            first_step=progress.step,
+            total_steps=total_steps,
+            is_main=world.is_main,
+            progress_bar=runtime.progress_bar,
+        )
+        ledger = Ledger(
+            Path(runtime.sample_ledger) if runtime.sample_ledger else None,
+            lease=self.lease,
+            first_step=progress.step,
+            rank=world.rank,
+        )
+        saver = checkpoint.Saver(
+            output / "checkpoints",
+            self.identity,
+            versions(),
+            lease=self.lease,
+            world=world,
+            keep=runtime.keep_checkpoints,
+            background=runtime.background_saves,
+        )
+        with saver, contextlib.closing(ledger), contextlib.closing(monitor):
+            return train(
+                engine,
+                iter(loader),
+                progress,
+                inputs=self.inputs,
+                learning_rate_at=functools.partial(
+                    learning_rate_at,
+                    peak=recipe.peak_learning_rate,
+                    floor=recipe.min_learning_rate,
+                    warmup_steps=round(recipe.warmup_epochs * images / recipe.global_batch),
+                    total_steps=total_steps,
+                ),
+                seed_at=lambda step: step_seed(recipe.seed, step, world.rank),
+                accumulation=share.micro_batches_per_step,
+                dates=Dates(last_step, runtime.log_every, runtime.save_every, self.measure_every, self.picture_every),
+                hooks=Hooks(
+                    save=functools.partial(saver.save, progress, engine.capture),
+                    measure=functools.partial(self.measure, monitor),
+                    picture=functools.partial(self.picture, monitor),
+                ),
+                monitor=monitor,
+                ledger=ledger,
+                speed=Speedometer(
+                    global_batch=recipe.global_batch, flops_per_image=self.flops_per_image, num_ranks=world.size
+                ),
+                guards=Guards(
+                    bad_samples=BadSamples(runtime.max_bad_sample_share),
+                    bad_steps=BadSteps(runtime.max_bad_steps, output / "logs", engine.precision == "fp16"),
+                    spikes=SpikeWatch(recipe.spike_threshold, recipe.spike_patience, recipe.on_spike == "rollback"),
+                    stop=stop,
+                    lease=self.lease,
+                ),
+            )

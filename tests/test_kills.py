@@ -1,0 +1,182 @@
+"""Killed in every phase by real signals, a run can always go on, never starts afresh and loses nothing committed.
+
+`make faults` runs the long form: TRAINER_KILLS=100.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TINY, environment, metrics
+
+from trainer import checkpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.ranks]
+NUM_KILLS = int(os.environ.get("TRAINER_KILLS", "0"))
+PHASES = ("step", "shard", "sync", "manifest", "rename", "latest", "latest rename", "pruning", "pruned")
+OF_RANK_0 = PHASES[3:]
+"""Phases that only rank 0 comes to."""
+FLAGS = TINY | {"save_every": "2", "keep_checkpoints": "2", "max_restarts": "0", "num_workers": "0", "timeout_s": "120"}
+
+
+class Zygote:
+    """A process that forks runs."""
+
+    def __init__(self) -> None:
+        words = [sys.executable, str(ROOT / "tests" / "ranks" / "zygote.py")]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen(words, env=environment(), text=True, **pipes)
+        self._port = 29800
+
+    def start(
+        self, flags: dict[str, str], log: Path, *, ranks: int = 2, fault: dict[str, Any] | None = None
+    ) -> list[int]:
+        """Start a run; returns the ranks' process numbers."""
+        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        self._port = 29800 + (self._port - 29799) % 150
+        order = {"words": words, "ranks": ranks, "port": self._port, "log": str(log), "fault": fault}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return self._answer()["pids"]
+
+    def wait(self) -> list[int]:
+        """Exit codes of the ranks, negative for signals."""
+        return [os.waitstatus_to_exitcode(status) for status in self._answer()["status"]]
+
+    def run(self, flags: dict[str, str], log: Path, **more: Any) -> list[int]:
+        self.start(flags, log, **more)
+        return self.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    ours = Zygote()
+    yield ours
+    ours.close()
+
+
+def flags_of(shards: Path, output: Path, steps: int, **changes: str) -> dict[str, str]:
+    where = {"data": f"{shards}/*.tar", "output_dir": str(output), "sample_ledger": f"{output}-ledger"}
+    return FLAGS | where | {"epochs": str(steps * 8 / 64)} | changes
+
+
+def newest(output: Path) -> int:
+    found = checkpoint.find(output / "checkpoints")
+    return found[1]["progress"]["step"] if found else 0
+
+
+def story(output: Path) -> tuple[Any, ...]:
+    """What a run has computed and consumed, to the last bit."""
+    rows = [(row["step"], row.get("loss"), row.get("lr"), row.get("grad_norm")) for row in metrics(output)]
+    ledgers = {path.name: path.read_text() for path in sorted(Path(f"{output}-ledger").iterdir())}
+    return rows, ledgers
+
+
+def weights(output: Path, step: int) -> dict[str, Any]:
+    manifest = json.loads((output / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
+    return manifest["files"]
+
+
+def faults(seed: int) -> list[dict[str, Any]]:
+    """Every phase by one rank and by all, then as many random ones as asked for."""
+    chosen = [{"phase": p, "nth": 2, "action": a} for p in PHASES for a in ("kill", "kill all")]
+    chosen = chosen if NUM_KILLS else chosen[::2] + chosen[1:2]
+    draw = random.Random(seed)
+    while len(chosen) < NUM_KILLS:
+        phase, action = draw.choice(PHASES), draw.choice(("kill", "kill all"))
+        chosen.append({"phase": phase, "nth": draw.randint(1, 4), "action": action})
+    for fault in chosen:
+        fault["rank"] = 0 if fault["phase"] in OF_RANK_0 else draw.randint(0, 1)
+    draw.shuffle(chosen)
+    return chosen
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_run_killed_in_every_phase_ends_as_if_it_never_was(
+    zygote: Zygote, shards: Path, tmp_path: Path, background: str
+) -> None:
+    killed, log = tmp_path / "killed", tmp_path / "log"
+    before, num_killed, chosen = 0, 0, faults(seed=int(background == "true"))
+    steps = 4 * len(chosen) + 8
+    flags = flags_of(shards, killed, steps, background_saves=background)
+    for fault in chosen:
+        log.write_text("")
+        codes = zygote.run(flags, log, fault=fault)
+        assert -signal.SIGKILL in codes or codes == [0, 0], (fault, codes, log.read_text()[-3000:])
+        num_killed += -signal.SIGKILL in codes
+        assert "Traceback" not in log.read_text() or fault["action"] == "kill", log.read_text()[-3000:]
+        after = newest(killed)
+        assert after >= before, (fault, before, after)
+        latest = killed / "checkpoints" / "latest"
+        assert not after or (killed / "checkpoints" / latest.read_text().strip() / "manifest.json").exists()
+        started = f"from step {before}," in log.read_text() or f"step-{before:08d}" in log.read_text()
+        assert started, (fault, log.read_text()[-3000:])
+        before = after
+    assert num_killed >= len(chosen) - 2
+    log.write_text("")
+    assert zygote.run(flags, log) == [0, 0], log.read_text()[-3000:]
+    whole = tmp_path / "whole"
+    assert zygote.run(flags_of(shards, whole, steps), log) == [0, 0], log.read_text()[-3000:]
+    assert story(killed) == story(whole)
+    assert weights(killed, steps) == weights(whole, steps)
+    leftovers = [path.name for path in (killed / "checkpoints").iterdir()]
+    assert sorted(leftovers) == ["latest", f"step-{steps - 2:08d}", f"step-{steps:08d}"]
+    assert not [path for path in (killed / "attempts").rglob("*") if path.suffix == ".pt"]
+
+
+@pytest.mark.parametrize("phase", ["shard", "sync"])
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_storage_that_fails_on_one_rank_stops_all_after_three_saves(
+    zygote: Zygote, shards: Path, tmp_path: Path, phase: str, background: str
+) -> None:
+    output, log = tmp_path / "out", tmp_path / "log"
+    fault = {"phase": phase, "nth": 2 if phase == "sync" else 3, "action": "eio", "rank": 1}
+    flags = flags_of(shards, output, 40, background_saves=background)
+    codes = zygote.run(flags, log, fault=fault)
+    assert codes == [2, 2], log.read_text()[-3000:]
+    assert log.read_text().count("rank 1: OSError: [Errno 5] Input/output error") >= 3
+    assert "3 saves in a row have failed" in log.read_text()
+    assert newest(output) >= 2
+    done = newest(output)
+    assert zygote.run(flags, log) == [0, 0], log.read_text()[-3000:]
+    assert f"resumed from {output}/checkpoints/step-{done:08d}" in log.read_text()
+
+
+def test_an_attempt_that_comes_back_changes_nothing_and_says_so(zygote: Zygote, shards: Path, tmp_path: Path) -> None:
+    output, second = tmp_path / "out", Zygote()
+    flags = flags_of(shards, output, 16)
+    old_log, new_log = tmp_path / "old-log", tmp_path / "new-log"
+    fault = {"phase": "rename", "nth": 2, "action": "stop", "rank": 0}
+    (old,) = zygote.start(flags | {"background_saves": "false"}, old_log, ranks=1, fault=fault)
+    deadline = time.monotonic() + 120
+    while " T " not in Path(f"/proc/{old}/stat").read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert newest(output) == 2
+    assert second.run(flags, new_log, ranks=1) == [0], new_log.read_text()[-3000:]
+    second.close()
+    assert "resumed from" in new_log.read_text()
+    shared = [path for path in output.rglob("*") if path.is_file() and "attempts" not in path.parts]
+    shared += list(Path(f"{output}-ledger").iterdir())
+    before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in shared if "logs" not in path.parts}
+    os.kill(old, signal.SIGCONT)
+    assert zygote.wait() == [87], old_log.read_text()[-3000:]
+    assert "attempt 1 ends: attempt 2 has taken over" in old_log.read_text()
+    assert {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in before} == before
+    assert newest(output) == 16

@@ -20,9 +20,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.utils.logging import logger as deepspeed_logger
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
+from torch.utils._pytree import tree_map_only
 
 from trainer import zero_files
 from trainer.errors import CheckpointError, ConfigError, DataError

@@ -51,6 +51,7 @@ def test_all_stages_and_one_rank_and_accumulation_compute_the_same(tmp_path: Pat
         assert ranks[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
         assert ranks[0]["norms"] == pytest.approx(alone["norms"], rel=1e-3)
         assert ranks[0]["errors"] == ranks[1]["errors"], "the ranks hold different weights"
+        assert ranks[0]["copy_is_equal"], "what is saved in the background differs from what is saved at once"
         if stage < 3:
             assert ranks[0]["parameters"] == ranks[1]["parameters"]
     accumulated = train(tmp_path / "accumulated", ranks=1, stage=1, micro_batch=2, port=29710)[0]
@@ -66,6 +67,7 @@ def test_bf16_follows_fp32_within_its_precision(tmp_path: Path, name: str, stage
     ranks = train(tmp_path / "bf16", ranks=2, stage=stage, micro_batch=4, config=config, port=29730 + stage)
     assert ranks[0]["losses"] == pytest.approx(exact["losses"], rel=0.02)
     assert ranks[0]["errors"] == ranks[1]["errors"]
+    assert ranks[0]["copy_is_equal"]
 
 
 OWNED = owned_by_recipe(

@@ -24,8 +24,8 @@ from trainer.models.mae import MaskedAutoencoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 WORLDS = (2, 1, 3, 2)
-FP32 = [f"{kind}-cpu_fp32-{stage}" for stage in (2, 0, 1, 3) for kind in ("lora", "mae")]
-BF16 = ["mae-zero1_bf16-1", "lora-zero1_bf16-1", "lora-zero2_bf16-2", "lora-zero3_bf16-3"]
+FP32 = [*(f"{kind}-cpu_fp32-{stage}" for stage in (2, 1, 3) for kind in ("lora", "mae")), "mae-cpu_fp32-0"]
+BF16 = ["mae-zero1_bf16-1", "lora-zero3_bf16-3"]
 
 
 def hop(root: Path, number: int, *, port: int) -> list[dict[str, Any]]:

@@ -359,6 +359,7 @@ class Engine:
 
     def save(self, directory: Path) -> None:
         """Write every rank's state below ``directory``; all ranks call. Nothing is committed by this."""
+        directory.mkdir(parents=True, exist_ok=True)
         self.capture(copy=False)(directory)
 
     def load(self, directory: Path, *, written_by: int) -> None:
@@ -424,7 +425,9 @@ class _Collector(CheckpointEngine):  # type: ignore[misc]
 
     def save(self, state_dict: Any, path: str) -> None:
         """Keep the state."""
-        self.files[Path(path).name] = tree_map_only(Tensor, _on_host, state_dict) if self._copy else state_dict
+        if self._copy:  # a torch.Size is a tuple to the mapping, and would come back as a plain one
+            state_dict = tree_map_only(Tensor, _on_host, state_dict, is_leaf=lambda node: isinstance(node, torch.Size))
+        self.files[Path(path).name] = state_dict
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Nothing is loaded through this."""

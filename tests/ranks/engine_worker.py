@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask
 from trainer.seeds import Purpose, random_words, uniforms
 from trainer.world import world_from_environment
+from trainer.zero_files import load_safely
 
 GLOBAL_BATCH, STEPS, LR = 8, 20, 2e-3
 
@@ -23,6 +25,19 @@ def images_at(positions: list[int]) -> torch.Tensor:
     small = torch.from_numpy(words.astype("uint8")).view(-1, 3, 4, 4).float()
     large = torch.nn.functional.interpolate(small, size=32, mode="bilinear")
     return large.to(torch.uint8)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two states are equal in values and in types."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[name]) for name, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return vars(one) == vars(other) if hasattr(one, "__dict__") else bool(one == other)
 
 
 def main(ds_config: str, micro_batch: str, output: str, stage: str) -> None:
@@ -55,7 +70,19 @@ def main(ds_config: str, micro_batch: str, output: str, stage: str) -> None:
     digest = hashlib.sha256()
     for parameter in model.parameters():
         digest.update(parameter.detach().float().numpy().tobytes())
-    seen = {"losses": losses, "norms": norms, "errors": errors.tolist(), "parameters": digest.hexdigest()}
+    engine.save(Path(output, "saved"))
+    Path(output, "copied").mkdir(exist_ok=True)
+    engine.capture(copy=True)(Path(output, "copied"))
+    states = [
+        {path.name: load_safely(str(path)) for path in Path(output, folder, "state").glob(f"*rank_{world.rank}*")}
+        for folder in ("saved", "copied")
+    ]
+    seen = {"copy_is_equal": bool(states[0]) and same(*states)} | {
+        "losses": losses,
+        "norms": norms,
+        "errors": errors.tolist(),
+        "parameters": digest.hexdigest(),
+    }
     Path(output, f"rank-{world.rank}.json").write_text(json.dumps(seen))
     world.wait_for_all()
     disconnect()

@@ -73,16 +73,18 @@ def main(ds_config: str, micro_batch: str, output: str, stage: str) -> None:
     engine.save(Path(output, "saved"))
     Path(output, "copied").mkdir(exist_ok=True)
     engine.capture(copy=True)(Path(output, "copied"))
+    world.wait_for_all()
     states = [
         {path.name: load_safely(str(path)) for path in Path(output, folder, "state").glob(f"*rank_{world.rank}*")}
         for folder in ("saved", "copied")
     ]
-    seen = {"copy_is_equal": bool(states[0]) and same(*states)} | {
+    seen = {
         "losses": losses,
         "norms": norms,
         "errors": errors.tolist(),
         "parameters": digest.hexdigest(),
     }
+    seen["copy_is_equal"] = bool(states[0]) and same(*states)
     Path(output, f"rank-{world.rank}.json").write_text(json.dumps(seen))
     world.wait_for_all()
     disconnect()

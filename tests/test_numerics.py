@@ -297,8 +297,8 @@ def test_what_was_trained_and_what_was_left_out_are_all_data_once(moves: list[st
                     assert progress.data_step == behind, "the data go on behind the spike"
                     del taken[progress.step :]
         left_out = []
-        for skip in progress.skips:  # in the order in which they were made
-            before = skip["at_step"] + sum(s["num_steps"] for s in progress.skips[: progress.skips.index(skip)])
+        for i, skip in enumerate(progress.skips):  # in the order in which they were made
+            before = skip["at_step"] + sum(s["num_steps"] for s in progress.skips[:i])
             left_out += list(range(before, before + skip["num_steps"]))
         assert len(taken) == progress.step
         assert sorted(taken + left_out) == list(range(progress.data_step))

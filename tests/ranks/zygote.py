@@ -36,7 +36,7 @@ def act(fault: dict[str, Any]) -> None:
     if fault["action"] == "eio":
         raise OSError(errno.EIO, "Input/output error")
     if fault["action"] == "full":
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the kernel's answer is then an error, as on a full disk
+        # Python ignores SIGXFSZ, so that the kernel's answer is an error, as on a full disk.
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
     elif fault["action"] == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)

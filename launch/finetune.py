@@ -27,7 +27,7 @@ from launch.run_setup import (
     use_devices,
     versions,
 )
-from launch.training import Training
+from launch.training import Training, record_end
 from trainer import checkpoint
 from trainer.config import DetectorRecipe, DetectorRuntime, as_record
 from trainer.data.augment import CenterView
@@ -262,10 +262,7 @@ def inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
 
 def tell_where(output: Path, finished: bool, best: BestDetector, lease: Lease) -> None:
     """Record the end and print what a newcomer wants to know."""
-    lease.ended("finished" if finished else "stopped by a signal")
-    newest = (output / "checkpoints" / "latest").read_text().strip()
-    print(f"\n{'Finished.' if finished else 'Stopped by a signal, saved; start the same command again to go on.'}")
-    print(f"  checkpoint   {output / 'checkpoints' / newest}")
+    record_end(output, finished, lease)
     if (best.folder / "detector.json").exists():
         print(f"  detector     {best.folder}")
     print(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")

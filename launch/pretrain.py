@@ -25,7 +25,7 @@ from launch.run_setup import (
     start_watchdog,
     use_devices,
 )
-from launch.training import Training
+from launch.training import Training, record_end
 from trainer import checkpoint, heldout
 from trainer.config import PretrainRecipe, PretrainRuntime, as_record
 from trainer.data.augment import CenterView, PretrainView
@@ -234,10 +234,7 @@ def training_of(
 
 def tell_where(output: Path, finished: bool, held_out: HeldOutView | None, lease: Lease) -> None:
     """Record the end and print what a newcomer wants to know."""
-    lease.ended("finished" if finished else "stopped by a signal")
-    newest = (output / "checkpoints" / "latest").read_text().strip()
-    print(f"\n{'Finished.' if finished else 'Stopped by a signal, saved; start the same command again to go on.'}")
-    print(f"  checkpoint   {output / 'checkpoints' / newest}")
+    record_end(output, finished, lease)
     if held_out:
         print(f"  pictures     {output / 'pictures'}  (rows: original, masked, reconstructed)")
     print(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")

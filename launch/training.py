@@ -167,3 +167,11 @@ class Training:
                     lease=self.lease,
                 ),
             )
+
+
+def record_end(output: Path, finished: bool, lease: Lease) -> None:
+    """Record how a run has ended, and print it with its newest checkpoint. On one rank."""
+    lease.ended("finished" if finished else "stopped by a signal")
+    print(f"\n{'Finished.' if finished else 'Stopped by a signal, saved; start the same command again to go on.'}")
+    if found := checkpoint.newest_manifest(output / "checkpoints"):
+        print(f"  checkpoint   {found[0]}")

@@ -80,6 +80,20 @@ def test_damage_of_any_kind_is_passed_over(tmp_path: Path, damage: str) -> None:
         checkpoint.find(run.root)
 
 
+def test_only_what_is_whole_counts_as_kept(run: Run) -> None:
+    for step in (1, 2, 3):
+        run.save(step)
+    run.saver.wait()
+    (run.root / "step-99999999").mkdir()  # a copy that was broken off
+    (run.root / "step-00000003" / "state" / "weights.pt").unlink()
+    run.save(4)
+    run.saver.finish()
+    assert run.names() == ["latest", *(f"step-{n:08d}" for n in (1, 2, 3, 4, 99999999))]
+    run.save(5)
+    run.saver.finish()
+    assert run.names() == ["latest", *(f"step-{n:08d}" for n in (2, 3, 4, 5, 99999999))]
+
+
 def test_a_failed_write_leaves_the_older_one_and_no_rubbish(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     run.save(1)
     run.save(2, fail=True)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,60 @@ def test_storage_that_fails_on_one_rank_stops_all_after_three_saves(
     assert not list((output / "attempts").rglob("*.pt"))
     assert zygote.run(flags, log) == [0, 0], log.read_text()[-3000:]
     assert f"resumed from {output}/checkpoints/step-{done:08d}" in log.read_text()
+
+
+def cut(at: float) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path, int(at * path.stat().st_size))
+
+
+def flip(at: float) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[int(at * (len(content) - 1))] ^= 1 << len(content) % 8
+        path.write_bytes(content)
+
+    return damage
+
+
+DAMAGES = [cut(0.0), cut(0.3), cut(0.999), flip(0.0), flip(0.4), flip(1.0), Path.unlink]
+POINTERS = [b"", b"\xff\x00", b"step-99999999\n", b"../../../etc\n", b"/etc/passwd\n", b"step-00000002", None]
+"""What `latest` may come to say; None for no such file."""
+
+
+def test_damage_to_any_file_is_seen_by_all_ranks_and_the_checkpoint_before_is_used(
+    zygote: Zygote, shards: Path, tmp_path: Path
+) -> None:
+    output, log, whole = tmp_path / "out", tmp_path / "log", tmp_path / "whole"
+    flags, folder = flags_of(shards, output, 100), output / "checkpoints"
+    assert zygote.run(flags | {"stop_at_step": "4"}, log) == [0, 0], log.read_text()[-3000:]
+    victims = [path.relative_to(folder / "step-00000004") for path in (folder / "step-00000004").rglob("*.*")]
+    assert len(victims) == 4  # the manifest, and DeepSpeed's files: parameters, and the optimizer of each rank
+    for number, (damage, pointer) in enumerate(zip(DAMAGES, POINTERS, strict=True)):
+        step = 2 * number + 4
+        victim = folder / f"step-{step:08d}" / victims[number % 4]
+        damage(victim)
+        (folder / "step-88888888").mkdir()  # as a copy that was broken off leaves it
+        (folder / "step-00000001.part").write_bytes(b"rubbish")
+        (folder / "latest").unlink()
+        if pointer is not None:
+            (folder / "latest").write_bytes(pointer)
+        log.write_text("")
+        codes = zygote.run(flags | {"stop_at_step": str(step + 2)}, log)
+        assert codes == [0, 0], (victim, log.read_text()[-3000:])
+        assert log.read_text().count(f"resumed from {folder}/step-{step - 2:08d}") == 1
+        assert f"checkpoint {folder}/step-{step:08d}: " in log.read_text()
+        assert "step-88888888: manifest.json is unreadable" in log.read_text()
+        assert newest(output) == step + 2
+        assert (folder / "latest").read_text() == f"step-{step + 2:08d}\n"
+        (folder / "step-88888888").rmdir()
+    assert zygote.run(flags_of(shards, whole, 100, stop_at_step=str(step + 2)), log) == [0, 0]
+    assert story(output) == story(whole)
+    assert weights(output, step + 2) == weights(whole, step + 2)
+    for pointer in (b"\xff\x00", None):  # nothing is left to do, so nothing is saved
+        (folder / "latest").unlink()
+        if pointer is not None:
+            (folder / "latest").write_bytes(pointer)
+        assert zygote.run(flags | {"stop_at_step": str(step + 2)}, log) == [0, 0], log.read_text()[-3000:]
 
 
 def test_an_attempt_that_comes_back_changes_nothing_and_says_so(zygote: Zygote, shards: Path, tmp_path: Path) -> None:

@@ -244,11 +244,13 @@ class Saver:
             ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        self._prune()
+        self._prune(record["step"])
 
-    def _prune(self) -> None:
-        """Remove the oldest checkpoints."""
-        for path in sorted(_committed(self._root), key=_step_of)[: -self._keep]:
+    def _prune(self, step: int) -> None:
+        """Remove all but the newest checkpoints up to this step; what is visibly damaged is not counted as one."""
+        past = sorted((path for path in _committed(self._root) if _step_of(path) <= step), key=_step_of)
+        kept = [path for path in past if _seems_whole(path)][-self._keep :]
+        for path in past[: past.index(kept[0])]:
             try:
                 self._lease.discard(path)
             except OSError as error:  # an old checkpoint too many is no reason to stop a run
@@ -471,6 +473,15 @@ def _is_valid(path: Path) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def _seems_whole(path: Path) -> bool:
+    """Whether a checkpoint is all there, without reading it through."""
+    try:
+        files = _read_manifest(path)["files"]
+        return all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (CheckpointError, OSError):
+        return False
 
 
 def _committed(root: Path) -> Iterator[Path]:

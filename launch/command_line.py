@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -48,9 +49,9 @@ def run(command: Callable[[], int]) -> NoReturn:
         code = command()
     except TrainerError as error:
         mark(Phase.FAILED)
-        _let_main_speak_first()
-        print(f"\nerror: {error}", file=sys.stderr)
         code = EXIT_SUPERSEDED if isinstance(error, SupersededError) else EXIT_USER_ERROR
+        _let_main_speak_first(code)
+        print(f"\nerror: {error}", file=sys.stderr)
     except Exception as error:  # noqa: BLE001  (every error is shown; this process must not linger)
         code, loss = 1, explain_loss(error)
         if loss is None:
@@ -121,7 +122,12 @@ def read_flags(words: list[str]) -> dict[str, str]:
     @SetParseFn(str)  # type: ignore[untyped-decorator]
     def collect(*loose: str, **named: str) -> None:
         if loose:
-            raise ConfigError(f"{loose[0]!r} belongs to no setting: write --name value")
+            remedy = "write --name value"
+            if loose[0].endswith(".tar"):  # DeepSpeed 0.19.8 hands words to the shells of a --hostfile without quotes
+                remedy = "a shell has expanded a pattern: quote it; with --hostfile, name the folder of the shards"
+                    "a shell has expanded a pattern: put it in quotes; with --hostfile, name the folder of the shards"
+                )
+            raise ConfigError(f"{loose[0]!r} belongs to no setting: {remedy}")
         flags.update(named)
 
     with contextlib.redirect_stdout(sys.stderr):  # whatever fire has to say is not our output
@@ -157,9 +163,13 @@ def _split_overrides(words: list[str]) -> tuple[list[tuple[str, str]], list[str]
     return overrides, rest
 
 
-def _let_main_speak_first() -> None:
-    """Wait on other ranks: the launcher ends all of them when the first leaves, and rank 0 has the better message."""
+def _let_main_speak_first(code: int) -> None:
+    """Wait on other ranks: the launcher ends all of them when the first leaves, and rank 0 has the better message.
+
+    Who is ended while it waits leaves with the same code, so that nobody takes a mistake for a lost rank.
+    """
     if not _is_main():
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         time.sleep(_MAIN_SPEAKS_FIRST_S)
 
 

@@ -69,7 +69,7 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
     model, init_sha256 = build_detector(recipe, init, grad_checkpointing=runtime.grad_checkpointing)
     found = find_sources(recipe, runtime, others={"val_data": runtime.val_data}) if world.is_main else None
 
-    world = connect(world, timeout_s=backend_timeout_s(runtime))
+    world = connect(world, timeout_s=backend_timeout_s(runtime), start_timeout_s=runtime.start_timeout_s)
     output = Path(runtime.output_dir)
     world.on_main(lambda: check_output(output, recipe, runtime.resume))
     start_logging(output, is_main=world.is_main, rank=world.rank)

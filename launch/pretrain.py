@@ -66,7 +66,7 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
     others = {"heldout_data": runtime.heldout_data}
     found = find_sources(recipe, runtime, others=others) if world.is_main else None
 
-    world = connect(world, timeout_s=backend_timeout_s(runtime))
+    world = connect(world, timeout_s=backend_timeout_s(runtime), start_timeout_s=runtime.start_timeout_s)
     output = Path(runtime.output_dir)
     world.on_main(lambda: check_output(output, recipe, runtime.resume))
     start_logging(output, is_main=world.is_main, rank=world.rank)

@@ -63,6 +63,7 @@ class Training:
                 progress = self._resume()
         if outcome is Outcome.FINISHED:
             self.at_end(progress.step)
+        stop.close()
         return outcome is Outcome.FINISHED
 
     def _resume(self) -> checkpoint.Progress:

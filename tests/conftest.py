@@ -34,6 +34,7 @@ TINY = {
     "progress_bar": "false",
     "oversubscribe": "true",
     "num_workers": "1",
+    "num_threads": "1",
 }
 """A run of seconds: flags on top of the demo recipe."""
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -35,6 +36,7 @@ QUICK = SMALL | {
     "progress_bar": "false",
     "oversubscribe": "true",
     "num_workers": "0",
+    "num_threads": "1",
 }
 
 
@@ -108,7 +110,8 @@ def lora(sets: Path, mae: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.slow
 def test_the_detector_learns_and_its_folder_and_checkpoint_hold_only_what_trained(lora: Path) -> None:
     rows = [row for row in metrics(lora) if "val_d_eer" in row]
-    assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+    assert rows[-1]["val_loss"] < 0.8 * math.log(2)  # what knowing nothing costs
+    assert rows[-1]["val_d_eer"] < 0.2
     saved = load_detector(lora)
     assert saved.description["selection"]["figures"]["d_eer"] == min(row["val_d_eer"] for row in rows)
     assert all(".lora_" in name or name.startswith("head.") for name in saved.weights)

@@ -305,6 +305,8 @@ class Runtime:
     """Stop when the loss or a gradient was not finite in so many steps in a row; each such step moves nothing."""
     max_bad_sample_share: float = 0.001
     """Stop when more than this share of the samples read was undecodable and had to be substituted."""
+    start_timeout_s: int = 600
+    """How long the ranks wait at the start for the last of them; the message names who did not come [seconds]."""
     timeout_s: int = 1800
     """A step and its collectives that take longer end the job, naming the rank that hangs; 0 for ever [seconds]."""
     data_timeout_s: int = 1200
@@ -365,7 +367,7 @@ _AT_LEAST_ONE = {
     *("lora_r", "proj_dim", "proj_hidden_dim", "cls_hidden_dim", "mixstyle_blocks", "advanced_aug_num_ops"),
     *("global_batch", "micro_batch", "num_lanes", "block_samples", "window_blocks", "cache_bytes", "prefetch"),
     *("log_every", "save_every", "heldout_every", "picture_every", "val_every", "keep_checkpoints", "stop_at_step"),
-    *("num_threads", "max_bad_steps", "spike_patience"),
+    *("num_threads", "max_bad_steps", "spike_patience", "start_timeout_s"),
 }
 
 R = TypeVar("R", bound=Recipe)

@@ -23,13 +23,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.utils.logging import logger as deepspeed_logger
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 from torch.utils._pytree import tree_map_only
 
 from trainer import zero_files
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.optim import parameter_groups
-from trainer.world import World, join
+from trainer.world import World, join, meet
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +52,16 @@ def default_device() -> torch.device:
     return torch.device(get_accelerator().device_name(), int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def connect(world: World, *, timeout_s: int) -> World:
+def connect(world: World, *, timeout_s: int, start_timeout_s: int = 600) -> World:
     """Start the process group of the run and return the world with its group for decisions.
 
     Args:
         world: who this process is.
         timeout_s: how long a collective waits for a missing rank.
+        start_timeout_s: how long the ranks wait for each other here.
+
+    Raises:
+        ConfigError: ranks did not come, or the rendezvous cannot be used; names them.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls names that torch 2.14 is about to rename; delete with the next DeepSpeed.
@@ -69,9 +72,9 @@ def connect(world: World, *, timeout_s: int) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    where: dict[str, Any] = {"store": HashStore()} if world.size == 1 else {"init_method": "env://"}
+    store = meet(world, timeout_s=start_timeout_s)
     dist.init_process_group(
-        backend, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s), **where
+        backend, store=store, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s)
     )
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it even where it is told the rest
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), auto_mpi_discovery=False)

@@ -108,6 +108,11 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
+    def close(self) -> None:
+        """Ignore the signals from here on: all is saved, and srun ends the others when the first rank has left."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         name, now = signal.Signals(number).name, time.monotonic()

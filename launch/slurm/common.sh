@@ -1,0 +1,118 @@
+# What every job here does; the sbatch scripts source it. Bash, no ssh, nothing to install on the nodes but this project.
+# shellcheck shell=bash
+#
+#   TRAINER_HOME         the project on the shared file system; default: where sbatch was called
+#   TRAINER_ENVIRONMENT  a script that sets modules, CUDA and the like; sourced if given
+#   TRAINER_PYTHON       default: TRAINER_HOME/.venv/bin/python if that exists, else python
+#   TRAINER_INTERFACE    network interface between the nodes; default: the one that leads to the first node
+#   TRAINER_DOCTOR       0 leaves out launch/doctor.py before the training
+#   TRAINER_MAX_REQUEUES how often one job may go on; default 200
+#   TRAINER_SWEEP        "mask_ratio 0.6 0.75 0.9": element i of a job array takes value i, in its own output_dir
+
+refuse() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+prepare() {
+  local name
+  for name in SLURM_JOB_ID SLURM_JOB_NODELIST SLURM_NTASKS SLURM_JOB_NUM_NODES; do
+    [[ -n ${!name:-} ]] || refuse "$name is not set: submit with sbatch, or with tools/submit.py"
+  done
+  ((SLURM_NTASKS % SLURM_JOB_NUM_NODES == 0)) ||
+    refuse "$SLURM_NTASKS tasks on $SLURM_JOB_NUM_NODES nodes: ask for --ntasks-per-node, as many as GPUs of a node"
+  cd "$TRAINER_HOME" || refuse "TRAINER_HOME is $TRAINER_HOME, which this node does not see: name a shared folder"
+  if [[ -n ${TRAINER_ENVIRONMENT:-} ]]; then
+    [[ -r $TRAINER_ENVIRONMENT ]] || refuse "TRAINER_ENVIRONMENT is $TRAINER_ENVIRONMENT, which is no file here"
+    # shellcheck source=/dev/null
+    source "$TRAINER_ENVIRONMENT"
+  fi
+  if [[ -z ${TRAINER_PYTHON:-} ]]; then
+    TRAINER_PYTHON=python
+    [[ ! -x .venv/bin/python ]] || TRAINER_PYTHON=$PWD/.venv/bin/python
+  fi
+  command -v "$TRAINER_PYTHON" > /dev/null || refuse "TRAINER_PYTHON is $TRAINER_PYTHON, which is no program here"
+  export TRAINER_PYTHON
+  # A requeued job gets another port: the rank of a node that was cut off may still listen on the old one. All lie below
+  # the range from which the kernel lends ports.
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  MASTER_PORT=$((15000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 15000))
+  export MASTER_ADDR MASTER_PORT
+  this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
+  export NO_ALBUMENTATIONS_UPDATE=1 PYTHONUNBUFFERED=1
+  echo "=== $(date '+%F %T') job $SLURM_JOB_ID, attempt $((${SLURM_RESTART_COUNT:-0} + 1)):" \
+    "$SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, rendezvous $MASTER_ADDR:$MASTER_PORT"
+}
+
+# Sets `sweep_words` for this element of a job array, and moves the output_dir among the words of the job below its name.
+take_sweep() {
+  words=("$@")
+  [[ -n ${TRAINER_SWEEP:-} ]] || return 0
+  local setting values index
+  read -r setting values <<< "$TRAINER_SWEEP"
+  read -ra values <<< "$values"
+  index=${SLURM_ARRAY_TASK_ID:-}
+  [[ $index =~ ^[0-9]+$ ]] || refuse "TRAINER_SWEEP is '$TRAINER_SWEEP', but this is no job array: submit with --array"
+  ((index < ${#values[@]})) || refuse "array element $index, but TRAINER_SWEEP has ${#values[@]} values: fit --array"
+  local position
+  for position in "${!words[@]}"; do
+    case ${words[position]} in
+      --output_dir) words[position + 1]+="/$setting-${values[index]}" ;;
+      --output_dir=*) words[position]+="/$setting-${values[index]}" ;;
+      "--$setting" | "--$setting="*) refuse "$setting is given twice, in TRAINER_SWEEP and as --$setting: keep one" ;;
+    esac
+  done
+  words+=("--$setting" "${values[index]}")
+}
+
+# Runs a script of launch/ as one task a GPU and waits; bash runs its traps only between commands, so srun stands behind.
+on_all_ranks() {
+  local code=0 step
+  # All GPUs of a node are shown to all its tasks; each takes the one of its number. Since SLURM 22.05 a step must be
+  # told the cores of a task again.
+  SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} srun --kill-on-bad-exit=1 --unbuffered --gpu-bind=none \
+    "$TRAINER_HOME/launch/slurm/rank.sh" "$@" &
+  step=$!
+  while true; do
+    interrupted=''
+    wait "$step" && code=0 || code=$?
+    if [[ -z $interrupted ]] || ((code <= 128)); then break; fi # else a signal ended the wait, not the step
+  done
+  return "$code"
+}
+
+asked_to_stop='' told_to_end='' interrupted=''
+on_usr1() {
+  asked_to_stop=yes interrupted=yes
+  echo "$(date '+%F %T') the time is almost up: asking the ranks to save"
+  scancel --signal=USR1 "$this_job" # without --batch: the steps only
+}
+on_term() { told_to_end=yes interrupted=yes; } # the ranks got it themselves, and SLURM knows whether it will requeue
+
+# Trains until the end or until the job must make room, and queues the job again where that helps.
+train() {
+  local script=$1 code=0
+  shift
+  take_sweep "$@"
+  trap on_usr1 USR1
+  trap on_term TERM
+  if [[ ${TRAINER_DOCTOR:-1} != 0 ]]; then
+    on_all_ranks launch/doctor.py --script "$script" "${words[@]}" || code=$?
+    ((code == 0)) || [[ -n $asked_to_stop$told_to_end ]] || { echo "not started: see the lines above"; exit "$code"; }
+  fi
+  if [[ -z $asked_to_stop$told_to_end ]]; then
+    code=0
+    on_all_ranks "launch/$script.py" "${words[@]}" || code=$?
+  fi
+  echo "=== $(date '+%F %T') job $SLURM_JOB_ID ends with $code"
+  case $code in
+    0 | 2 | 87) exit "$code" ;; # done; a mistake to be mended; a newer attempt has taken over
+  esac
+  [[ -z $told_to_end ]] || exit "$code"
+  ((${SLURM_RESTART_COUNT:-0} < ${TRAINER_MAX_REQUEUES:-200})) ||
+    { echo "not queued again: TRAINER_MAX_REQUEUES is ${TRAINER_MAX_REQUEUES:-200}"; exit "$code"; }
+  # 85: saved, the time is up. Anything else: a rank or its host was lost; --max_restarts ends a run that gets nowhere.
+  scontrol requeue "$this_job"
+  sleep 60 # SLURM ends this shell while it puts the job back
+  exit "$code"
+}

@@ -125,8 +125,6 @@ def read_flags(words: list[str]) -> dict[str, str]:
             remedy = "write --name value"
             if loose[0].endswith(".tar"):  # DeepSpeed 0.19.8 hands words to the shells of a --hostfile without quotes
                 remedy = "a shell has expanded a pattern: quote it; with --hostfile, name the folder of the shards"
-                    "a shell has expanded a pattern: put it in quotes; with --hostfile, name the folder of the shards"
-                )
             raise ConfigError(f"{loose[0]!r} belongs to no setting: {remedy}")
         flags.update(named)
 

@@ -18,6 +18,7 @@ import enum
 import json
 import os
 import signal
+import socket
 import struct
 import sys
 import threading
@@ -37,6 +38,7 @@ _SETTLE_S = 1.0
 """How long the others get for their last words before the culprit is named."""
 _FOREIGN_SLEEP_S = 4 * TICK_S
 _NAMED_RANKS = 8
+_FOUND_ON = "  found on "
 _SILENT_BEATS = 5
 
 
@@ -163,7 +165,7 @@ def verdict_path(logs: Path, attempt: str) -> Path:
 
 
 def tell(logs: Path, attempt: str, num_ranks: int, headline: str, *, silent_beats: int = _SILENT_BEATS) -> None:
-    """Name the culprit for the whole job, once: whoever comes first writes the file and speaks."""
+    """Name the culprit for the whole job: whoever comes first writes the file and speaks."""
     time.sleep(_SETTLE_S)
     culprits = blame(read_beats(logs, attempt, num_ranks), silent_beats=silent_beats)
     more = [f"  and {len(culprits) - _NAMED_RANKS} more"] * (len(culprits) > _NAMED_RANKS)
@@ -174,6 +176,7 @@ def tell(logs: Path, attempt: str, num_ranks: int, headline: str, *, silent_beat
             *more,
             f"  stacks of every rank: {logs / 'stacks'}. All ranks are being ended; the same command goes on from the "
             "last checkpoint.",
+            _FOUND_ON + socket.gethostname(),
         ]
     )
     with contextlib.suppress(FileExistsError):
@@ -271,6 +274,8 @@ class Guardian:
                 f"{self._mark[1]} for {self._phase_s:.0f} s, but {setting} is {limit_s} s"
             )
             _within(deadline - time.monotonic(), lambda: self._tell(headline))
+        if self._rank == 0:
+            _within(deadline - time.monotonic(), self._repeat)
         while time.monotonic() < deadline and os.getppid() == self._pid:
             time.sleep(TICK_S / 5)
         self._kill()
@@ -280,6 +285,14 @@ class Guardian:
     def _tell(self, headline: str) -> None:
         self._beat()
         tell(self._logs, self._settings["attempt"], self._num_ranks, headline)
+
+    def _repeat(self) -> None:
+        """Say what another host has found: its own words may never reach the user."""
+        path = verdict_path(self._logs, self._settings["attempt"])
+        while _FOUND_ON not in (text := path.read_text()):
+            time.sleep(TICK_S / 5)  # it is being written
+        if not text.rstrip().endswith(_FOUND_ON + socket.gethostname()):
+            say(text.rstrip())
 
     def _stacks(self) -> str:
         """Return what the kernel says of the rank and, unless it is stopped, its Python stacks."""

@@ -1,5 +1,6 @@
 """Hosts with their own network, and SLURM on them: `hosts.sh`. Skipped where the programs are missing."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -86,6 +87,12 @@ def flags_of(shards: Path, output: Path, steps: int, **changes: str) -> dict[str
         "start_timeout_s": "60",
     }
     return TINY | where | short | changes
+
+
+def consumed(output: Path) -> list[int]:
+    """The positions that the optimizer consumed, from the ledgers of all ranks, in order."""
+    lines = [line for path in Path(f"{output}-ledger").iterdir() for line in path.read_text().splitlines()]
+    return sorted(json.loads(line)["position"] for line in lines)
 
 
 def as_words(flags: dict[str, str]) -> list[str]:

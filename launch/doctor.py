@@ -197,7 +197,7 @@ def judge_facts(known: Sequence[Facts], shards: Sequence[str]) -> Iterator[Findi
     devices = {host: f"{facts['devices']} x {facts['device']}" for host, facts in hosts.items()}
     alike = len(set(devices.values())) == 1
     listed = devices[first["host"]] if alike else ", ".join(f"{host}: {what}" for host, what in devices.items())
-    yield Finding("ok" if alike else "warn", "devices", f"{listed}; {first['local_size']} ranks a host")
+    yield Finding("ok" if alike else "warn", "devices", f"{listed}; ranks a host: {first['local_size']}")
     skew = max(facts["time"] for facts in known) - min(facts["time"] for facts in known)
     late = min(known, key=lambda facts: facts["time"])["host"]
     yield (
@@ -453,7 +453,10 @@ def _ask(host: str, *, words: Sequence[str], environment: Mapping[str, str]) -> 
 
 
 def _by_host(known: Sequence[Facts]) -> dict[str, Facts]:
-    return {facts["host"]: facts for facts in reversed(known)}
+    hosts: dict[str, Facts] = {}
+    for facts in known:
+        hosts.setdefault(facts["host"], facts)
+    return hosts
 
 
 def _differing(facts: Facts, first: Facts) -> str:

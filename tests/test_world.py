@@ -1,10 +1,13 @@
 import multiprocessing
+import os
+import re
+import socket
 from typing import Any
 
 import pytest
 
 from trainer.errors import CheckpointError, ConfigError, DataError
-from trainer.world import World, check_devices, world_from_environment
+from trainer.world import World, check_devices, meet, world_from_environment
 
 
 def test_the_launchers_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,8 +28,6 @@ def test_more_ranks_than_devices_are_refused_with_the_fitting_number() -> None:
 
 
 def _talk(rank: int, port: int, answers: Any) -> None:
-    import os
-
     from trainer.engine import connect, disconnect
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
@@ -47,6 +48,60 @@ def _talk(rank: int, port: int, answers: Any) -> None:
             heard[name] = str(error)
     answers.put((rank, heard))
     disconnect()
+
+
+def _come(rank: int, size: int, port: int, answers: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        store = meet(World(rank, size), timeout_s=6)
+        answers.put((rank, "met"))
+        store.wait([f"heard/{other}" for other in range(size)])
+    except ConfigError as error:
+        answers.put((rank, str(error)))
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("here", "heard"),
+    [
+        ([0, 1, 2], "met"),
+        ([0, 2], r"rank 1, 3-4 of 5 did not come to 127.0.0.1:\d+ within 6 s; here are .* \(rank 0, 2\)"),
+        ([1], r"rank 1 on .* cannot reach rank 0 at 127.0.0.1:\d+ within 6 s"),
+    ],
+)
+def test_who_did_not_come_is_named_to_all_who_did(here: list[int], heard: str) -> None:
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    size, port = (3 if heard == "met" else 5), _free_port()
+    ranks = [context.Process(target=_come, args=(rank, size, port, answers)) for rank in here]
+    for process in ranks:
+        process.start()
+    told = dict(answers.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.join(60)
+    assert sorted(told) == here
+    assert all(re.match(heard, text) for text in told.values()), told
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(ConfigError, match=f"port {port} is taken on .* --master_port {port + 1}"):
+            meet(World(0, 2), timeout_s=5)
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(ConfigError, match="MASTER_ADDR is empty"):
+        meet(World(0, 2), timeout_s=5)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.mark.slow

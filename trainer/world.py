@@ -160,16 +160,19 @@ def meet(world: World, *, timeout_s: float) -> Store:
     if not os.environ["MASTER_PORT"].isdecimal():
         raise ConfigError(f"environment variable MASTER_PORT is {os.environ['MASTER_PORT']!r}, but must be a number")
     store = _open_store(world, timeout_s)
-    store.set(f"here/{world.rank}", socket.gethostname())
+    host = socket.gethostname()
+    store.set(f"here/{world.rank}", host)
     if world.is_main:
         store.set("verdict", _call_roll(store, world, timeout_s))
     try:
         store.wait(["verdict"], timedelta(seconds=timeout_s + 30))
         verdict = store.get("verdict").decode()
+        store.set(f"heard/{world.rank}", "")
     except (dist.DistError, RuntimeError) as error:
-        host = socket.gethostname()
         raise ConfigError(f"rank {world.rank} on {host} lost rank 0 while it waited for others: see its log") from error
     if verdict:
+        if world.is_main:  # the store ends with this process
+            _wait_until_heard(store, world)
         raise ConfigError(verdict)
     return store
 
@@ -211,6 +214,12 @@ def _call_roll(store: Store, world: World, timeout_s: float) -> str:
         f"rank {_ranges(missing)} of {world.size} did not come to {os.environ['MASTER_ADDR']}:"
         f"{os.environ['MASTER_PORT']} within {timeout_s:g} s; here are {here}: look at the hosts that are not named"
     )
+
+
+def _wait_until_heard(store: Store, world: World) -> None:
+    here = [rank for rank in range(world.size) if store.check([f"here/{rank}"])]
+    with contextlib.suppress(dist.DistError, RuntimeError):
+        store.wait([f"heard/{rank}" for rank in here], timedelta(seconds=5))
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -130,7 +130,7 @@ def test_what_cannot_run_is_refused_before_the_queue_or_in_the_first_minute(
 ) -> None:
     flags = flags_of(shards, tmp_path / "out", 2)
     for nodes, gpus, more, message in (
-        (4, 1, {}, "SLURM refuses the job"),
+        (4, 1, {"micro_batch": "2"}, "SLURM refuses the job"),
         (1, 3, {"global_batch": "9", "micro_batch": "3"}, "SLURM refuses the job"),  # a node has two
         (2, 2, {}, "global_batch is 8, but must be divisible by ranks x micro_batch = 4 x 4: start 1 or 2 ranks"),
         (1, 1, {"mask_ratoi": "0.5"}, "unknown setting --mask_ratoi: did you mean --mask_ratio"),
@@ -141,4 +141,11 @@ def test_what_cannot_run_is_refused_before_the_queue_or_in_the_first_minute(
     wait_for(lambda: state(cluster, job)["JobState"] == "FAILED", lambda: log_of(tmp_path / "out"), 60)
     assert state(cluster, job)["ExitCode"] == "2:0"
     assert "nowhere" in log_of(tmp_path / "out")
+    assert state(cluster, job)["Restarts"] == "0"
+    job = submit(
+        cluster, flags | {"resume": "must"}, nodes=2, TRAINER_DOCTOR="0"
+    )  # found by the training, on all ranks
+    wait_for(lambda: state(cluster, job)["JobState"] == "FAILED", lambda: log_of(tmp_path / "out"), 60)
+    assert state(cluster, job)["ExitCode"] == "2:0"
+    assert "resume is must" in log_of(tmp_path / "out")
     assert state(cluster, job)["Restarts"] == "0"

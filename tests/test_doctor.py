@@ -1,0 +1,99 @@
+"""What the doctor says of hosts that are not alike, and that it leaves nothing behind."""
+
+import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TINY, environment
+from deepspeed.launcher.runner import fetch_hostfile
+
+from launch import doctor
+from launch.recipes import RECIPES
+from trainer.errors import ConfigError
+from trainer.world import World
+
+
+@pytest.fixture(scope="module")
+def facts() -> list[dict[str, Any]]:
+    """Two hosts that are alike."""
+    one = doctor.facts_of(World(), *RECIPES["demo"](), shards=[]) | {"host": "hosta"}
+    return [one, copy.deepcopy(one) | {"host": "hostb", "rank": 1}]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({}, ""),
+        (
+            {"versions": {"torch": "1.0"}},
+            "FAIL  versions      hosta has .*, but hostb has torch 1.0: use",
+        ),
+        ({"devices": 1, "device": "H100"}, "warn  devices       hosta: .*, hostb: 1 x H100"),
+        ({"time": 0.0}, "warn  clocks        differ by .* hostb is behind"),
+        ({"compiles": "Lion", "compiler": []}, "FAIL  compiler      hostb: DeepSpeed compiles the optimizer Lion"),
+        (
+            {"shared_memory": 64_000_000, "batches": 3e9},
+            "FAIL  shared memory hostb: /dev/shm has 64 MB free, .* 3.0 GB",
+        ),
+        ({"open_files": 256}, "warn  open files    hostb: only 256 open files are allowed: ulimit -n 4096"),
+        (
+            {"read": {"problem": "/d/a.tar cannot be read (gone)", "bytes": 0, "s": 0.0}},
+            "FAIL  shards        hostb: /d/a.tar cannot be read",
+        ),
+    ],
+)
+def test_a_host_that_differs_is_named(facts: list[dict[str, Any]], change: dict[str, Any], line: str) -> None:
+    known = [facts[0], facts[1] | change]
+    lines = [str(finding) for finding in doctor.judge_facts(known, ["/d/a.tar"])]
+    bad = [text for text in lines if not text.startswith("ok ")]
+    assert len(bad) == bool(change), lines
+    assert not change or re.match(line, bad[0]), bad
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no host"),
+        ("# only a remark\n", "names no host"),
+        ("hosta\n", "line 1 is 'hosta'"),
+        ("hosta slots=0\n", "line 1 is 'hosta slots=0'"),
+        ("hosta slots=8\n\nhosta slots=8\n", "line 3 is 'hosta slots=8'"),
+        ("hosta; rm -rf / slots=8\n", "line 1 is"),
+    ],
+)
+def test_a_hostfile_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(ConfigError, match="hostfile .*" + message):
+        doctor.read_hostfile(tmp_path / "hosts")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        doctor.read_hostfile(tmp_path / "none")
+
+
+def test_hosts_and_slots_are_read_as_deepspeed_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("# a cluster\nhost-a.example slots=4\n\nhostb slots=2 # half\n")
+    assert doctor.read_hostfile(tmp_path / "hosts") == dict(fetch_hostfile(str(tmp_path / "hosts")))
+
+
+@pytest.mark.slow
+def test_a_machine_is_examined_and_left_as_it_was(shards: Path, tmp_path: Path) -> None:
+    def ask(**changes: str) -> subprocess.CompletedProcess[str]:
+        flags = TINY | {"data": str(shards), "output_dir": str(tmp_path / "out")} | changes
+        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        start = [sys.executable, str(ROOT / "launch" / "doctor.py"), *words]
+        return subprocess.run(start, env=environment(), capture_output=True, text=True, timeout=120)
+
+    done = ask()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 10
+    assert "FAIL" not in done.stdout
+    assert list((tmp_path / "out").rglob("*")) == [tmp_path / "out" / "logs"]
+    done = ask(keep_checkpoints="1000000000")
+    assert done.returncode == 2
+    assert "FAIL  output        " in done.stdout
+    done = ask(global_batch="7")
+    assert done.returncode == 2
+    assert "global_batch is 7, but must be divisible" in done.stderr

@@ -1,13 +1,20 @@
 """Shards, runs and ranks for the tests: everything real, only small."""
 
+import contextlib
+import functools
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +24,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 torch.set_num_threads(1)
+
+GRACE_S = 20.0
 
 TINY = {
     "recipe": "demo",
@@ -81,25 +90,132 @@ def environment() -> dict[str, str]:
     return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
 
 
-def command(flags: dict[str, str], *, ranks: int = 0, port: int = 29600, script: str = "pretrain.py") -> list[str]:
-    """The command line of a run; 0 ranks starts the script without the launcher."""
-    words = [str(ROOT / "launch" / script), *(word for n, v in flags.items() for word in (f"--{n}", v))]
-    if not ranks:
-        return [sys.executable, *words]
+def words_of(flags: dict[str, str]) -> list[str]:
+    return [word for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+def command(flags: dict[str, str], *, ranks: int, port: int, script: str = "pretrain.py") -> list[str]:
+    """The command line of a run under DeepSpeed's launcher."""
     launcher = "from deepspeed.launcher.runner import main; main()"
-    return [sys.executable, "-c", launcher, "--num_gpus", str(ranks), "--master_port", str(port), *words]
+    start = [sys.executable, "-c", launcher, "--num_gpus", str(ranks), "--master_port", str(port)]
+    return [*start, str(ROOT / "launch" / script), *words_of(flags)]
 
 
-@pytest.fixture
-def pretrain() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs launch/pretrain.py to its end and returns the completed process."""
+class Run:
+    """The ranks of a run, with the face of a Popen; its pid leads their process group.
 
-    def run(flags: dict[str, str], *, ranks: int = 0, port: int = 29600) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(flags, ranks=ranks, port=port), env=environment(), capture_output=True, text=True, timeout=300
+    As under DeepSpeed's launcher, the others are ended some time after one has failed, and its exit code counts.
+    """
+
+    def __init__(self, forks: "Forks", pids: list[int], out: Path, err: Path) -> None:
+        self._forks, self.pids, self.pid = forks, pids, pids[0]
+        self.out, self.err, self.codes = out, err, dict.fromkeys(pids)
+        self._failed_s = 0.0
+
+    @property
+    def returncode(self) -> int | None:
+        codes = list(self.codes.values())
+        return None if None in codes else next((code for code in codes if code), 0)
+
+    def poll(self) -> int | None:
+        for pid in [pid for pid, code in self.codes.items() if code is None]:
+            self.codes[pid] = self._forks.poll(pid)
+            if self.codes[pid] and not self._failed_s:
+                self._failed_s = time.monotonic()
+        if self.returncode is None and self._failed_s and time.monotonic() > self._failed_s + GRACE_S:
+            self.kill()
+        return self.returncode
+
+    def wait(self, timeout: float = 300) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(self.err.read_text()[-5000:])
+            time.sleep(0.02)
+        return code
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+class Forks:
+    """Starts Python scripts as forks of a process that has imported everything: see ranks/fork_server.py."""
+
+    def __init__(self) -> None:
+        words = [sys.executable, str(ROOT / "tests" / "ranks" / "fork_server.py")]
+        self._server = subprocess.Popen(
+            words, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
 
-    return run
+    def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(order) + "\n")
+        self._server.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._server.stdout.readline())
+        return answer
+
+    def poll(self, pid: int) -> int | None:
+        status = self._ask({"poll": pid})["status"]
+        return None if status is None else os.waitstatus_to_exitcode(status)
+
+    def start(
+        self, script: Path, words: list[str], out: Path, err: Path | None = None, *, ranks: int = 0, **variables: str
+    ) -> Run:
+        """Start a script as so many ranks of one host, or alone without any variable of a rank."""
+        pids: list[int] = []
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        for rank in range(ranks or 1):
+            size = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            env = environment() | (address | size if ranks else {}) | variables
+            order = {"start": [str(script), *words], "env": env, "out": str(out), "err": str(err or out)}
+            pids.append(self._ask(order | {"group": pids[0] if pids else 0})["pid"])
+        return Run(self, pids, out, err or out)
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.close()
+        self._server.stdout.close()
+        self._server.wait(60)
+
+
+@functools.cache
+def forks() -> Forks:
+    """The server of this session."""
+    return Forks()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _end_of_session() -> Iterator[None]:
+    yield
+    if forks.cache_info().currsize:
+        forks().close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(
+    flags: dict[str, str], *, ranks: int = 0, script: str = "pretrain.py", timeout: float = 300
+) -> "subprocess.CompletedProcess[str]":
+    """Run a script of launch/ to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        code = forks().start(ROOT / "launch" / script, words_of(flags), out, err, ranks=ranks).wait(timeout)
+        return subprocess.CompletedProcess([script], code, out.read_text(), err.read_text())
+
+
+def run_worker(name: str, words: list[str], folder: Path, *, ranks: int) -> list[dict[str, Any]]:
+    """Run a script of tests/ranks/ on so many ranks; returns what each wrote as rank-R.json."""
+    started = forks().start(ROOT / "tests" / "ranks" / name, words, folder / "log", ranks=ranks)
+    assert started.wait(600) == 0, (folder / "log").read_text()[-4000:]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def metrics(output: Path) -> list[dict[str, float]]:

@@ -2,13 +2,11 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, run_worker
 
 from trainer.engine import fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.errors import ConfigError
@@ -17,36 +15,19 @@ from trainer.optim import learning_rate_at
 CPU = ROOT / "ds_configs" / "cpu_fp32.json"
 
 
-def train(
-    folder: Path, *, ranks: int, stage: int, micro_batch: int, config: Path = CPU, port: int
-) -> list[dict[str, Any]]:
+def train(folder: Path, *, ranks: int, stage: int, micro_batch: int, config: Path = CPU) -> list[dict[str, Any]]:
     folder.mkdir()
-    worker = ROOT / "tests" / "ranks" / "engine_worker.py"
-    words = [sys.executable, str(worker), str(config), str(micro_batch), str(folder), str(stage)]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
-    started = [
-        subprocess.Popen(
-            words,
-            env=environment() | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    for process in started:
-        log, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, log[-4000:]
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+    words = [str(config), str(micro_batch), str(folder), str(stage)]
+    return run_worker("engine_worker.py", words, folder, ranks=ranks)
 
 
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_all_stages_and_one_rank_and_accumulation_compute_the_same(tmp_path: Path) -> None:
-    alone = train(tmp_path / "alone", ranks=1, stage=0, micro_batch=8, port=29700)[0]
+    alone = train(tmp_path / "alone", ranks=1, stage=0, micro_batch=8)[0]
     assert alone["losses"][-1] < alone["losses"][0]
     for stage in (0, 1, 2, 3):
-        ranks = train(tmp_path / f"stage{stage}", ranks=2, stage=stage, micro_batch=2, port=29701 + stage)
+        ranks = train(tmp_path / f"stage{stage}", ranks=2, stage=stage, micro_batch=2)
         assert ranks[0]["losses"] == ranks[1]["losses"]
         assert ranks[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
         assert ranks[0]["norms"] == pytest.approx(alone["norms"], rel=1e-3)
@@ -54,7 +35,7 @@ def test_all_stages_and_one_rank_and_accumulation_compute_the_same(tmp_path: Pat
         assert ranks[0]["copy_is_equal"], "what is saved in the background differs from what is saved at once"
         if stage < 3:
             assert ranks[0]["parameters"] == ranks[1]["parameters"]
-    accumulated = train(tmp_path / "accumulated", ranks=1, stage=1, micro_batch=2, port=29710)[0]
+    accumulated = train(tmp_path / "accumulated", ranks=1, stage=1, micro_batch=2)[0]
     assert accumulated["losses"] == pytest.approx(alone["losses"], rel=1e-4)
 
 
@@ -62,9 +43,9 @@ def test_all_stages_and_one_rank_and_accumulation_compute_the_same(tmp_path: Pat
 @pytest.mark.ranks
 @pytest.mark.parametrize(("name", "stage"), [("zero1_bf16", 1), ("zero2_bf16", 2), ("zero3_bf16", 3)])
 def test_bf16_follows_fp32_within_its_precision(tmp_path: Path, name: str, stage: int) -> None:
-    exact = train(tmp_path / "fp32", ranks=1, stage=1, micro_batch=8, port=29720 + stage)[0]
+    exact = train(tmp_path / "fp32", ranks=1, stage=1, micro_batch=8)[0]
     config = ROOT / "ds_configs" / f"{name}.json"
-    ranks = train(tmp_path / "bf16", ranks=2, stage=stage, micro_batch=4, config=config, port=29730 + stage)
+    ranks = train(tmp_path / "bf16", ranks=2, stage=stage, micro_batch=4, config=config)
     assert ranks[0]["losses"] == pytest.approx(exact["losses"], rel=0.02)
     assert ranks[0]["errors"] == ranks[1]["errors"]
     assert ranks[0]["copy_is_equal"]

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, metrics, write_tar
+from conftest import ROOT, TINY, forks, launch, metrics, run_worker, words_of, write_tar
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -73,28 +72,17 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(
-    script: str, flags: dict[str, str], *, ranks: int = 0, port: int = 29810
-) -> subprocess.CompletedProcess[str]:
-    words = [str(ROOT / "launch" / script), *(word for n, v in flags.items() for word in (f"--{n}", v))]
-    start = [sys.executable]
-    if ranks:
-        launcher = "from deepspeed.launcher.runner import main; main()"
-        start += ["-c", launcher, "--num_gpus", str(ranks), "--master_port", str(port)]
-    return subprocess.run([*start, *words], env=environment(), capture_output=True, text=True, timeout=300)
-
-
 def finetune(sets: Path, output: Path, **flags: str) -> subprocess.CompletedProcess[str]:
     data = {"data": str(sets / "train" / "*.tar"), "val_data": str(sets / "val" / "*.tar"), "output_dir": str(output)}
     ranks = int(flags.pop("ranks", "0"))
-    return launch("finetune.py", QUICK | data | flags, ranks=ranks)
+    return launch(QUICK | data | flags, ranks=ranks, script="finetune.py")
 
 
 @pytest.fixture(scope="module")
 def mae(sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("mae") / "run"
     flags = TINY | {"data": str(sets / "train" / "*.tar"), "output_dir": str(output), "num_workers": "0", "epochs": "1"}
-    done = launch("pretrain.py", flags)
+    done = launch(flags)
     assert done.returncode == 0, done.stderr[-3000:]
     return output
 
@@ -170,33 +158,13 @@ def test_a_killed_fine_tuning_goes_on_bitwise(sets: Path, mae: Path, tmp_path: P
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_lora_under_zero_trains_alike_on_all_ranks_and_resumes_exactly(tmp_path: Path, stage: int) -> None:
-    def run(folder: Path, ranks: int, stage: int, port: int) -> list[dict[str, Any]]:
+    def run(folder: Path, ranks: int, stage: int) -> list[dict[str, Any]]:
         folder.mkdir()
-        worker = ROOT / "tests" / "ranks" / "detector_worker.py"
-        words = [sys.executable, str(worker), str(ROOT / "ds_configs" / "cpu_fp32.json"), str(folder), str(stage)]
-        address = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_SIZE": str(ranks),
-        }
-        started = [
-            subprocess.Popen(
-                words,
-                env=environment() | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        for process in started:
-            log, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, log[-4000:]
-        return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+        words = [str(ROOT / "ds_configs" / "cpu_fp32.json"), str(folder), str(stage)]
+        return run_worker("detector_worker.py", words, folder, ranks=ranks)
 
-    alone = run(tmp_path / "alone", 1, 0, 29820 + stage)[0]
-    ranks = run(tmp_path / "ranks", 2, stage, 29830 + stage)
+    alone = run(tmp_path / "alone", 1, 0)[0]
+    ranks = run(tmp_path / "ranks", 2, stage)
     assert ranks[0]["digest"] == ranks[1]["digest"], "the ranks train different adapters"
     assert ranks[0]["logits"] == ranks[1]["logits"]
     assert ranks[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
@@ -226,11 +194,9 @@ def test_the_seeds_command_lines_run(sets: Path, mae: Path, tmp_path: Path, feat
         "val_data": str(sets / "val" / "*.tar"),
         "output_dir": str(tmp_path / "r"),
     }
-    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    words += [word for feature in features.split() for word in ("--override", feature)]
-    script = [sys.executable, str(ROOT / "launch" / "finetune.py"), *words]
-    done = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = words_of(flags) + [word for feature in features.split() for word in ("--override", feature)]
+    started = forks().start(ROOT / "launch" / "finetune.py", words, tmp_path / "log")
+    assert started.wait() == 0, (tmp_path / "log").read_text()[-3000:]
     recipe = load_detector(tmp_path / "r").description["recipe"]
     for feature in features.split():
         name, _, value = feature.partition("=")

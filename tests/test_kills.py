@@ -8,22 +8,21 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, metrics
+from conftest import ROOT, TINY, Run, forks, metrics, words_of
 from torch.utils._pytree import tree_leaves
 
 from trainer import checkpoint
 from trainer.zero_files import load_safely
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
+KILLED = ROOT / "tests" / "ranks" / "killed_pretrain.py"
 NUM_KILLS = int(os.environ.get("TRAINER_KILLS", "0"))
 PHASES = ("step", "shard", "sync", "manifest", "rename", "latest", "latest rename", "pruning", "pruned")
 OF_RANK_0 = PHASES[3:]
@@ -31,48 +30,15 @@ OF_RANK_0 = PHASES[3:]
 FLAGS = TINY | {"save_every": "2", "keep_checkpoints": "2", "max_restarts": "0", "num_workers": "0", "timeout_s": "120"}
 
 
-class Zygote:
-    """A process that forks runs."""
-
-    def __init__(self) -> None:
-        words = [sys.executable, str(ROOT / "tests" / "ranks" / "zygote.py")]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = subprocess.Popen(words, env=environment(), text=True, **pipes)
-        self._port = 29800
-
-    def start(
-        self, flags: dict[str, str], log: Path, *, ranks: int = 2, fault: dict[str, Any] | None = None
-    ) -> list[int]:
-        """Start a run; returns the ranks' process numbers."""
-        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-        self._port = 29800 + (self._port - 29799) % 150
-        order = {"words": words, "ranks": ranks, "port": self._port, "log": str(log), "fault": fault}
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return self._answer()["pids"]
-
-    def wait(self) -> list[int]:
-        """Exit codes of the ranks, negative for signals."""
-        return [os.waitstatus_to_exitcode(status) for status in self._answer()["status"]]
-
-    def run(self, flags: dict[str, str], log: Path, **more: Any) -> list[int]:
-        self.start(flags, log, **more)
-        return self.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(60)
+def start(flags: dict[str, str], log: Path, *, ranks: int = 2, fault: dict[str, Any] | None = None) -> Run:
+    return forks().start(KILLED, words_of(flags), log, ranks=ranks, FAULT=json.dumps(fault))
 
 
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    ours = Zygote()
-    yield ours
-    ours.close()
+def run(flags: dict[str, str], log: Path, **more: Any) -> list[int | None]:
+    """Run to the end; returns the exit codes of the ranks, negative for signals."""
+    started = start(flags, log, **more)
+    started.wait()
+    return list(started.codes.values())
 
 
 def flags_of(shards: Path, output: Path, steps: int, **changes: str) -> dict[str, str]:
@@ -117,16 +83,14 @@ def faults(seed: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
-def test_a_run_killed_in_every_phase_ends_as_if_it_never_was(
-    zygote: Zygote, shards: Path, tmp_path: Path, background: str
-) -> None:
+def test_a_run_killed_in_every_phase_ends_as_if_it_never_was(shards: Path, tmp_path: Path, background: str) -> None:
     killed, log = tmp_path / "killed", tmp_path / "log"
     before, num_killed, chosen = 0, 0, faults(seed=int(background == "true"))
     steps = 4 * len(chosen) + 8
     flags = flags_of(shards, killed, steps, background_saves=background)
     for fault in chosen:
         log.write_text("")
-        codes = zygote.run(flags, log, fault=fault)
+        codes = run(flags, log, fault=fault)
         assert -signal.SIGKILL in codes or codes == [0, 0], (fault, codes, log.read_text()[-3000:])
         num_killed += -signal.SIGKILL in codes
         assert "Traceback" not in log.read_text() or fault["action"] == "kill", log.read_text()[-3000:]
@@ -139,9 +103,9 @@ def test_a_run_killed_in_every_phase_ends_as_if_it_never_was(
         before = after
     assert num_killed >= len(chosen) - 2
     log.write_text("")
-    assert zygote.run(flags, log) == [0, 0], log.read_text()[-3000:]
+    assert run(flags, log) == [0, 0], log.read_text()[-3000:]
     whole = tmp_path / "whole"
-    assert zygote.run(flags_of(shards, whole, steps), log) == [0, 0], log.read_text()[-3000:]
+    assert run(flags_of(shards, whole, steps), log) == [0, 0], log.read_text()[-3000:]
     assert story(killed) == story(whole)
     assert weights(killed, steps) == weights(whole, steps)
     leftovers = [path.name for path in (killed / "checkpoints").iterdir()]
@@ -154,19 +118,19 @@ def test_a_run_killed_in_every_phase_ends_as_if_it_never_was(
     [("shard", "eio", "true"), ("sync", "eio", "false"), ("shard", "full", "true"), ("shard", "full", "false")],
 )
 def test_storage_that_fails_on_one_rank_stops_all_after_three_saves(
-    zygote: Zygote, shards: Path, tmp_path: Path, phase: str, action: str, background: str
+    shards: Path, tmp_path: Path, phase: str, action: str, background: str
 ) -> None:
     output, log = tmp_path / "out", tmp_path / "log"
     fault = {"phase": phase, "nth": 2 if phase == "sync" else 3, "action": action, "rank": 1}
     flags = flags_of(shards, output, 40, background_saves=background)
-    codes = zygote.run(flags, log, fault=fault)
+    codes = run(flags, log, fault=fault)
     assert codes == [2, 2], log.read_text()[-3000:]
     assert log.read_text().count("was not written (rank 1: ") >= 3
     assert "3 saves in a row have failed" in log.read_text()
     assert newest(output) >= 2
     done = newest(output)
     assert not list((output / "attempts").rglob("*.pt"))
-    assert zygote.run(flags, log) == [0, 0], log.read_text()[-3000:]
+    assert run(flags, log) == [0, 0], log.read_text()[-3000:]
     assert f"resumed from {output}/checkpoints/step-{done:08d}" in log.read_text()
 
 
@@ -189,11 +153,11 @@ POINTERS = [b"", b"\xff\x00", b"step-99999999\n", b"../../../etc\n", b"/etc/pass
 
 
 def test_damage_to_any_file_is_seen_by_all_ranks_and_the_checkpoint_before_is_used(
-    zygote: Zygote, shards: Path, tmp_path: Path
+    shards: Path, tmp_path: Path
 ) -> None:
     output, log, whole = tmp_path / "out", tmp_path / "log", tmp_path / "whole"
     flags, folder = flags_of(shards, output, 100), output / "checkpoints"
-    assert zygote.run(flags | {"stop_at_step": "4"}, log) == [0, 0], log.read_text()[-3000:]
+    assert run(flags | {"stop_at_step": "4"}, log) == [0, 0], log.read_text()[-3000:]
     victims = [path.relative_to(folder / "step-00000004") for path in (folder / "step-00000004").rglob("*.*")]
     assert len(victims) == 4  # the manifest, and DeepSpeed's files: parameters, and the optimizer of each rank
     for number, (damage, pointer) in enumerate(zip(DAMAGES, POINTERS, strict=True)):
@@ -206,7 +170,7 @@ def test_damage_to_any_file_is_seen_by_all_ranks_and_the_checkpoint_before_is_us
         if pointer is not None:
             (folder / "latest").write_bytes(pointer)
         log.write_text("")
-        codes = zygote.run(flags | {"stop_at_step": str(step + 2)}, log)
+        codes = run(flags | {"stop_at_step": str(step + 2)}, log)
         assert codes == [0, 0], (victim, log.read_text()[-3000:])
         assert log.read_text().count(f"resumed from {folder}/step-{step - 2:08d}") == 1
         assert f"checkpoint {folder}/step-{step:08d}: " in log.read_text()
@@ -214,34 +178,33 @@ def test_damage_to_any_file_is_seen_by_all_ranks_and_the_checkpoint_before_is_us
         assert newest(output) == step + 2
         assert (folder / "latest").read_text() == f"step-{step + 2:08d}\n"
         (folder / "step-88888888").rmdir()
-    assert zygote.run(flags_of(shards, whole, 100, stop_at_step=str(step + 2)), log) == [0, 0]
+    assert run(flags_of(shards, whole, 100, stop_at_step=str(step + 2)), log) == [0, 0]
     assert story(output) == story(whole)
     assert weights(output, step + 2) == weights(whole, step + 2)
     for pointer in (b"\xff\x00", None):  # nothing is left to do, so nothing is saved
         (folder / "latest").unlink()
         if pointer is not None:
             (folder / "latest").write_bytes(pointer)
-        assert zygote.run(flags | {"stop_at_step": str(step + 2)}, log) == [0, 0], log.read_text()[-3000:]
+        assert run(flags | {"stop_at_step": str(step + 2)}, log) == [0, 0], log.read_text()[-3000:]
 
 
-def test_an_attempt_that_comes_back_changes_nothing_and_says_so(zygote: Zygote, shards: Path, tmp_path: Path) -> None:
-    output, second = tmp_path / "out", Zygote()
+def test_an_attempt_that_comes_back_changes_nothing_and_says_so(shards: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
     flags = flags_of(shards, output, 16)
     old_log, new_log = tmp_path / "old-log", tmp_path / "new-log"
     fault = {"phase": "rename", "nth": 2, "action": "stop", "rank": 0}
-    (old,) = zygote.start(flags | {"background_saves": "false"}, old_log, ranks=1, fault=fault)
+    old = start(flags | {"background_saves": "false"}, old_log, ranks=1, fault=fault)
     deadline = time.monotonic() + 120
-    while " T " not in Path(f"/proc/{old}/stat").read_text() and time.monotonic() < deadline:
+    while " T " not in Path(f"/proc/{old.pid}/stat").read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert newest(output) == 2
-    assert second.run(flags, new_log, ranks=1) == [0], new_log.read_text()[-3000:]
-    second.close()
+    assert run(flags, new_log, ranks=1) == [0], new_log.read_text()[-3000:]
     assert "resumed from" in new_log.read_text()
     shared = [path for path in output.rglob("*") if path.is_file() and "attempts" not in path.parts]
     shared += list(Path(f"{output}-ledger").iterdir())
     before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in shared if "logs" not in path.parts}
-    os.kill(old, signal.SIGCONT)
-    assert zygote.wait() == [87], old_log.read_text()[-3000:]
+    os.kill(old.pid, signal.SIGCONT)
+    assert old.wait() == 87, old_log.read_text()[-3000:]
     assert "attempt 1 ends: attempt 2 has taken over" in old_log.read_text()
     assert {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in before} == before
     assert newest(output) == 16

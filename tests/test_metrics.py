@@ -2,14 +2,12 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import run_worker
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pyeer.eer_stats import calculate_roc, get_eer_values
@@ -279,16 +277,7 @@ def test_a_sample_with_two_labels_is_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_two_ranks_with_uneven_shares_measure_what_one_does(tmp_path: Path) -> None:
-    worker = ROOT / "tests" / "ranks" / "metrics_worker.py"
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29790", "WORLD_SIZE": "2"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(tmp_path)], env=environment() | address | {"RANK": str(rank)}
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
-    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    ranks = run_worker("metrics_worker.py", [str(tmp_path)], tmp_path, ranks=2)
     generator = np.random.default_rng(7)
     scores, labels = generator.random(25), np.arange(25) % 2
     expected = d_eer(error_curve(scores, labels)).value

@@ -1,20 +1,19 @@
 """Numbers that are not finite move nothing and are told; losses that jump are left behind with their data."""
 
 import json
+import os
+import re
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, environment, metrics
+from conftest import ROOT, TINY, Run, forks, metrics, run_worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,34 +30,19 @@ CPU = ROOT / "ds_configs" / "cpu_fp32.json"
 LOSS = st.floats(0.001, 1000)
 
 
-@contextmanager
-def ranks(words: list[str], folder: Path, *, port: int, **variables: str) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Two ranks, each with its log in the folder; none outlives the block."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
-    started = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with (folder / f"log-{rank}").open("wb") as log:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, *words], env=environment() | address | place | variables, stdout=log, stderr=log
-                )
-            )
-    try:
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+def start(words: list[str], folder: Path, **variables: str) -> Run:
+    """Two ranks."""
+    return forks().start(Path(words[0]), words[1:], folder / "log", ranks=2, **variables)
 
 
-def codes_of(words: list[str], folder: Path, *, port: int, **variables: str) -> list[int]:
-    with ranks(words, folder, port=port, **variables) as started:
-        return [process.wait(timeout=300) for process in started]
+def codes_of(words: list[str], folder: Path, **variables: str) -> list[int | None]:
+    run = start(words, folder, **variables)
+    run.wait()
+    return list(run.codes.values())
 
 
-def log_of(folder: Path, rank: int = 0) -> str:
-    return (folder / f"log-{rank}").read_text()
+def log_of(folder: Path) -> str:
+    return (folder / "log").read_text()
 
 
 def pretrain(script: Path, **changes: Any) -> list[str]:
@@ -89,15 +73,10 @@ def ledger(folder: Path) -> dict[int, list[dict[str, Any]]]:
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    ("precision", "stage", "port"),
-    [("fp32", 0, 29800), ("fp32", 1, 29801), ("fp32", 2, 29802), ("fp32", 3, 29803), ("bf16", 1, 29804)],
-)
-def test_a_step_with_numbers_that_are_not_finite_leaves_no_trace(
-    tmp_path: Path, precision: str, stage: int, port: int
-) -> None:
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1)])
+def test_a_step_with_numbers_that_are_not_finite_leaves_no_trace(tmp_path: Path, precision: str, stage: int) -> None:
     config = CPU if precision == "fp32" else ROOT / "ds_configs" / "zero1_bf16.json"
-    seen = worker(tmp_path, config, stage, port)
+    seen = worker(tmp_path, config, stage)
     for rank in seen:
         assert rank["applied"] == [True, True, False, False, False, True, True, True]
         assert rank["untouched"] == [not applied for applied in rank["applied"]]
@@ -115,17 +94,15 @@ def test_a_step_with_numbers_that_are_not_finite_leaves_no_trace(
 def test_a_loss_scale_that_is_too_high_skips_steps_without_poison(tmp_path: Path) -> None:
     config = json.loads(CPU.read_text()) | {"fp16": {"enabled": True, "initial_scale_power": 26, "hysteresis": 1}}
     (tmp_path / "fp16.json").write_text(json.dumps(config))
-    for rank in worker(tmp_path, tmp_path / "fp16.json", 1, 29805):
+    for rank in worker(tmp_path, tmp_path / "fp16.json", 1):
         assert rank["untouched"] == [not applied for applied in rank["applied"]]
         assert not rank["applied"][0]
         assert rank["losses"][0] < 10
         assert rank["losses"][0] == rank["oracle"][0]
 
 
-def worker(folder: Path, config: Path, stage: int, port: int) -> list[dict[str, Any]]:
-    words = [str(ROOT / "tests" / "ranks" / "numerics_worker.py"), str(config), str(folder), str(stage)]
-    assert codes_of(words, folder, port=port) == [0, 0], log_of(folder)[-3000:]
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+def worker(folder: Path, config: Path, stage: int) -> list[dict[str, Any]]:
+    return run_worker("numerics_worker.py", [str(config), str(folder), str(stage)], folder, ranks=2)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +125,7 @@ def test_bad_steps_are_counted_and_a_row_of_them_ends_the_run_with_their_samples
         FAULTY, data=f"{shards}/*.tar", output_dir=output, sample_ledger=notes, save_every=4, max_bad_steps=3
     )
     poison = {8 * 5 + 1: "nan", **{8 * step + 3: "inf" for step in (9, 10, 11)}}  # odd positions belong to rank 1
-    assert codes_of(words, tmp_path, port=29810, FAULTS=faults(poison)) == [2, 2]
+    assert codes_of(words, tmp_path, FAULTS=faults(poison)) == [2, 2]
     log = log_of(tmp_path)
     assert "Traceback" not in log
     assert log.count("was skipped") == 4
@@ -167,7 +144,7 @@ def test_bad_steps_are_counted_and_a_row_of_them_ends_the_run_with_their_samples
     assert (output / "checkpoints" / "latest").read_text() == "step-00000008\n"
     assert manifest(output, 8)["progress"]["skipped_steps"] == 1
 
-    assert codes_of(words, tmp_path, port=29811, FAULTS="{}") == [0, 0], log_of(tmp_path)[-3000:]
+    assert codes_of(words, tmp_path, FAULTS="{}") == [0, 0], log_of(tmp_path)[-3000:]
     assert manifest(output, 32)["progress"]["skipped_steps"] == 1
     consumed = ledger(notes)
     assert sorted(consumed) == [step for step in range(1, 33) if step != 6]
@@ -180,10 +157,10 @@ def test_a_state_that_is_not_finite_is_never_saved(shards: Path, tmp_path: Path)
     output = tmp_path / "out"
     words = pretrain(FAULTY, data=f"{shards}/*.tar", output_dir=output, save_every=4)
     # One weight of rank 1 turns NaN before step 7, of which step 8 is a date to save.
-    assert codes_of(words, tmp_path, port=29816, FAULTS=faults({8 * 6 + 1: "weight"})) == [2, 2]
-    for rank in range(2):
-        assert "weights or optimizer state are not finite on rank 1, so nothing was saved" in log_of(tmp_path, rank)
-        assert "Traceback" not in log_of(tmp_path, rank)
+    assert codes_of(words, tmp_path, FAULTS=faults({8 * 6 + 1: "weight"})) == [2, 2]
+    message = "weights or optimizer state are not finite on rank 1, so nothing was saved"
+    assert log_of(tmp_path).count(message) == 2
+    assert "Traceback" not in log_of(tmp_path)
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["latest", "step-00000004"]
     checkpoint.verify(output / "checkpoints" / "step-00000004")
 
@@ -196,15 +173,15 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(shards: Path, tmp_path:
         ROOT / "launch" / "pretrain.py",
         data=f"{shards}/*.tar", output_dir=output, epochs=5000, log_every=100_000, save_every=100_000,
     )  # fmt: skip
-    with ranks(words, tmp_path, port=29812) as started:
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and not (output / "metrics.jsonl").exists():  # opened before the first step
-            time.sleep(0.05)
-        time.sleep(1)
-        started[1].send_signal(signal.SIGUSR1)
-        assert [process.wait(timeout=120) for process in started] == [85, 85], log_of(tmp_path)[-3000:]
-    assert "got SIGUSR1" in log_of(tmp_path, rank=1)
-    assert "got SIGUSR1" not in log_of(tmp_path, rank=0)
+    run = start(words, tmp_path)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not (output / "metrics.jsonl").exists():  # opened before the first step
+        time.sleep(0.05)
+    time.sleep(1)
+    os.kill(run.pids[1], signal.SIGUSR1)
+    run.wait()
+    assert list(run.codes.values()) == [85, 85], log_of(tmp_path)[-3000:]
+    assert re.findall(".*got SIGUSR1", log_of(tmp_path)) == ["[rank 1] got SIGUSR1"]
     (last,) = metrics(output)
     assert manifest(output, int(last["step"]))["progress"]["step"] == last["step"]
     assert (output / "checkpoints" / "latest").read_text() == f"step-{last['step']:08d}\n"
@@ -224,15 +201,12 @@ def test_a_spike_is_left_behind_with_its_data_and_a_kill_changes_nothing(shards:
             save_every=8, spike_threshold=20, on_spike="rollback",
         )  # fmt: skip
         if kills:
-            with ranks(words, output.parent, port=29814, FAULTS=faults(spikes | kills)) as started:
-                assert started[1].wait(timeout=300) == -signal.SIGKILL  # a launcher would now end the other one
+            assert -signal.SIGKILL in codes_of(words, output.parent, FAULTS=faults(spikes | kills))
             assert log_of(output.parent).count("are left out") == 2
             assert manifest(output, 32)["progress"]["skips"][1] == {"at_step": 32, "num_steps": 4}
             assert (output / "checkpoints" / "latest").read_text() == "step-00000032\n"
             words += ["--resume", "must"]
-        assert codes_of(words, output.parent, port=29815, FAULTS=faults(spikes)) == [0, 0], log_of(output.parent)[
-            -3000:
-        ]
+        assert codes_of(words, output.parent, FAULTS=faults(spikes)) == [0, 0], log_of(output.parent)[-3000:]
         rows = metrics(output)
         assert [row["step"] for row in rows] == list(range(1, 49))
         assert [row["rollbacks"] for row in rows] == [0] * 32 + [2] * 16

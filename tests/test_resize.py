@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, environment, metrics
+from conftest import ROOT, TINY, Run, forks, metrics, run_worker, words_of
 from test_elastic import ledger, steps_done
 from test_finetune import QUICK, faces
 
@@ -28,22 +26,12 @@ FP32 = [*(f"{kind}-cpu_fp32-{stage}" for stage in (2, 1, 3) for kind in ("lora",
 BF16 = ["mae-zero1_bf16-1", "lora-zero3_bf16-3"]
 
 
-def hop(root: Path, number: int, *, port: int) -> list[dict[str, Any]]:
+def hop(root: Path, number: int) -> list[dict[str, Any]]:
     """Run the ranks of one hop; returns what each saw, by case."""
-    ranks = WORLDS[number]
-    worker = ROOT / "tests" / "ranks" / "resize_worker.py"
+    folder = root / f"hop-{number}"
+    folder.mkdir()
     words = [str(root), str(number), str(WORLDS[number - 1]), str(len(WORLDS)), *FP32, *BF16]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
-    logs = [root / f"hop-{number}-rank-{rank}.log" for rank in range(ranks)]
-    started = []
-    for rank, log in enumerate(logs):
-        place = environment() | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with log.open("w") as file:
-            started.append(subprocess.Popen([sys.executable, str(worker), *words], env=place, stdout=file, stderr=file))
-    for process, log in zip(started, logs, strict=True):
-        process.wait(timeout=600)
-        assert process.returncode == 0, log.read_text()[-4000:]
-    return [json.loads((root / f"hop-{number}-rank-{rank}.json").read_text()) for rank in range(ranks)]
+    return run_worker("resize_worker.py", words, folder, ranks=WORLDS[number])
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hops(root: Path) -> list[list[dict[str, Any]]]:
     root.mkdir()
-    return [hop(root, number, port=29860 + number) for number in range(len(WORLDS))]
+    return [hop(root, number) for number in range(len(WORLDS))]
 
 
 @pytest.mark.parametrize("case", FP32 + BF16)
@@ -168,24 +156,19 @@ def test_code_in_a_checkpoint_of_another_world_size_is_not_run(
 # ---------------------------------------------------------------------------------------------- whole runs
 
 
-def kill_when(reached: Callable[[], bool], words: list[str], output: str, log: Path) -> None:
-    """Start a run and SIGKILL every process of it as soon as something is seen."""
-    with log.open("w") as file:
-        process = subprocess.Popen(words, env=environment(), stdout=file, stderr=file, start_new_session=True)
-        deadline = time.monotonic() + 300
-        while not reached() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        assert process.poll() is None, log.read_text()[-3000:]
-        os.killpg(process.pid, signal.SIGKILL)
-        subprocess.run(["pkill", "-9", "-f", output], check=False)
-        process.wait()
-    assert process.returncode == -signal.SIGKILL, log.read_text()[-3000:]
+def kill_when(reached: Callable[[], bool], run: Run) -> None:
+    """SIGKILL every process of a run as soon as something is seen."""
+    deadline = time.monotonic() + 300
+    while not reached() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert run.poll() is None, run.err.read_text()[-3000:]
+    run.kill()
+    assert run.wait() == -signal.SIGKILL, run.err.read_text()[-3000:]
 
 
-def finish(words: list[str], returncode: int = 0) -> str:
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=400)
-    assert done.returncode == returncode, done.stderr[-3000:]
-    return done.stderr
+def finish(run: Run, returncode: int = 0) -> str:
+    assert run.wait(400) == returncode, run.err.read_text()[-3000:]
+    return run.err.read_text()
 
 
 def same_losses(one: Path, other: Path) -> None:
@@ -200,22 +183,23 @@ def test_pre_training_killed_in_a_step_and_in_a_conversion_goes_on_with_other_ra
     settings = {"global_batch": "12", "micro_batch": "2", "epochs": str(12 * 12 / 64), "save_every": "2"}
     common = TINY | settings | {"data": f"{shards}/*.tar"}
 
-    def words(name: str, ranks: int, port: int, **changes: str) -> list[str]:
+    def start(name: str, ranks: int, **changes: str) -> Run:
         where = {"output_dir": str(tmp_path / name), "sample_ledger": str(tmp_path / f"{name}-ledger")}
-        return command(common | where | changes, ranks=ranks, port=port)
+        words = words_of(common | where | changes)
+        return forks().start(ROOT / "launch" / "pretrain.py", words, tmp_path / f"log-{time.monotonic()}", ranks=ranks)
 
-    finish(words("whole", 0, 0))
+    finish(start("whole", 0))
     killed = tmp_path / "killed"
-    kill_when(lambda: steps_done(killed) >= 5, words("killed", 2, 29871), str(killed), tmp_path / "log1")
+    kill_when(lambda: steps_done(killed) >= 5, start("killed", 2))
 
     def half_converted() -> list[Path]:
         return list(killed.glob("checkpoints/.step-*.tmp-universal-*/state/tmp"))
 
-    kill_when(lambda: bool(half_converted()), words("killed", 3, 29872), str(killed), tmp_path / "log2")
+    kill_when(lambda: bool(half_converted()), start("killed", 3))
     assert half_converted()
-    refused = finish(words("killed", 0, 0, micro_batch="5"), returncode=2)
+    refused = finish(start("killed", 0, micro_batch="5"), returncode=2)
     assert "global_batch is 12" in refused
-    log = finish(words("killed", 3, 29873, resume="must"))
+    log = finish(start("killed", 3, resume="must"))
     assert not list(killed.glob("checkpoints/.*"))
     assert "written by 2 ranks" in log
     assert ledger(tmp_path / "killed-ledger") == ledger(tmp_path / "whole-ledger")
@@ -240,14 +224,15 @@ def test_fine_tuning_killed_on_one_rank_goes_on_with_two(tmp_path: Path) -> None
         "micro_batch": "4",
     }
 
-    def words(name: str, ranks: int, port: int) -> list[str]:
+    def start(name: str, ranks: int) -> Run:
         where = {"output_dir": str(tmp_path / name), "sample_ledger": str(tmp_path / f"{name}-ledger")}
-        return command(common | where, ranks=ranks, port=port, script="finetune.py")
+        words = words_of(common | where)
+        return forks().start(ROOT / "launch" / "finetune.py", words, tmp_path / f"log-{time.monotonic()}", ranks=ranks)
 
-    finish(words("whole", 0, 0))
+    finish(start("whole", 0))
     killed = tmp_path / "killed"
-    kill_when(lambda: steps_done(killed) >= 4, words("killed", 0, 0), str(killed), tmp_path / "log1")
-    log = finish(words("killed", 2, 29874))
+    kill_when(lambda: steps_done(killed) >= 4, start("killed", 0))
+    log = finish(start("killed", 2))
     assert "written by 1 ranks" in log
     assert ledger(tmp_path / "killed-ledger") == ledger(tmp_path / "whole-ledger")
     same_losses(tmp_path / "whole", killed)

@@ -7,18 +7,16 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, environment, members_of, metrics, write_tar
+from conftest import ROOT, TINY, command, environment, forks, launch, members_of, metrics, words_of, write_tar
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def flags(shards: Path, output: Path, **changes: object) -> dict[str, str]:
@@ -61,33 +59,33 @@ def broken(kind: str, folder: Path) -> Path:
     ],
 )
 def test_bad_input_is_one_clear_message_and_exit_code_2(
-    changes: dict[str, str], shard: str, message: str, shards: Path, tmp_path: Path, pretrain: Run
+    changes: dict[str, str], shard: str, message: str, shards: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "MALFORMED").write_text("{'a': 1}")
     (tmp_path / "CONFLICT").write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {"lr": 7.0}}}))
     if "ds_config" in changes:
         changes = {"ds_config": str(tmp_path / changes["ds_config"])}
     folder = broken(shard, tmp_path / "broken") if shard else shards
-    done = pretrain(flags(folder, tmp_path / "out") | changes)
+    done = launch(flags(folder, tmp_path / "out") | changes)
     assert done.returncode == 2, done.stderr[-2000:]
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "recipe.json").exists()
 
 
-def test_more_ranks_than_devices_are_refused_through_the_launcher(shards: Path, tmp_path: Path, pretrain: Run) -> None:
+def test_more_ranks_than_devices_are_refused_through_the_launcher(shards: Path, tmp_path: Path) -> None:
     ranks = len(os.sched_getaffinity(0)) + 1
     words = flags(shards, tmp_path / "out", oversubscribe="false", global_batch=4 * ranks)
-    done = pretrain(words, ranks=ranks, port=29611)
+    done = subprocess.run(command(words, ranks=ranks, port=29611), env=environment(), capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-2000:]
     assert f"{ranks} ranks were started on a host with {ranks - 1} CPU cores" in done.stderr
 
 
-def test_another_recipes_output_is_refused_and_left_alone(shards: Path, tmp_path: Path, pretrain: Run) -> None:
+def test_another_recipes_output_is_refused_and_left_alone(shards: Path, tmp_path: Path) -> None:
     words = flags(shards, tmp_path / "out", stop_at_step=2)
-    assert pretrain(words).returncode == 0
+    assert launch(words).returncode == 0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    done = pretrain(words | {"mask_ratio": "0.5", "seed": "3"})
+    done = launch(words | {"mask_ratio": "0.5", "seed": "3"})
     assert done.returncode == 2
     assert "mask_ratio (here 0.5, there 0.75); seed (here 3, there 0)" in done.stderr
     assert {p: p.stat().st_mtime_ns for p in before} == before
@@ -102,14 +100,14 @@ def ledger(folder: Path) -> dict[str, list[str]]:
     return {path.name: path.read_text().splitlines() for path in sorted(folder.iterdir())}
 
 
-def test_a_run_killed_mid_epoch_goes_on_bitwise(shards: Path, tmp_path: Path, pretrain: Run) -> None:
+def test_a_run_killed_mid_epoch_goes_on_bitwise(shards: Path, tmp_path: Path) -> None:
     held_out = write_tar(tmp_path / "heldout" / "h.tar", members_of(range(100, 107)))
     common = {"heldout_data": str(held_out), "heldout_every": 5, "picture_every": 10, "save_every": 3, "epochs": 3}
 
     def words(name: str) -> dict[str, str]:
         return flags(shards, tmp_path / name, **common) | {"sample_ledger": str(tmp_path / f"{name}-ledger")}
 
-    done = pretrain(words("whole"), ranks=2, port=29621)
+    done = launch(words("whole"), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "predicting the mean face gives" in done.stdout
 
@@ -132,7 +130,7 @@ def test_a_run_killed_mid_epoch_goes_on_bitwise(shards: Path, tmp_path: Path, pr
         process.wait()
     assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-3000:]
     assert not (killed / "checkpoints" / "step-00000024").exists()
-    resumed = pretrain(words("killed") | {"resume": "must"}, ranks=2, port=29623)
+    resumed = launch(words("killed") | {"resume": "must"}, ranks=2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "resumed from" in resumed.stderr
 
@@ -146,7 +144,7 @@ def test_a_run_killed_mid_epoch_goes_on_bitwise(shards: Path, tmp_path: Path, pr
         assert sorted(keys) == [f"face{i:04d}" for i in range(64)]
     _check_what_is_on_disk(killed)
 
-    again = pretrain(words("killed"), ranks=2, port=29624)
+    again = launch(words("killed"), ranks=2)
     assert again.returncode == 0, again.stderr[-3000:]
     assert numbers(killed) == numbers(tmp_path / "whole")
     assert _held_out_line(again.stdout) == _held_out_line(resumed.stdout)
@@ -174,37 +172,36 @@ def _check_what_is_on_disk(output: Path) -> None:
         assert np.asarray(picture).std() > 10
 
 
-def test_sigterm_saves_and_asks_to_be_queued_again(shards: Path, tmp_path: Path, pretrain: Run) -> None:
+def test_sigterm_saves_and_asks_to_be_queued_again(shards: Path, tmp_path: Path) -> None:
     words = flags(shards, tmp_path / "out", epochs=200, save_every=100000)
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command(words), env=environment(), stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not (tmp_path / "out" / "metrics.jsonl").exists():
-            time.sleep(0.05)
-        time.sleep(1)
-        os.killpg(process.pid, signal.SIGTERM)  # a scheduler signals every process, loader workers too
-        assert process.wait(timeout=60) == 85, (tmp_path / "log").read_text()[-2000:]
+    run = forks().start(ROOT / "launch" / "pretrain.py", words_of(words), tmp_path / "log")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (tmp_path / "out" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    os.killpg(run.pid, signal.SIGTERM)  # a scheduler signals every process, loader workers too
+    assert run.wait(60) == 85, (tmp_path / "log").read_text()[-2000:]
     last = metrics(tmp_path / "out")[-1]["step"]
     assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
 
 
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(shards: Path, tmp_path: Path, pretrain: Run) -> None:
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(shards: Path, tmp_path: Path) -> None:
     words = flags(shards, tmp_path / "out", save_every=2)
-    assert pretrain(words | {"stop_at_step": "4"}).returncode == 0
+    assert launch(words | {"stop_at_step": "4"}).returncode == 0
     state = next((tmp_path / "out" / "checkpoints" / "step-00000004").rglob("*.pt"))
     with state.open("r+b") as file:
         file.seek(1000)
         file.write(b"damage")
-    done = pretrain(words | {"stop_at_step": "6"})
+    done = launch(words | {"stop_at_step": "6"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "altered or cut" in done.stderr
     assert "step-00000002" in done.stderr
     assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_checkpoint_with_code_inside_is_not_executed(shards: Path, tmp_path: Path, pretrain: Run) -> None:
+def test_a_checkpoint_with_code_inside_is_not_executed(shards: Path, tmp_path: Path) -> None:
     words = flags(shards, tmp_path / "out", save_every=2)
-    assert pretrain(words | {"stop_at_step": "2"}).returncode == 0
+    assert launch(words | {"stop_at_step": "2"}).returncode == 0
     folder = tmp_path / "out" / "checkpoints" / "step-00000002"
     state = next(folder.rglob("mp_rank_00_model_states.pt"))
     content = torch.load(state, weights_only=False)
@@ -214,7 +211,7 @@ def test_a_checkpoint_with_code_inside_is_not_executed(shards: Path, tmp_path: P
     entry = manifest["files"][state.relative_to(folder).as_posix()]
     entry["bytes"], entry["sha256"] = state.stat().st_size, hashlib.sha256(state.read_bytes()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    done = pretrain(words)
+    done = launch(words)
     assert done.returncode == 2
     assert "cannot be loaded safely" in done.stderr
     assert not (tmp_path / "sprung").exists()
@@ -236,12 +233,12 @@ def with_bad_images(folder: Path, bad: set[int]) -> Path:
     return folder
 
 
-def test_a_bad_image_is_counted_alike_on_every_world_size(tmp_path: Path, pretrain: Run) -> None:
+def test_a_bad_image_is_counted_alike_on_every_world_size(tmp_path: Path) -> None:
     shards = with_bad_images(tmp_path / "shards", {5})
     counts = []
     for ranks in (1, 2):
         output = tmp_path / f"out{ranks}"
-        done = pretrain(flags(shards, output, epochs=2, num_workers=2), ranks=ranks, port=29660 + ranks)
+        done = launch(flags(shards, output, epochs=2, num_workers=2), ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         counts.append([row.get("bad_samples_not_an_image", 0) for row in metrics(output)])
         board = EventAccumulator(str(output / "tensorboard"))
@@ -251,9 +248,9 @@ def test_a_bad_image_is_counted_alike_on_every_world_size(tmp_path: Path, pretra
     assert counts[0][-1] >= 2  # once an epoch, and wherever it was chosen as a substitute
 
 
-def test_rotten_data_end_a_run_with_the_keys(tmp_path: Path, pretrain: Run) -> None:
+def test_rotten_data_end_a_run_with_the_keys(tmp_path: Path) -> None:
     shards = with_bad_images(tmp_path / "shards", set(range(0, 64, 2)))
-    done = pretrain(flags(shards, tmp_path / "out"))
+    done = launch(flags(shards, tmp_path / "out"))
     assert done.returncode == 2
     assert "max_bad_sample_share 0.001" in done.stderr
     assert "not_an_image" in done.stderr

@@ -140,7 +140,7 @@ def main(root: str, hop: str, ranks_before: str, num_hops: str, *cases: str) -> 
         folder = Path(root, cases[0], f"step-{number}")
         seen["failed"] = [failure(start(cases[0], world), folder, int(ranks_before), fault) for fault in FAULTS]
         seen["left"] = [path.name for path in folder.parent.iterdir() if path.name.startswith(".")]
-    Path(root, f"hop-{hop}-rank-{world.rank}.json").write_text(json.dumps(seen))
+    Path(root, f"hop-{hop}", f"rank-{world.rank}.json").write_text(json.dumps(seen))
     world.wait_for_all()
     disconnect()
 

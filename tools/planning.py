@@ -73,12 +73,15 @@ def zero_of(config: Mapping[str, Any]) -> Zero:
     block = config.get("zero_optimization", {})
     precision = next((p for p in ("bf16", "fp16") if config.get(p, {}).get("enabled")), "fp32")
     stage = int(block.get("stage", 0))
-    numbers = {
+    numbers: dict[str, str] = {
         "bucket": "reduce_bucket_size",
         "prefetch": "stage3_prefetch_bucket_size",
         "persistence": "stage3_param_persistence_threshold",
         "reuse_distance": "stage3_max_reuse_distance",
     }
+    chosen: dict[str, Any] = {name: int(block[theirs]) for name, theirs in numbers.items() if theirs in block}
+    for name in ("offload_optimizer", "offload_param"):
+        chosen[name] = (block.get(name) or {}).get("device", "none") != "none"
     overlap = block.get("overlap_comm")
     return Zero(
         stage=stage,
@@ -87,8 +90,7 @@ def zero_of(config: Mapping[str, Any]) -> Zero:
         communication=config.get("communication_data_type") or precision,
         overlap=stage == 3 if overlap is None else overlap,
         contiguous=block.get("contiguous_gradients", True),
-        **{name: int(block[theirs]) for name, theirs in numbers.items() if theirs in block},
-        **{name: block.get(name, {}).get("device", "none") != "none" for name in ("offload_optimizer", "offload_param")},
+        **chosen,
     )
 
 
@@ -236,15 +238,29 @@ def step_time(
     )
 
 
-def checkpoint_bytes(weights: Weights, zero: Zero, num_ranks: int, *, with_frozen: bool) -> tuple[int, int]:
-    """Count the bytes of a checkpoint: of all files together, and of the rank that writes most."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """Bytes of a checkpoint."""
+
+    total: int
+    rank: int
+    """What the rank with the most copies to the host."""
+    node: int
+    """What the node with the most writes."""
+
+
+def checkpoint_of(weights: Weights, zero: Zero, nodes: int, gpus: int, *, with_frozen: bool) -> Checkpoint:
+    """Count what is saved: weights as they compute (by rank 0, at stage 3 by all), master copies and moments by all."""
     model = BYTES[zero.precision] * (weights.total if with_frozen else weights.trained)
     bare = zero.stage == 0 and zero.precision == "fp32"
     states = weights.trained * (MOMENTS if bare else MOMENTS + MASTER)
     if zero.stage == 0:
-        return model + states, model + states
-    model_share = _part(model, num_ranks) if zero.stage == 3 else model
-    return model + states, model_share + _part(states, num_ranks)
+        return Checkpoint(total=model + states, rank=model + states, node=model + states)
+    share, ranks = _part(states, nodes * gpus), nodes * gpus
+    if zero.stage == 3:
+        both = share + _part(model, ranks)
+        return Checkpoint(total=model + states, rank=both, node=gpus * both)
+    return Checkpoint(total=model + states, rank=model + share, node=model + gpus * share)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -272,7 +288,7 @@ class Failures:
         return self.young() * (1 + math.sqrt(ratio) / 3 + ratio / 9) - self.stall
 
     def goodput(self, interval: float) -> float:
-        """Return the expected share of time that moves a long run forward (Daly 2006, equation 20, write time added)."""
+        """Return the expected share of time that moves a long run forward (Daly 2006, equation 20, with `write`)."""
         lost = (self.restart + self.write) / self.mtbf
         return interval / self.mtbf / (math.exp(lost) * math.expm1((interval + self.stall) / self.mtbf))
 

@@ -52,6 +52,7 @@ GB, GIB, HOUR, DAY = 1e9, 2**30, 3600, 86400
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 LINK_SHARE = 0.7
 BLOCK_TENSORS = 16  # of tokens x width: what a transformer block keeps for its backward pass, or has in flight there
+SAVE_OVERHEAD_S = 0.1
 REPEATS, SEED, TRACED_IMAGES = 64, 0, 2
 
 
@@ -142,8 +143,10 @@ class Model:
     """Bound on what the block at work has in flight."""
 
     def activations(self, images: int, *, checkpointing: bool) -> int:
-        """Bytes at the peak: everything saved, and one block at work (recomputed first, with checkpointing)."""
-        return images * (self.saved_checkpointing + 2 * self.block if checkpointing else self.saved + self.block)
+        """Bytes at the peak: everything saved, and one block at work, which checkpointing first recomputes."""
+        if checkpointing and self.recomputed_flops:
+            return images * (self.saved_checkpointing + 2 * self.block)
+        return images * (self.saved + self.block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +222,8 @@ def configure(words: list[str]) -> tuple[Settings, Recipe, Runtime]:
         raise ConfigError(f"recipe is {settings.recipe!r}, but must be one of {', '.join(recipes)}{said}")
     if "images" not in flags:
         raise ConfigError("images is missing: pass --images, the size of the training set")
+    if settings.plot and not (settings.plot.endswith(".png") and Path(settings.plot).absolute().parent.is_dir()):
+        raise ConfigError(f"plot is {settings.plot!r}, but must be a .png file in a folder that exists")
     recipe, runtime = recipes[settings.recipe]()
     theirs = {entry.name for config in (recipe, runtime) for entry in dataclasses.fields(config)}
     refuse_unknown(flags, mine | theirs)
@@ -261,7 +266,8 @@ def make_plan(settings: Settings, recipe: Recipe, runtime: Runtime) -> Plan:
     )
     frozen = not (isinstance(recipe, DetectorRecipe) and recipe.backbone_is_frozen)
     saved = planning.checkpoint_of(model.weights, zero, settings.nodes, settings.gpus, with_frozen=frozen)
-    copy_s, write_s = saved.rank / (settings.host_copy_gb_s * GB), saved.node / (settings.storage_mb_s * 1e6)
+    copy_s = SAVE_OVERHEAD_S + saved.rank / (settings.host_copy_gb_s * GB)
+    write_s = saved.node / (settings.storage_mb_s * 1e6)
     background = runtime.background_saves
     failures = Failures(
         mtbf=settings.node_mtbf_hours * HOUR / settings.nodes,
@@ -369,7 +375,7 @@ def describe_memory(plan: Plan) -> list[str]:
     micro, lean = plan.runtime.micro_batch, plan.runtime.grad_checkpointing
     names = ("parameters", "gradients", "optimizer", "buffers", "activations", "total")
     lines = [
-        f"\nmemory of a GPU [GiB] with {micro} images; limit {plan.memory_limit / GIB:.1f}; * with --grad_checkpointing",
+        f"\nmemory of a GPU [GiB], {micro} images; limit {plan.memory_limit / GIB:.1f}; * with --grad_checkpointing",
         "  ZeRO" + "".join(f"{name:>13}" for name in (*names, "activations*", "total*")),
     ]
     for stage in range(4):
@@ -410,13 +416,14 @@ def describe_time(plan: Plan) -> list[str]:
     return [
         f"\nstep {1000 * step.total:.1f} ms; the bottleneck is {step.bottleneck}",
         f"  compute      {1000 * step.compute:.1f} ms at MFU {settings.mfu:g}",
-        f"  network      {1000 * step.communication:.1f} ms at {plan.link / GB:.4g} GB/s, {1000 * step.exposed:.1f} waited "
-        f"for; a GPU sends {gradients:.3g} GB of gradients, {parameters:.3g} GB of parameters",
+        f"  network      {1000 * step.communication:.1f} ms at {plan.link / GB:.4g} GB/s, "
+        f"{1000 * step.exposed:.1f} of it waited for; a GPU sends {gradients:.3g} GB of gradients and "
+        f"{parameters:.3g} GB of parameters",
         f"  loading      {1000 * step.decode:.1f} ms to decode, {1000 * step.storage:.1f} ms to read",
         f"  rate         {images_s:,.0f} images/s, {images_s / plan.ranks:,.0f} a GPU; each host reads {per_node:,.0f} "
         f"images/s, {per_node * settings.image_kb / 1000:,.0f} MB/s, and decodes on "
         f"{math.ceil(per_node / settings.decode_per_core)} cores",
-        f"  whole run    {plan.steps * step.total / DAY:.2f} days without failures, "
+        f"  whole run    {duration(plan.steps * step.total)} without failures, "
         f"{plan.steps * step.total * plan.ranks / HOUR:,.0f} GPU hours; the set has "
         f"{settings.images * settings.image_kb / 1e9:,.2f} TB",
     ]
@@ -436,13 +443,18 @@ def describe_failures(plan: Plan) -> list[str]:
     ]
     for name, every in (("best", best), ("recipe's", plan.runtime.save_every)):
         goodput = fail.simulate(every * step_s, plan.steps * step_s, repeats=REPEATS, seed=SEED)
-        days = sorted(plan.steps * step_s / DAY / goodput)
-        low, high = days[len(days) // 20], days[-1 - len(days) // 20]
+        took = sorted(plan.steps * step_s / goodput)
+        low, middle, high = took[3], sum(took) / REPEATS, took[-4]
         lines.append(
             f"  {name:12s} --save_every {every}, {every * step_s:,.0f} s: goodput {goodput.mean():.2%}, "
-            f"{sum(days) / len(days):.2f} days ({low:.2f} to {high:.2f} in nine of ten of {REPEATS} simulated runs)"
+            f"{duration(middle)} ({duration(low)} to {duration(high)} in nine of ten of {REPEATS} simulated runs)"
         )
     return lines
+
+
+def duration(seconds: float) -> str:
+    """Write a time in days, or in hours if it is short."""
+    return f"{seconds / DAY:.2f} days" if seconds >= DAY else f"{seconds / HOUR:.2f} hours"
 
 
 def describe_assumptions(plan: Plan) -> list[str]:
@@ -451,13 +463,13 @@ def describe_assumptions(plan: Plan) -> list[str]:
     peak = hardware.dense_flops[plan.zero.precision]
     rows = [
         ("peak", f"{peak / 1e12:.4g} TFLOP/s", f"dense {plan.zero.precision}, NVIDIA's data sheet"),
-        ("memory", f"{hardware.memory / GB:.0f} GB", f"data sheet; {settings.memory_reserve:.0%} kept in reserve"),
+        ("memory", f"{hardware.memory / GB:.0f} GB", f"data sheet; {settings.memory_reserve:.0%} in reserve"),
         ("links", f"{plan.link / GB:.4g} GB/s", f"{LINK_SHARE:.0%} of the slower of NVLink ({hardware.nvlink / GB:.0f} "
          "GB/s a GPU) and the host's network"),
         ("MFU", f"{settings.mfu:g}", "assumed: optimizer and kernels that wait for memory are in it"),
         ("decoding", f"{settings.decode_per_core:g} images/s", f"of a core, {settings.cores} cores a host"),
         ("storage", f"{settings.storage_mb_s:g} MB/s", f"of a host; files of {settings.image_kb:g} kB"),
-        ("host copy", f"{settings.host_copy_gb_s:g} GB/s", "assumed; tools/bench_checkpoint.py measures it"),
+        ("host copy", f"{settings.host_copy_gb_s:g} GB/s", f"and {SAVE_OVERHEAD_S} s a save; assumed"),
         ("failures", f"{settings.node_mtbf_hours:g} hours", "between those of one host; arXiv 2410.21680, see --help"),
         ("restart", f"{settings.restart_s:g} s", "assumed, and reading the checkpoint"),
     ]  # fmt: skip
@@ -502,8 +514,8 @@ def _draw_goodput(plan: Plan, axis: Any) -> None:
     some = intervals[::4]
     runs = [100 * fail.simulate(t, work, repeats=REPEATS, seed=SEED) for t in some]
     middle = [float(r.mean()) for r in runs]
-    spread = [[m - sorted(r)[3] for m, r in zip(middle, runs, strict=True)],
-              [sorted(r)[-4] - m for m, r in zip(middle, runs, strict=True)]]  # fmt: skip
+    spread = [[max(0.0, sign * (m - sorted(r)[n])) for m, r in zip(middle, runs, strict=True)]
+              for sign, n in ((1, 3), (-1, -4))]  # fmt: skip
     axis.errorbar(some, middle, yerr=spread, fmt="o", ms=4, lw=1, color="tab:gray", label=f"{REPEATS} simulated runs")
     axis.axvline(fail.young(), color="gold", linewidth=5, alpha=0.6, label="Young")
     axis.axvline(best, color="tab:green", linewidth=1.5, label=f"best (Daly), --save_every {plan.interval_steps()}")

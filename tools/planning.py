@@ -51,8 +51,8 @@ class Zero:
     overlap: bool = False
     contiguous: bool = True
     bucket: int = 500_000_000
-    prefetch: int = 50_000_000
     persistence: int = 100_000
+    live: int = 1_000_000_000
     reuse_distance: int = 1_000_000_000
     offload_optimizer: bool = False
     offload_param: bool = False
@@ -75,8 +75,8 @@ def zero_of(config: Mapping[str, Any]) -> Zero:
     stage = int(block.get("stage", 0))
     numbers: dict[str, str] = {
         "bucket": "reduce_bucket_size",
-        "prefetch": "stage3_prefetch_bucket_size",
         "persistence": "stage3_param_persistence_threshold",
+        "live": "stage3_max_live_parameters",
         "reuse_distance": "stage3_max_reuse_distance",
     }
     chosen: dict[str, Any] = {name: int(block[theirs]) for name, theirs in numbers.items() if theirs in block}
@@ -148,13 +148,13 @@ def state_memory(weights: Weights, zero: Zero, num_ranks: int) -> Memory:
 
 
 def gathered(weights: Weights, zero: Zero) -> int:
-    """Count the elements that stage 3 holds whole at the end of the forward pass.
+    """Count the elements that stage 3 holds whole at the end of the forward pass, at most.
 
-    It lets go of a parameter only if its next use is more than stage3_max_reuse_distance elements away, and what lies n
-    elements before the end of the forward pass is used again after 2 n. So by default up to half a billion stay.
+    It fetches ahead up to stage3_max_live_parameters and keeps what is used again within stage3_max_reuse_distance
+    elements (what lies n before the end of the forward pass is, after 2 n). By default so much that nothing is let go.
     """
     largest = max((n for group in (*weights.groups, weights.frozen) for n in group), default=0)
-    return min(weights.total, zero.reuse_distance // 2 + zero.prefetch + largest)
+    return min(weights.total, max(zero.live, zero.reuse_distance // 2) + largest)
 
 
 def touched(weights: Weights, num_ranks: int) -> int:
@@ -250,8 +250,12 @@ class Checkpoint:
 
 
 def checkpoint_of(weights: Weights, zero: Zero, nodes: int, gpus: int, *, with_frozen: bool) -> Checkpoint:
-    """Count what is saved: weights as they compute (by rank 0, at stage 3 by all), master copies and moments by all."""
-    model = BYTES[zero.precision] * (weights.total if with_frozen else weights.trained)
+    """Count what is saved: weights as they compute, by rank 0, and master copies and moments, each rank its own.
+
+    At stage 3 all ranks save their parts of frozen weights; of those that train, the master copies are enough.
+    """
+    frozen = weights.total - weights.trained
+    model = BYTES[zero.precision] * (frozen * with_frozen + weights.trained * (zero.stage < 3))
     bare = zero.stage == 0 and zero.precision == "fp32"
     states = weights.trained * (MOMENTS if bare else MOMENTS + MASTER)
     if zero.stage == 0:

@@ -4,6 +4,7 @@ Each rank writes the bytes of all tensors that are alive before and after the op
 """
 
 import gc
+import importlib
 import json
 import os
 import sys
@@ -20,6 +21,10 @@ from trainer.config import resolve
 from trainer.engine import Engine, connect
 from trainer.world import world_from_environment
 
+LATE = ("runtime.zero.muon.muon_optimizer", "runtime.superoffload.superoffload_stage3", "module_inject.auto_ep_layer")
+for late in (*LATE, "ops.op_builder.all_ops"):
+    importlib.import_module(f"deepspeed.{late}")  # what DeepSpeed imports at its start, five seconds for every rank
+
 
 def live_bytes() -> int:
     """Sum the storages of all tensors that Python can reach, each once."""
@@ -29,7 +34,7 @@ def live_bytes() -> int:
     return sum({(s := t.untyped_storage()).data_ptr(): s.nbytes() for t in found if t.device.type == "cpu"}.values())
 
 
-def measure(name: str, flags: dict[str, str]) -> dict[str, int]:
+def measure(name: str, flags: dict[str, str], folder: Path) -> dict[str, int]:
     world = connect(world_from_environment(), timeout_s=120)
     recipe: Any
     if name in RECIPES:
@@ -46,7 +51,8 @@ def measure(name: str, flags: dict[str, str]) -> dict[str, int]:
             return images, *draw(torch.rand(len(images), model.encoder.num_patches))
         return images, torch.arange(len(images)) % 2, torch.zeros(len(images), model.num_draws)
 
-    engine = Engine(model, ds_config=engine_settings(recipe, runtime, world), weight_decay=0.05, world=world)
+    config, frozen = engine_settings(recipe, runtime, world), getattr(recipe, "backbone_is_frozen", False)
+    engine = Engine(model, ds_config=config, weight_decay=0.05, world=world, save_frozen=not frozen)
     deepspeed, seen = engine._engine, {}
     take_step = deepspeed.step
 
@@ -60,7 +66,10 @@ def measure(name: str, flags: dict[str, str]) -> dict[str, int]:
     model.register_forward_hook(lambda *_: seen.update(gathered=sum(p.nbytes for p in parameters)))
     for step in range(2):
         engine.step((inputs() for _ in range(engine._accumulation)), learning_rate=1e-3, seed=step)
-    return seen | {"after_step": live_bytes()}
+    seen["after_step"] = live_bytes()
+    engine.save(folder)
+    world.wait_for_all()
+    return seen
 
 
 def main(cases: str, output: str) -> None:
@@ -73,7 +82,9 @@ def main(cases: str, output: str) -> None:
         for rank in range(num_ranks):
             if not (pid := os.fork()):
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                Path(output, f"{number}-{rank}.json").write_text(json.dumps(measure(name, flags)))
+                Path(output, f"{number}-{rank}.json").write_text(
+                    json.dumps(measure(name, flags, Path(output, str(number))))
+                )
                 os._exit(0)
             ranks.append(pid)
         assert all(os.waitpid(pid, 0)[1] == 0 for pid in ranks), f"{name} {flags} failed"

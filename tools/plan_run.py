@@ -66,13 +66,13 @@ class Hardware:
     nvlink: float
     """Bytes/s of one GPU to its neighbours, one direction."""
     infiniband: float
-    """Bytes/s of a node to others: one adapter a GPU."""
+    """Bytes/s of one GPU's adapter."""
 
 
 HARDWARE = {
-    "a100": Hardware({"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}, 80 * GB, 300 * GB, 8 * 25 * GB),
-    "h100": Hardware({"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}, 80 * GB, 450 * GB, 8 * 50 * GB),
-    "h200": Hardware({"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}, 141 * GB, 450 * GB, 8 * 50 * GB),
+    "a100": Hardware({"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}, 80 * GB, 300 * GB, 25 * GB),
+    "h100": Hardware({"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}, 80 * GB, 450 * GB, 50 * GB),
+    "h200": Hardware({"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}, 141 * GB, 450 * GB, 50 * GB),
 }
 ETHERNET = 12.5 * GB
 
@@ -90,7 +90,7 @@ class Settings:
     hardware: Literal["a100", "h100", "h200"] = "h100"
     """The GPU, as SXM with 80, 80 or 141 GB."""
     network: Literal["infiniband", "ethernet"] = "infiniband"
-    """Between hosts: an adapter of 200 (a100) or 400 Gbit/s for each of 8 GPUs, or 100 Gbit/s Ethernet for the host."""
+    """Between hosts: an adapter of 200 (a100) or 400 Gbit/s for each GPU, or 100 Gbit/s Ethernet for the host."""
     images: int = 0
     """Size of the training set [images]."""
     mfu: float = 0.25
@@ -252,7 +252,7 @@ def make_plan(settings: Settings, recipe: Recipe, runtime: Runtime) -> Plan:
     model = read_model(recipe, zero.precision)
     accumulation: int = config["gradient_accumulation_steps"]
     sent = planning.traffic(model.weights, zero, ranks, accumulation)
-    between = ETHERNET if settings.network == "ethernet" else hardware.infiniband
+    between = ETHERNET if settings.network == "ethernet" else hardware.infiniband * settings.gpus
     link = LINK_SHARE * min(hardware.nvlink, between if settings.nodes > 1 else math.inf)
     flops = model.flops + model.recomputed_flops * runtime.grad_checkpointing
     node_images = recipe.global_batch / settings.nodes
@@ -477,7 +477,8 @@ def describe_assumptions(plan: Plan) -> list[str]:
     return [
         *lines,
         "  Rings over all GPUs without latency; with overlap_comm traffic hides behind the backward pass.",
-        "  Memory is the sum of parts that are not all there at once. Validation, pictures and start-up are left out.",
+        "  Memory is a sum of parts that are not all there at once; ZeRO 0 adds gradients up in the type of weights.",
+        "  Validation, pictures and start-up are left out.",
     ]
 
 
@@ -521,7 +522,7 @@ def _draw_goodput(plan: Plan, axis: Any) -> None:
     axis.axvline(best, color="tab:green", linewidth=1.5, label=f"best (Daly), --save_every {plan.interval_steps()}")
     axis.axvline(chosen, color="tab:red", linestyle="--", label=f"--save_every {plan.runtime.save_every}")
     axis.set(xscale="log", title="goodput", xlabel="interval between checkpoints [s]", ylabel="% of the time")
-    axis.legend(fontsize=8, loc="lower right", framealpha=1)
+    axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,12 @@ def build_detector(
         ConfigError: the weights of ``init`` or the LoRA targets do not fit the model.
     """
     check_init(init, recipe)
+    model = assemble_detector(recipe, init, grad_checkpointing=grad_checkpointing)
+    return model, backbone_sha256(model.encoder.vit)
+
+
+def assemble_detector(recipe: DetectorRecipe, init: Init | None, *, grad_checkpointing: bool = False) -> MorphDetector:
+    """Build the same without a look at its weights, so that they may be on torch's meta device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         encoder = PatchEncoder(
@@ -38,7 +44,6 @@ def build_detector(
         )
         if init is not None:
             encoder.load_weights(init.weights)
-        sha256 = backbone_sha256(encoder.vit)
         if recipe.use_lora:
             add_lora(
                 encoder.vit,
@@ -62,7 +67,7 @@ def build_detector(
             )
             for _ in range(recipe.mixstyle_blocks if recipe.use_mixstyle else 0)
         ]
-        return MorphDetector(encoder, normalisation=recipe.normalisation, head=head, mixstyle=styles), sha256
+        return MorphDetector(encoder, normalisation=recipe.normalisation, head=head, mixstyle=styles)
 
 
 def training_view(recipe: DetectorRecipe) -> DetectorView:

@@ -233,9 +233,8 @@ def _choose_rows(vit: Any, parts: Sequence[str]) -> None:
     for name, layer in vit.named_modules():
         if name.endswith("attn.qkv") and isinstance(layer, LoraLinear):
             second: Any = layer.lora_B[_ADAPTER]
-            takes_part_O = torch.tensor([float(part in parts) for part in _PARTS]).repeat_interleave(
-                second.out_features // len(_PARTS)
-            )
+            takes_part = torch.tensor([float(part in parts) for part in _PARTS], device="cpu")
+            takes_part_O = takes_part.repeat_interleave(second.out_features // len(_PARTS))
             layer.lora_B[_ADAPTER] = _ChosenRows(second, takes_part_O)
 
 

@@ -1,0 +1,529 @@
+"""Plan a training run before it is queued: memory, time, data, checkpoints and failures, each with its assumptions.
+
+Usage: python tools/plan_run.py --recipe mae_vit_large --nodes 8 --gpus 8 --hardware h100 --images 300000000
+           [--network ethernet] [--plot plan.png] [--name value: any setting below or of the launcher's recipe]
+
+The model is the launchers' own, built without memory; its parameters, FLOPs and saved activations are counted from it.
+--ds_config decides stage, precision and communication (default ds_configs/zero1_bf16.json). Without --micro_batch the
+largest up to the recipe's is taken that divides the global batch.
+"""
+
+import dataclasses
+import difflib
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from launch.command_line import read_flags, run, wants_help
+from launch.detectors import assemble_detector
+from launch.pretrain import build_model
+from launch.recipes import DETECTOR_RECIPES, RECIPES
+from launch.run_setup import engine_settings
+from tools import planning
+from tools.planning import BYTES, Checkpoint, Failures, Memory, StepTime, Weights, Zero
+from trainer.config import (
+    DetectorRecipe,
+    PretrainRecipe,
+    PretrainRuntime,
+    Recipe,
+    Runtime,
+    check_types,
+    help_text,
+    refuse_unknown,
+    with_flags,
+)
+from trainer.errors import ConfigError
+from trainer.models.mask_utils import num_kept
+from trainer.optim import parameter_groups
+from trainer.world import World
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+GB, GIB, HOUR, DAY = 1e9, 2**30, 3600, 86400
+DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+LINK_SHARE = 0.7
+BLOCK_TENSORS = 16  # of tokens x width: what a transformer block keeps for its backward pass, or has in flight there
+SAVE_OVERHEAD_S = 0.1
+REPEATS, SEED, TRACED_IMAGES = 64, 0, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One node's GPUs, from NVIDIA's data sheets."""
+
+    dense_flops: dict[str, float]
+    """FLOP/s by precision, without sparsity; fp32 without TF32, as torch computes by default."""
+    memory: float
+    nvlink: float
+    """Bytes/s of one GPU to its neighbours, one direction."""
+    infiniband: float
+    """Bytes/s of one GPU's adapter."""
+
+
+HARDWARE = {
+    "a100": Hardware({"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}, 80 * GB, 300 * GB, 25 * GB),
+    "h100": Hardware({"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}, 80 * GB, 450 * GB, 50 * GB),
+    "h200": Hardware({"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}, 141 * GB, 450 * GB, 50 * GB),
+}
+ETHERNET = 12.5 * GB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What is assumed of the cluster and the data."""
+
+    recipe: str = ""
+    """A recipe of launch/pretrain.py or launch/finetune.py."""
+    nodes: int = 1
+    """Hosts."""
+    gpus: int = 8
+    """GPUs of a host."""
+    hardware: Literal["a100", "h100", "h200"] = "h100"
+    """The GPU, as SXM with 80, 80 or 141 GB."""
+    network: Literal["infiniband", "ethernet"] = "infiniband"
+    """Between hosts: an adapter of 200 (a100) or 400 Gbit/s for each GPU, or 100 Gbit/s Ethernet for the host."""
+    images: int = 0
+    """Size of the training set [images]."""
+    mfu: float = 0.25
+    """Share of the peak that is reached; published ViTs in eager or compiled PyTorch reach 0.1 to 0.37."""
+    image_kb: float = 91.0
+    """Mean size of an image file [kB]."""
+    decode_per_core: float = 860.0
+    """Decoding and augmenting; tools/bench_loader.py measures it (860 at 512 pixels, 91 kB) [images/s]."""
+    cores: int = 96
+    """CPU cores of a host that may load data."""
+    storage_mb_s: float = 2000.0
+    """What a host reads from and writes to storage, each [MB/s]."""
+    host_copy_gb_s: float = 10.0
+    """Copy from a GPU to pinned host memory, at the pace of a checkpoint [GB/s]."""
+    node_mtbf_hours: float = 3700.0
+    """Mean time between failures of a host: 6.5 in 1000 node-days on 16,000 A100s (arXiv 2410.21680); 419 in 54 days of
+    2,048 hosts, or 6300 hours, for Llama 3 (arXiv 2407.21783) [hours]."""
+    restart_s: float = 600.0
+    """From a failure to the first step: notice, requeue, start, load [seconds]."""
+    memory_reserve: float = 0.1
+    """Share of the GPU's memory kept for CUDA, NCCL and fragmentation."""
+    plot: str = ""
+    """PNG file for the picture; empty for none."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if not isinstance(value, str) and value <= 0 and entry.name != "memory_reserve":
+                raise ConfigError(f"{entry.name} is {value!r}, but must be above 0: pass --{entry.name}")
+        for name, least in (("mfu", 1e-6), ("memory_reserve", 0.0)):
+            if not least <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, but is a share of the whole: give one below 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What was counted from the model; activations in bytes of one image."""
+
+    weights: Weights
+    flops: int
+    """Of one training step of one image."""
+    recomputed_flops: int
+    """In addition with --grad_checkpointing."""
+    saved: int
+    """Activations saved for the backward pass."""
+    saved_checkpointing: int
+    """Likewise with --grad_checkpointing."""
+    block: int
+    """Bound on what the block at work has in flight."""
+
+    def activations(self, images: int, *, checkpointing: bool) -> int:
+        """Bytes at the peak: everything saved, and one block at work, which checkpointing first recomputes."""
+        if checkpointing and self.recomputed_flops:
+            return images * (self.saved_checkpointing + 2 * self.block)
+        return images * (self.saved + self.block)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The whole answer."""
+
+    settings: Settings
+    recipe: Recipe
+    runtime: Runtime
+    zero: Zero
+    model: Model
+    step: StepTime
+    sent: tuple[float, float]
+    link: float
+    checkpoint: Checkpoint
+    failures: Failures
+
+    @property
+    def ranks(self) -> int:
+        """GPUs of the run."""
+        return self.settings.nodes * self.settings.gpus
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run, as launch/training.py counts them."""
+        return max(1, round(self.recipe.epochs * self.settings.images / self.recipe.global_batch))
+
+    @property
+    def memory_limit(self) -> float:
+        """Bytes of a GPU that may be used."""
+        return HARDWARE[self.settings.hardware].memory * (1 - self.settings.memory_reserve)
+
+    def memory(self, stage: int, micro_batch: int, *, checkpointing: bool) -> Memory:
+        """Bytes of a GPU at another stage or micro batch."""
+        states = planning.state_memory(self.model.weights, self.zero.at_stage(stage), self.ranks)
+        return dataclasses.replace(states, activations=self.model.activations(micro_batch, checkpointing=checkpointing))
+
+    def fits(self, stage: int, micro_batch: int) -> bool:
+        """Whether that fits in memory, with the run's choice of checkpointing."""
+        return self.memory(stage, micro_batch, checkpointing=self.runtime.grad_checkpointing).total <= self.memory_limit
+
+    def interval_steps(self) -> int:
+        """Return the best interval between checkpoints, no shorter than writing one takes [steps]."""
+        wanted = round(max(self.failures.daly(), self.failures.write) / self.step.total)
+        return min(self.steps, max(1, wanted))
+
+
+def main(words: list[str]) -> int:
+    """Print the plan; returns the exit code."""
+    if wants_help(words):
+        print(__doc__, help_text(Settings, "Settings"))
+        return 0
+    plan = make_plan(*configure(words))
+    print("\n".join([*describe_run(plan), *describe_memory(plan), *describe_time(plan), *describe_failures(plan)]))
+    print("\n".join(describe_assumptions(plan)))
+    if plan.settings.plot:
+        draw(plan, plan.settings.plot)
+    return 0
+
+
+def configure(words: list[str]) -> tuple[Settings, Recipe, Runtime]:
+    """Read the tool's flags and those of the recipe.
+
+    Raises:
+        ConfigError: an unknown word, name or value, or one that is missing.
+    """
+    flags, recipes = read_flags(words), RECIPES | DETECTOR_RECIPES
+    mine = {entry.name for entry in dataclasses.fields(Settings)}
+    settings = with_flags(Settings(images=1), {name: text for name, text in flags.items() if name in mine})
+    if settings.recipe not in recipes:
+        near = difflib.get_close_matches(settings.recipe, recipes, n=1, cutoff=0.3)
+        said = "".join(f" (try {name})" for name in near)
+        raise ConfigError(f"recipe is {settings.recipe!r}, but must be one of {', '.join(recipes)}{said}")
+    if "images" not in flags:
+        raise ConfigError("images is missing: pass --images, the size of the training set")
+    if settings.plot and not (settings.plot.endswith(".png") and Path(settings.plot).absolute().parent.is_dir()):
+        raise ConfigError(f"plot is {settings.plot!r}, but must be a .png file in a folder that exists")
+    recipe, runtime = recipes[settings.recipe]()
+    theirs = {entry.name for config in (recipe, runtime) for entry in dataclasses.fields(config)}
+    refuse_unknown(flags, mine | theirs)
+    recipe, runtime = with_flags(recipe, flags), with_flags(runtime, flags)
+    share, rest = divmod(recipe.global_batch, settings.nodes * settings.gpus)
+    if "micro_batch" not in flags and not rest:
+        runtime = dataclasses.replace(runtime, micro_batch=max(n for n in divisors(share) if n <= runtime.micro_batch))
+    return settings, recipe, runtime
+
+
+def make_plan(settings: Settings, recipe: Recipe, runtime: Runtime) -> Plan:
+    """Compute everything that is printed.
+
+    Raises:
+        ConfigError: the ds_config or the batch does not do, as the launchers would say.
+    """
+    ranks, hardware = settings.nodes * settings.gpus, HARDWARE[settings.hardware]
+    runtime = dataclasses.replace(runtime, ds_config=runtime.ds_config or str(DS_CONFIGS / "zero1_bf16.json"))
+    config = engine_settings(recipe, runtime, World(size=ranks, local_size=settings.gpus))
+    zero = planning.zero_of(config)
+    if zero.stage == 0 and zero.accum != zero.precision:
+        raise ConfigError(
+            f"ds_config {runtime.ds_config} has stage 0 with {zero.precision} weights and {zero.accum} accumulation, "
+            f"which DeepSpeed refuses: choose stage 1, or data_types.grad_accum_dtype {zero.precision}"
+        )
+    model = read_model(recipe, zero.precision)
+    accumulation: int = config["gradient_accumulation_steps"]
+    sent = planning.traffic(model.weights, zero, ranks, accumulation)
+    between = ETHERNET if settings.network == "ethernet" else hardware.infiniband * settings.gpus
+    link = LINK_SHARE * min(hardware.nvlink, between if settings.nodes > 1 else math.inf)
+    flops = model.flops + model.recomputed_flops * runtime.grad_checkpointing
+    node_images = recipe.global_batch / settings.nodes
+    step = planning.step_time(
+        zero,
+        compute_s=recipe.global_batch / ranks * flops / (hardware.dense_flops[zero.precision] * settings.mfu),
+        sent=sent,
+        link=link,
+        decode_s=node_images / (settings.decode_per_core * settings.cores),
+        storage_s=node_images * settings.image_kb / (1000 * settings.storage_mb_s),
+    )
+    frozen = not (isinstance(recipe, DetectorRecipe) and recipe.backbone_is_frozen)
+    saved = planning.checkpoint_of(model.weights, zero, settings.nodes, settings.gpus, with_frozen=frozen)
+    copy_s = SAVE_OVERHEAD_S + saved.rank / (settings.host_copy_gb_s * GB)
+    write_s = saved.node / (settings.storage_mb_s * 1e6)
+    background = runtime.background_saves
+    failures = Failures(
+        mtbf=settings.node_mtbf_hours * HOUR / settings.nodes,
+        stall=copy_s if background else copy_s + write_s,
+        write=write_s if background else 0.0,
+        restart=settings.restart_s + write_s,
+    )
+    return Plan(settings, recipe, runtime, zero, model, step, sent, link, saved, failures)
+
+
+def read_model(recipe: Recipe, precision: str) -> Model:
+    """Count parameters, FLOPs and activations of the model that the launchers build."""
+    plain, lean = (build(recipe, grad_checkpointing=on, precision=precision) for on in (False, True))
+    encoder: Any = plain.encoder
+    if isinstance(recipe, PretrainRecipe):
+        keep = num_kept(encoder.num_patches, recipe.mask_ratio)
+        flops, forward = plain.flops_per_image(keep), encoder.flops(keep)
+        tokens = (keep + encoder.num_prefix) * encoder.width
+        tokens = max(tokens, (encoder.num_patches + encoder.num_prefix) * recipe.decoder_width)
+    else:
+        flops, forward = plain.flops_per_image(), encoder.flops(encoder.num_patches)
+        tokens = (encoder.num_patches + encoder.num_prefix) * encoder.width
+    layer_decay = recipe.layer_decay if isinstance(recipe, DetectorRecipe) else 1.0
+    groups = parameter_groups(plain, recipe.weight_decay, layer_decay=layer_decay)
+    weights = Weights(
+        groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
+        frozen=tuple(p.numel() for p in plain.parameters() if not p.requires_grad),
+    )
+    trains = any(p.requires_grad for p in encoder.parameters())
+    saved = saved_bytes(plain, recipe)
+    saved_checkpointing = saved_bytes(lean, recipe) if trains else saved  # what nobody needs is not kept
+    block = BLOCK_TENSORS * tokens * BYTES[precision]
+    return Model(weights, flops, forward * trains, saved, saved_checkpointing, block)
+
+
+def build(recipe: Recipe, *, grad_checkpointing: bool, precision: str) -> Any:
+    """Build the launchers' model on the meta device: shapes and types without memory."""
+    with torch.device("meta"):
+        model: nn.Module
+        if isinstance(recipe, PretrainRecipe):
+            model = build_model(recipe, PretrainRuntime(grad_checkpointing=grad_checkpointing))
+        else:
+            assert isinstance(recipe, DetectorRecipe)
+            model = assemble_detector(recipe, None, grad_checkpointing=grad_checkpointing)
+    return model.to({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]).train()
+
+
+def saved_bytes(model: Any, recipe: Recipe) -> int:
+    """Count what the forward pass of one image leaves for the backward pass, by running it on torch's fake tensors."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        return kept_bytes(model, example(model, recipe, TRACED_IMAGES)) // TRACED_IMAGES
+
+
+def example(model: Any, recipe: Recipe, images: int) -> tuple[torch.Tensor, ...]:
+    """Make inputs of the right shapes."""
+    images_BCHW = torch.zeros(images, 3, recipe.image_size, recipe.image_size, dtype=torch.uint8)
+    if isinstance(recipe, PretrainRecipe):
+        order = torch.arange(model.encoder.num_patches).repeat(images, 1)
+        keep = num_kept(model.encoder.num_patches, recipe.mask_ratio)
+        return images_BCHW, order[:, :keep], order[:, keep:]
+    return images_BCHW, torch.zeros(images, dtype=torch.int64), torch.zeros(images, model.num_draws)
+
+
+def kept_bytes(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
+    """Sum the storages that autograd keeps from a forward pass, each once and without the parameters."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that no other storage gets its address
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*inputs)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def describe_run(plan: Plan) -> list[str]:
+    """Say what is planned."""
+    settings, recipe, model, zero = plan.settings, plan.recipe, plan.model, plan.zero
+    accumulation = recipe.global_batch // (plan.ranks * plan.runtime.micro_batch)
+    trained, total = model.weights.trained, model.weights.total
+    return [
+        f"{settings.recipe} on {settings.nodes} x {settings.gpus} {settings.hardware.upper()} = {plan.ranks} GPUs, "
+        f"{settings.network} between hosts; {Path(plan.runtime.ds_config or '').name}: ZeRO {zero.stage}, "
+        f"{zero.precision}, gradients add up in {zero.accum} and travel in {zero.communication}",
+        f"  model        {recipe.model} at {recipe.image_size} pixels, {total / 1e6:.1f} M parameters, of which "
+        f"{trained / 1e6:.3g} M train; {model.flops / 1e9:.1f} GFLOP an image and step",
+        f"  batch        {recipe.global_batch} = {plan.ranks} GPUs x {plan.runtime.micro_batch} images "
+        f"(--micro_batch {plan.runtime.micro_batch}) x {accumulation} accumulated",
+        f"  schedule     {recipe.epochs:g} epochs of {settings.images:,} images = {plan.steps:,} steps",
+    ]
+
+
+def describe_memory(plan: Plan) -> list[str]:
+    """Tabulate the memory of a GPU by stage and say whether the run fits, and what would."""
+    micro, lean = plan.runtime.micro_batch, plan.runtime.grad_checkpointing
+    names = ("parameters", "gradients", "optimizer", "buffers", "activations", "total")
+    lines = [
+        f"\nmemory of a GPU [GiB], {micro} images; limit {plan.memory_limit / GIB:.1f}; * with --grad_checkpointing",
+        "  ZeRO" + "".join(f"{name:>13}" for name in (*names, "activations*", "total*")),
+    ]
+    for stage in range(4):
+        plain, lighter = (plan.memory(stage, micro, checkpointing=on) for on in (False, True))
+        values = [*(getattr(plain, name) for name in names), lighter.activations, lighter.total]
+        host = f"  and {plain.host / GIB:.1f} in host memory" if plain.host else ""
+        mark = "  <- this run" if stage == plan.zero.stage else ""
+        lines.append(f"  {stage:4d}" + "".join(f"{value / GIB:13.2f}" for value in values) + host + mark)
+    need = plan.memory(plan.zero.stage, micro, checkpointing=lean).total / GIB
+    if plan.fits(plan.zero.stage, micro):
+        return [*lines, f"  fits: {need:.1f} of {plan.memory_limit / GIB:.1f} GiB"]
+    return [*lines, f"  DOES NOT FIT: {need:.1f} of {plan.memory_limit / GIB:.1f} GiB. {remedies(plan)}"]
+
+
+def remedies(plan: Plan) -> str:
+    """Name what would fit: a smaller micro batch, checkpointing, a higher stage."""
+    stage, micro = plan.zero.stage, plan.runtime.micro_batch
+    smaller = [n for n in divisors(plan.recipe.global_batch // plan.ranks) if n < micro and plan.fits(stage, n)]
+    found = [f"--micro_batch {max(smaller)} is the largest that fits" if smaller else "no smaller micro batch fits"]
+    if not plan.runtime.grad_checkpointing:
+        total = plan.memory(stage, micro, checkpointing=True).total
+        verb = "fits" if total <= plan.memory_limit else "does not fit"
+        found.append(f"--grad_checkpointing true takes {total / GIB:.1f} GiB and {verb}")
+    if stage < 3:
+        fitting = next((n for n in range(stage + 1, 4) if plan.fits(n, micro)), None)
+        found.append(
+            f"the next stage to try is {fitting or stage + 1}{'' if fitting else ', which does not fit either'}"
+        )
+    return "; ".join(found) + "."
+
+
+def describe_time(plan: Plan) -> list[str]:
+    """Say how long a step takes, what limits it, and what the data must do."""
+    settings, step = plan.settings, plan.step
+    images_s = plan.recipe.global_batch / step.total
+    per_node = images_s / settings.nodes
+    gradients, parameters = (size / GB for size in plan.sent)
+    return [
+        f"\nstep {1000 * step.total:.1f} ms; the bottleneck is {step.bottleneck}",
+        f"  compute      {1000 * step.compute:.1f} ms at MFU {settings.mfu:g}",
+        f"  network      {1000 * step.communication:.1f} ms at {plan.link / GB:.4g} GB/s, "
+        f"{1000 * step.exposed:.1f} of it waited for; a GPU sends {gradients:.3g} GB of gradients and "
+        f"{parameters:.3g} GB of parameters",
+        f"  loading      {1000 * step.decode:.1f} ms to decode, {1000 * step.storage:.1f} ms to read",
+        f"  rate         {images_s:,.0f} images/s, {images_s / plan.ranks:,.0f} a GPU; each host reads {per_node:,.0f} "
+        f"images/s, {per_node * settings.image_kb / 1000:,.0f} MB/s, and decodes on "
+        f"{math.ceil(per_node / settings.decode_per_core)} cores",
+        f"  whole run    {duration(plan.steps * step.total)} without failures, "
+        f"{plan.steps * step.total * plan.ranks / HOUR:,.0f} GPU hours; the set has "
+        f"{settings.images * settings.image_kb / 1e9:,.2f} TB",
+    ]
+
+
+def describe_failures(plan: Plan) -> list[str]:
+    """Say how large checkpoints are, how often to write them, and what failures cost."""
+    fail, saved, step_s = plan.failures, plan.checkpoint, plan.step.total
+    how = "a copy in host memory" if plan.runtime.background_saves else "the files"
+    best = plan.interval_steps()
+    lines = [
+        f"\ncheckpoint {saved.total / GB:.3g} GB; the training waits {fail.stall:.2f} s for {how} "
+        f"({saved.rank / GB:.3g} GB of the largest rank), written {fail.write:.1f} s later",
+        f"  failures     one in {fail.mtbf / HOUR:,.1f} hours, {plan.steps * step_s / fail.mtbf:.1f} in the run; "
+        f"{fail.restart:.0f} s to start again",
+        f"  best         every {fail.daly():,.0f} s (Daly; Young {fail.young():,.0f} s): --save_every {best}",
+    ]
+    for name, every in (("best", best), ("recipe's", plan.runtime.save_every)):
+        goodput = fail.simulate(every * step_s, plan.steps * step_s, repeats=REPEATS, seed=SEED)
+        took = sorted(plan.steps * step_s / goodput)
+        low, middle, high = took[3], sum(took) / REPEATS, took[-4]
+        lines.append(
+            f"  {name:12s} --save_every {every}, {every * step_s:,.0f} s: goodput {goodput.mean():.2%}, "
+            f"{duration(middle)} ({duration(low)} to {duration(high)} in nine of ten of {REPEATS} simulated runs)"
+        )
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Write a time in days, or in hours if it is short."""
+    return f"{seconds / DAY:.2f} days" if seconds >= DAY else f"{seconds / HOUR:.2f} hours"
+
+
+def describe_assumptions(plan: Plan) -> list[str]:
+    """List what the numbers rest on."""
+    settings, hardware = plan.settings, HARDWARE[plan.settings.hardware]
+    peak = hardware.dense_flops[plan.zero.precision]
+    rows = [
+        ("peak", f"{peak / 1e12:.4g} TFLOP/s", f"dense {plan.zero.precision}, NVIDIA's data sheet"),
+        ("memory", f"{hardware.memory / GB:.0f} GB", f"data sheet; {settings.memory_reserve:.0%} in reserve"),
+        ("links", f"{plan.link / GB:.4g} GB/s", f"{LINK_SHARE:.0%} of the slower of NVLink ({hardware.nvlink / GB:.0f} "
+         "GB/s a GPU) and the host's network"),
+        ("MFU", f"{settings.mfu:g}", "assumed: optimizer and kernels that wait for memory are in it"),
+        ("decoding", f"{settings.decode_per_core:g} images/s", f"of a core, {settings.cores} cores a host"),
+        ("storage", f"{settings.storage_mb_s:g} MB/s", f"of a host; files of {settings.image_kb:g} kB"),
+        ("host copy", f"{settings.host_copy_gb_s:g} GB/s", f"and {SAVE_OVERHEAD_S} s a save; assumed"),
+        ("failures", f"{settings.node_mtbf_hours:g} hours", "between those of one host; arXiv 2410.21680, see --help"),
+        ("restart", f"{settings.restart_s:g} s", "assumed, and reading the checkpoint"),
+    ]  # fmt: skip
+    lines = ["\nassumptions (each is a setting; --help)", *(f"  {n:12s} {value:16s} {why}" for n, value, why in rows)]
+    return [
+        *lines,
+        "  Rings over all GPUs without latency; with overlap_comm traffic hides behind the backward pass.",
+        "  Memory is a sum of parts that are not all there at once; ZeRO 0 adds gradients up in the type of weights.",
+        "  Validation, pictures and start-up are left out.",
+    ]
+
+
+def draw(plan: Plan, path: str) -> None:
+    """Draw memory by stage and goodput by checkpoint interval."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    parts = ("parameters", "gradients", "optimizer", "buffers", "activations")
+    bars = [plan.memory(n, plan.runtime.micro_batch, checkpointing=on) for n in range(4) for on in (False, True)]
+    places, bottom = [n + shift for n in range(4) for shift in (-0.2, 0.2)], [0.0] * 8
+    for part in parts:
+        heights = [getattr(bar, part) / GIB for bar in bars]
+        left.bar(places, heights, 0.36, bottom=bottom, label=part)
+        bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
+    top, limit = 1.35 * max(bottom), plan.memory_limit / GIB
+    left.axhline(limit, color="black", linestyle="--", label=f"limit, {limit:.0f} GiB" + " (above)" * (limit > top))
+    left.set_xticks(places, ["plain", "ckpt"] * 4, fontsize=8)
+    for stage in range(4):
+        left.text(stage, -0.1, f"ZeRO {stage}", ha="center", va="top", transform=left.get_xaxis_transform())
+    left.set(title=f"memory of a GPU, micro batch {plan.runtime.micro_batch}", ylabel="GiB", ylim=(0, top))
+    left.legend(ncols=3, fontsize=8, loc="upper center")
+    _draw_goodput(plan, right)
+    figure.suptitle(f"{plan.settings.recipe}, {plan.ranks} {plan.settings.hardware.upper()}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"plot: {path}")
+
+
+def _draw_goodput(plan: Plan, axis: Any) -> None:
+    fail, work = plan.failures, plan.steps * plan.step.total
+    best, chosen = plan.interval_steps() * plan.step.total, plan.runtime.save_every * plan.step.total
+    low, high = math.log10(min(best, chosen) / 10), math.log10(max(best, chosen) * 10)
+    intervals = [10 ** (low + (high - low) * i / 60) for i in range(61)]
+    axis.plot(intervals, [100 * fail.goodput(t) for t in intervals], color="tab:blue", label="expected (Daly)")
+    some = intervals[::4]
+    runs = [100 * fail.simulate(t, work, repeats=REPEATS, seed=SEED) for t in some]
+    middle = [float(r.mean()) for r in runs]
+    spread = [[max(0.0, sign * (m - sorted(r)[n])) for m, r in zip(middle, runs, strict=True)]
+              for sign, n in ((1, 3), (-1, -4))]  # fmt: skip
+    axis.errorbar(some, middle, yerr=spread, fmt="o", ms=4, lw=1, color="tab:gray", label=f"{REPEATS} simulated runs")
+    axis.axvline(fail.young(), color="gold", linewidth=5, alpha=0.6, label="Young")
+    axis.axvline(best, color="tab:green", linewidth=1.5, label=f"best (Daly), --save_every {plan.interval_steps()}")
+    axis.axvline(chosen, color="tab:red", linestyle="--", label=f"--save_every {plan.runtime.save_every}")
+    axis.set(xscale="log", title="goodput", xlabel="interval between checkpoints [s]", ylabel="% of the time")
+    axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

@@ -1,0 +1,317 @@
+"""Arithmetic of a training run: memory under each ZeRO stage, communication, step time, and what failures cost.
+
+Plain functions of plain numbers; sizes are bytes, times seconds. What DeepSpeed 0.19.8 allocates was read from its
+source (engine.py, bf16_optimizer.py, zero/stage_1_and_2.py, zero/stage3.py) and is held against the bytes of real runs
+by tests/test_plan_run.py.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+MOMENTS, MASTER = 8, 4  # AdamW's two moments and the float32 copy of a weight, which DeepSpeed makes even in fp32
+FLATTENED = 500_000_000  # elements that DeepSpeed flattens into one tensor for an all-reduce outside ZeRO's buckets
+BACKWARD_SHARE = 2 / 3  # of the computation; what communication can hide behind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Sizes of a model's parameters, in elements."""
+
+    groups: tuple[tuple[int, ...], ...]
+    """Those that train, by parameter group, in the optimizer's order."""
+    frozen: tuple[int, ...] = ()
+
+    @property
+    def trained(self) -> int:
+        """Elements that train."""
+        return sum(map(sum, self.groups))
+
+    @property
+    def total(self) -> int:
+        """All elements."""
+        return self.trained + sum(self.frozen)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Zero:
+    """What a ds_config decides about memory and communication; the defaults are DeepSpeed's."""
+
+    stage: int = 0
+    precision: str = "fp32"
+    accum: str = "fp32"
+    """Type in which gradients accumulate."""
+    communication: str = "fp32"
+    """Type in which gradients travel."""
+    overlap: bool = False
+    contiguous: bool = True
+    bucket: int = 500_000_000
+    persistence: int = 100_000
+    live: int = 1_000_000_000
+    reuse_distance: int = 1_000_000_000
+    offload_optimizer: bool = False
+    offload_param: bool = False
+
+    @property
+    def accumulates_whole(self) -> bool:
+        """Whether DeepSpeed picks its BF16_Optimizer, which keeps all gradients twice although the stage is 1."""
+        mixed = self.precision == "bf16" and self.accum == "fp32"
+        return self.stage == 1 and mixed and not self.offload_optimizer
+
+    def at_stage(self, stage: int) -> "Zero":
+        """Return the same settings at another stage; stage 0 can only accumulate in the type of the weights."""
+        return dataclasses.replace(self, stage=stage, accum=self.precision if stage == 0 else self.accum)
+
+
+def zero_of(config: Mapping[str, Any]) -> Zero:
+    """Read a ds_config whose "auto" values are filled in."""
+    block = config.get("zero_optimization", {})
+    precision = next((p for p in ("bf16", "fp16") if config.get(p, {}).get("enabled")), "fp32")
+    stage = int(block.get("stage", 0))
+    numbers: dict[str, str] = {
+        "bucket": "reduce_bucket_size",
+        "persistence": "stage3_param_persistence_threshold",
+        "live": "stage3_max_live_parameters",
+        "reuse_distance": "stage3_max_reuse_distance",
+    }
+    chosen: dict[str, Any] = {name: int(block[theirs]) for name, theirs in numbers.items() if theirs in block}
+    for name in ("offload_optimizer", "offload_param"):
+        chosen[name] = (block.get(name) or {}).get("device", "none") != "none"
+    overlap = block.get("overlap_comm")
+    return Zero(
+        stage=stage,
+        precision=precision,
+        accum=config.get("data_types", {}).get("grad_accum_dtype") or precision,
+        communication=config.get("communication_data_type") or precision,
+        overlap=stage == 3 if overlap is None else overlap,
+        contiguous=block.get("contiguous_gradients", True),
+        **chosen,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes of one GPU. Not all parts are there at the same moment: the total is an upper bound."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    """Buckets, flattened copies and, at stage 3, parameters gathered for use."""
+    activations: int = 0
+    host: int = 0
+    """Bytes in the memory of the host instead."""
+
+    @property
+    def total(self) -> int:
+        """Bytes on the GPU."""
+        return self.parameters + self.gradients + self.optimizer + self.buffers + self.activations
+
+
+def state_memory(weights: Weights, zero: Zero, num_ranks: int) -> Memory:
+    """Count what the busiest rank holds between the backward pass and the optimizer's step."""
+    element, accum, travels = (BYTES[name] for name in (zero.precision, zero.accum, zero.communication))
+    trained, bare = weights.trained, zero.stage == 0 and zero.precision == "fp32"
+    share = trained if zero.stage == 0 else sum(_part(sum(group), 2 * num_ranks) * 2 for group in weights.groups)
+    optimizer = share * (MOMENTS if bare else MOMENTS + MASTER)
+    parameters, gradients, buffers = element * weights.total, 0, 0
+    if zero.stage == 3:
+        sizes = [*(n for group in weights.groups for n in group), *weights.frozen]
+        whole = sum(n for n in sizes if n <= zero.persistence)
+        parameters = element * (sum(_part(n, num_ranks) for n in sizes) + whole)
+        gradients = accum * sum(_part(n, num_ranks) for group in weights.groups for n in group)
+        buffers = travels * zero.bucket * zero.contiguous + element * gathered(weights, zero)
+    elif zero.stage == 0 or zero.accumulates_whole:
+        kept = accum if zero.accumulates_whole else element
+        gradients = trained * (kept + element * zero.accumulates_whole)
+        flat = min(trained, FLATTENED)
+        buffers = flat * (kept + travels * (travels != kept)) + 4 * trained * (zero.stage == 0 and not bare)
+    else:
+        staged = accum if zero.stage == 1 else element
+        gradients = accum * share if accum != element else element * touched(weights, num_ranks)
+        gradients += accum * trained if zero.stage == 1 and accum != element else 0
+        buffers = staged * zero.bucket * (1 + zero.overlap) * zero.contiguous
+        buffers += travels * min(zero.bucket, trained) * (travels != staged)
+    host = (optimizer + gradients) * zero.offload_optimizer + parameters * (zero.offload_param and zero.stage == 3)
+    return Memory(
+        parameters=0 if zero.offload_param and zero.stage == 3 else parameters,
+        gradients=0 if zero.offload_optimizer else gradients,
+        optimizer=0 if zero.offload_optimizer else optimizer,
+        buffers=buffers,
+        host=host,
+    )
+
+
+def gathered(weights: Weights, zero: Zero) -> int:
+    """Count the elements that stage 3 holds whole at the end of the forward pass, at most.
+
+    It fetches ahead up to stage3_max_live_parameters and keeps what is used again within stage3_max_reuse_distance
+    elements (what lies n before the end of the forward pass is, after 2 n). By default so much that nothing is let go.
+    """
+    largest = max((n for group in (*weights.groups, weights.frozen) for n in group), default=0)
+    return min(weights.total, max(zero.live, zero.reuse_distance // 2) + largest)
+
+
+def touched(weights: Weights, num_ranks: int) -> int:
+    """Count the elements of parameters that reach into the part of one rank, for the rank with the most.
+
+    Stages 1 and 2 keep the gradients of such parameters whole where no conversion forces a copy.
+    """
+    most = np.zeros(num_ranks, dtype=np.int64)
+    for group in weights.groups:
+        ends = np.cumsum(group)
+        part = _part(int(ends[-1]), 2 * num_ranks) * 2
+        edges = np.minimum(np.arange(num_ranks + 1) * part, ends[-1])
+        first = np.searchsorted(ends, edges[:-1], side="right")
+        last = np.searchsorted(ends, edges[1:], side="left")
+        before = np.concatenate([[0], ends])
+        some = edges[1:] > edges[:-1]
+        most[some] += before[last[some] + 1] - before[first[some]]
+    return int(most.max())
+
+
+def _part(size: int, parts: int) -> int:
+    return -(-size // parts)
+
+
+def traffic(weights: Weights, zero: Zero, num_ranks: int, accumulation: int) -> tuple[float, float]:
+    """Count the bytes that each GPU sends in one optimizer step, by rings: for gradients, for parameters.
+
+    A ring of n sends (n-1)/n of the data for a reduce-scatter or an all-gather, and twice that for an all-reduce.
+    DeepSpeed all-reduces at stages 0 to 2, from stage 2 on in every micro step, and at stage 3 gathers parameters for
+    each forward pass and, as far as it let go of them, again for each backward pass.
+    """
+    ring, element = (num_ranks - 1) / num_ranks, BYTES[zero.precision]
+    times = accumulation if zero.stage >= 2 else 1
+    gradients = ring * weights.trained * BYTES[zero.communication] * times * (1 if zero.stage == 3 else 2)
+    if zero.stage == 3:
+        again = weights.total - gathered(weights, zero)
+        return gradients, ring * element * accumulation * (weights.total + again)
+    return gradients, ring * element * weights.trained * (zero.stage > 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    compute: float
+    communication: float
+    exposed: float
+    """What of the communication the computation waits for."""
+    decode: float
+    storage: float
+
+    @property
+    def total(self) -> float:
+        """The step, by the roofline: loading runs beside the rest."""
+        return max(self.compute + self.exposed, self.decode, self.storage)
+
+    @property
+    def bottleneck(self) -> str:
+        """What to improve first."""
+        if self.total > self.compute + self.exposed:
+            return "storage" if self.storage >= self.decode else "data (decoding on the CPU)"
+        return "communication" if self.exposed > self.compute else "compute"
+
+
+def step_time(
+    zero: Zero, *, compute_s: float, sent: tuple[float, float], link: float, decode_s: float, storage_s: float
+) -> StepTime:
+    """Combine the parts of a step.
+
+    With overlap_comm, gradients (at stage 3 also parameters) travel during the backward pass; all else is waited for.
+    """
+    gradients_s, parameters_s = (size / link for size in sent)
+    hideable = (gradients_s + parameters_s * (zero.stage == 3)) * zero.overlap
+    exposed = gradients_s + parameters_s - min(hideable, BACKWARD_SHARE * compute_s)
+    return StepTime(
+        compute=compute_s,
+        communication=gradients_s + parameters_s,
+        exposed=exposed,
+        decode=decode_s,
+        storage=storage_s,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """Bytes of a checkpoint."""
+
+    total: int
+    rank: int
+    """What the rank with the most copies to the host."""
+    node: int
+    """What the node with the most writes."""
+
+
+def checkpoint_of(weights: Weights, zero: Zero, nodes: int, gpus: int, *, with_frozen: bool) -> Checkpoint:
+    """Count what is saved: weights as they compute, by rank 0, and master copies and moments, each rank its own.
+
+    At stage 3 all ranks save their parts of frozen weights; of those that train, the master copies are enough.
+    """
+    frozen = weights.total - weights.trained
+    model = BYTES[zero.precision] * (frozen * with_frozen + weights.trained * (zero.stage < 3))
+    bare = zero.stage == 0 and zero.precision == "fp32"
+    states = weights.trained * (MOMENTS if bare else MOMENTS + MASTER)
+    if zero.stage == 0:
+        return Checkpoint(total=model + states, rank=model + states, node=model + states)
+    share, ranks = _part(states, nodes * gpus), nodes * gpus
+    if zero.stage == 3:
+        both = share + _part(model, ranks)
+        return Checkpoint(total=model + states, rank=both, node=gpus * both)
+    return Checkpoint(total=model + states, rank=model + share, node=model + gpus * share)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failures:
+    """How a cluster fails and what saving and starting again cost; seconds."""
+
+    mtbf: float
+    """Mean time between failures of any of the nodes in use."""
+    stall: float
+    """The training waits so long for each checkpoint."""
+    write: float
+    """A checkpoint counts so long after that, while the training goes on."""
+    restart: float
+    """From the failure to the first step again."""
+
+    def young(self) -> float:
+        """Return the best interval to first order (Young 1974, CACM 17(9))."""
+        return math.sqrt(2 * self.stall * self.mtbf)
+
+    def daly(self) -> float:
+        """Return the best interval (Daly 2006, FGCS 22, equation 37)."""
+        if self.stall >= 2 * self.mtbf:
+            return self.mtbf
+        ratio = self.stall / (2 * self.mtbf)
+        return self.young() * (1 + math.sqrt(ratio) / 3 + ratio / 9) - self.stall
+
+    def goodput(self, interval: float) -> float:
+        """Return the expected share of time that moves a long run forward (Daly 2006, equation 20, with `write`)."""
+        lost = (self.restart + self.write) / self.mtbf
+        return interval / self.mtbf / (math.exp(lost) * math.expm1((interval + self.stall) / self.mtbf))
+
+    def simulate(self, interval: float, work: float, *, repeats: int, seed: int) -> np.ndarray:
+        """Live through whole runs of ``work`` seconds, failure by failure; returns the goodput of each."""
+        rng = np.random.default_rng([seed, round(interval)])
+        return np.array([self._live(interval, work, rng) for _ in range(repeats)])
+
+    def _live(self, interval: float, work: float, rng: np.random.Generator) -> float:
+        clock, saved = 0.0, 0.0
+        while clock < 50 * work:
+            left = work - saved
+            finish = left + self.stall * (math.ceil(left / interval) - 1)
+            runs = rng.exponential(self.mtbf)
+            if runs >= finish:
+                return work / (clock + finish)
+            saved += interval * max(0, math.floor((runs - self.write) / (interval + self.stall)))
+            clock += runs
+            while (wait := rng.exponential(self.mtbf)) < self.restart:  # it fails again while it starts
+                clock += wait
+            clock += self.restart
+        return saved / clock

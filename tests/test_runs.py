@@ -81,9 +81,18 @@ def test_more_ranks_than_devices_are_refused_through_the_launcher(shards: Path, 
     assert f"{ranks} ranks were started on a host with {ranks - 1} CPU cores" in done.stderr
 
 
+def wait_until_alone(output: Path) -> None:
+    """Wait for the guardian's last word, which comes a moment after its rank has left."""
+    beat = output / "logs" / "heartbeats" / "rank-00000.json"
+    deadline = time.monotonic() + 20
+    while not json.loads(beat.read_text())["gone"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def test_another_recipes_output_is_refused_and_left_alone(shards: Path, tmp_path: Path) -> None:
     words = flags(shards, tmp_path / "out", stop_at_step=2)
     assert launch(words).returncode == 0
+    wait_until_alone(tmp_path / "out")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
     done = launch(words | {"mask_ratio": "0.5", "seed": "3"})
     assert done.returncode == 2

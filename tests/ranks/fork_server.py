@@ -5,7 +5,7 @@ Reads one JSON object a line, and answers each with one:
     {"start": [script, word, ...], "env": {...}, "out": PATH, "err": PATH, "group": PID}   -> {"pid": PID}
     {"poll": PID}                                                                          -> {"status": STATUS or null}
 
-The processes are real: own memory, own session or process group, real signals. Only their command line is this one's.
+The processes are real: own memory, own process group, real signals. Only their command line is this one's.
 """
 
 import json
@@ -25,10 +25,7 @@ def become(order: dict[str, Any]) -> NoReturn:
     """Turn this fork into a run of the script."""
     code = 1
     try:
-        if order["group"]:
-            os.setpgid(0, order["group"])
-        else:
-            os.setsid()
+        os.setpgid(0, order["group"])  # 0: a new group, which it leads
         for descriptor, name, flags in (
             (0, "/dev/null", os.O_RDONLY),
             (1, order["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND),
@@ -60,8 +57,7 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             become(order)
-        if order["group"]:
-            os.setpgid(pid, order["group"])
+        os.setpgid(pid, order["group"] or pid)
         print(json.dumps({"pid": pid}), flush=True)
 
 

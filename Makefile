@@ -70,7 +70,7 @@ lint: $(INSTALLED)
 	$(BIN)/codespell
 
 faults: $(INSTALLED)
-	TRAINER_KILLS=100 $(BIN)/python -m pytest tests/test_kills.py tests/test_watchdog.py tests/test_resize.py tests/test_numerics.py
+	TRAINER_KILLS=100 TRAINER_MUTANTS=2500 $(BIN)/python -m pytest tests/test_kills.py tests/test_mutants.py tests/test_watchdog.py tests/test_resize.py tests/test_numerics.py
 
 bench: $(INSTALLED)
 	@mkdir -p demo

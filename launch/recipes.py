@@ -11,7 +11,7 @@ from trainer.config import DetectorRecipe, DetectorRuntime, PretrainRecipe, Pret
 def demo() -> tuple[PretrainRecipe, PretrainRuntime]:
     """Learn from 320 photographs of 32 people in a few minutes, to see every part work.
 
-    Source: this project. Hardware: 2 CPU cores. Cost: 2 to 4 minutes.
+    Source: this project. Hardware: 2 CPU cores. Cost: about 2 minutes.
     Expected: held-out masked MSE clearly below the mean-face baseline; blurry but recognisable heads.
     """
     recipe = PretrainRecipe(

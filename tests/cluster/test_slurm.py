@@ -1,4 +1,4 @@
-"""Jobs on a real SLURM, asked to make room, pre-empted, killed and cut off, go on to the exact sample."""
+"""Jobs on a real SLURM, asked to make room, preempted, killed and cut off, go on to the exact sample."""
 
 import json
 import re

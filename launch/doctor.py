@@ -30,13 +30,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from launch.command_line import EXIT_USER_ERROR, configure, run
+from launch.command_line import EXIT_USER_ERROR, run
 from launch.pretrain import build_model
-from launch.recipes import DEFAULT, DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
+from launch.recipes import configure_script
 from launch.run_setup import engine_settings, use_devices, versions
 from trainer.checkpoint import newest_manifest
 from trainer.config import DetectorRecipe, PretrainRecipe, PretrainRuntime, Recipe, Runtime
-from trainer.data.shards import list_shards
+from trainer.data.mixture import read_sources
 from trainer.data.storage import reading
 from trainer.engine import connect, default_device, disconnect
 from trainer.errors import ConfigError, TrainerError
@@ -75,12 +75,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--hostfile", type=Path, help="ask every host of a DeepSpeed hostfile over ssh")
     parser.add_argument("--facts", action="store_true", help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args(words)
-    recipe: Recipe
-    runtime: Runtime
-    if options.script == "pretrain":
-        recipe, runtime = configure(rest, RECIPES, DEFAULT)
-    else:
-        recipe, runtime = configure(rest, DETECTOR_RECIPES, DETECTOR_DEFAULT)
+    recipe, runtime = configure_script(options.script, rest)
     if options.facts:
         print(json.dumps(facts_of(World(), recipe, runtime, list_shards_of(runtime)[:2])))
         return 0
@@ -111,7 +106,7 @@ def examine(recipe: Recipe, runtime: Runtime) -> int:
     world.wait_for_all()
     known = world.gather_over_ranks(facts_of(world, recipe, runtime, mine))
     reduce_s = time_all_reduce(world)
-    seen = see_each_others_files(world, Path(runtime.output_dir))
+    blind = see_each_others_files(world, Path(runtime.output_dir))
 
     def judge() -> int:
         return report(
@@ -120,7 +115,7 @@ def examine(recipe: Recipe, runtime: Runtime) -> int:
                     Finding("ok", "rendezvous", f"{world.size} ranks on {_count(_by_host(known))} in {met_s:.1f} s"),
                     *judge_facts(known, shards),
                     judge_all_reduce(reduce_s, world),
-                    judge_output(seen, known, recipe, runtime),
+                    judge_output(blind, recipe, runtime),
                 ]
             )
         )
@@ -131,11 +126,9 @@ def examine(recipe: Recipe, runtime: Runtime) -> int:
 
 
 def list_shards_of(runtime: Runtime) -> list[str]:
-    """List the training shards, without shares; none where the command names none."""
-    patterns = ",".join(part.partition("@")[0] for part in runtime.data.split(","))
-    return (
-        [] if not runtime.data or runtime.data.endswith((".yaml", ".yml")) else list_shards(patterns, setting="--data")
-    )
+    """List the training shards; none where the command names none."""
+    sources = read_sources(runtime.data, setting="--data") if runtime.data else []
+    return [shard for source in sources for shard in source.shards]
 
 
 def facts_of(world: World, recipe: Recipe, runtime: Runtime, shards: Sequence[str]) -> Facts:
@@ -151,7 +144,7 @@ def facts_of(world: World, recipe: Recipe, runtime: Runtime, shards: Sequence[st
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "devices": torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0)),
         "local_size": world.local_size,
-        "compiler": [name for name in ("nvcc", "ninja", "c++") if shutil.which(name)],
+        "compiler": [name for name in ("ninja", "c++") if shutil.which(name)],
         "shared_memory": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         "batches": world.local_size * runtime.num_workers * (runtime.prefetch + 1) * pixels,
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -324,7 +317,7 @@ def see_each_others_files(world: World, output: Path) -> list[str]:
     return blind
 
 
-def judge_output(blind: Sequence[str], known: Sequence[Facts], recipe: Recipe, runtime: Runtime) -> Finding:
+def judge_output(blind: Sequence[str], recipe: Recipe, runtime: Runtime) -> Finding:
     """Tell whether all hosts share the output folder and whether checkpoints fit."""
     output = Path(runtime.output_dir)
     if blind:

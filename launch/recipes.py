@@ -5,7 +5,8 @@ Each returns a recipe (the numbers) and a runtime (a first guess for the hardwar
 
 from typing import Any
 
-from trainer.config import DetectorRecipe, DetectorRuntime, PretrainRecipe, PretrainRuntime
+from launch.command_line import configure
+from trainer.config import DetectorRecipe, DetectorRuntime, PretrainRecipe, PretrainRuntime, Recipe, Runtime
 
 
 def demo() -> tuple[PretrainRecipe, PretrainRuntime]:
@@ -186,3 +187,14 @@ def _detector(**changes: Any) -> DetectorRecipe:
 
 def _detecting() -> DetectorRuntime:
     return DetectorRuntime(output_dir="runs/detector", micro_batch=64, num_workers=8, log_every=20, val_every=200)
+
+
+def configure_script(script: str, words: list[str]) -> tuple[Recipe, Runtime]:
+    """Read the words of ``pretrain`` or ``finetune`` as that script does.
+
+    Raises:
+        ConfigError: as `configure`.
+    """
+    if script == "pretrain":
+        return configure(words, RECIPES, DEFAULT)
+    return configure(words, DETECTOR_RECIPES, DETECTOR_DEFAULT)

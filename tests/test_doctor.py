@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, environment
+from conftest import ROOT, TINY, environment, words_of
 from deepspeed.launcher.runner import fetch_hostfile
 
 from launch import doctor
@@ -82,8 +82,7 @@ def test_hosts_and_slots_are_read_as_deepspeed_reads_them(tmp_path: Path) -> Non
 def test_a_machine_is_examined_and_left_as_it_was(shards: Path, tmp_path: Path) -> None:
     def ask(**changes: str) -> subprocess.CompletedProcess[str]:
         flags = TINY | {"data": str(shards), "output_dir": str(tmp_path / "out")} | changes
-        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-        start = [sys.executable, str(ROOT / "launch" / "doctor.py"), *words]
+        start = [sys.executable, str(ROOT / "launch" / "doctor.py"), *words_of(flags)]
         return subprocess.run(start, env=environment(), capture_output=True, text=True, timeout=120)
 
     done = ask()

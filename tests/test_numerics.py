@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, Run, forks, metrics, run_worker
+from conftest import ROOT, TINY, Run, forks, metrics, run_worker, words_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,7 +47,7 @@ def log_of(folder: Path) -> str:
 
 def pretrain(script: Path, **changes: Any) -> list[str]:
     flags = TINY | {name: str(value) for name, value in changes.items()}
-    return [str(script), *(word for name, value in flags.items() for word in (f"--{name}", value))]
+    return [str(script), *words_of(flags)]
 
 
 def faults(found: Mapping[int, str]) -> str:

@@ -5,6 +5,7 @@ import socket
 from typing import Any
 
 import pytest
+from conftest import free_port
 
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.world import World, check_devices, meet, world_from_environment
@@ -73,7 +74,7 @@ def _come(rank: int, size: int, port: int, answers: Any) -> None:
 def test_who_did_not_come_is_named_to_all_who_did(here: list[int], heard: str) -> None:
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    size, port = (3 if heard == "met" else 5), _free_port()
+    size, port = (3 if heard == "met" else 5), free_port()
     ranks = [context.Process(target=_come, args=(rank, size, port, answers)) for rank in here]
     for process in ranks:
         process.start()
@@ -96,12 +97,6 @@ def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(ConfigError, match="MASTER_ADDR is empty"):
         meet(World(0, 2), timeout_s=5)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.slow

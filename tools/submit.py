@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from launch.command_line import configure, read_flags, run
-from launch.recipes import DEFAULT, DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
+from launch.command_line import read_flags, run
+from launch.recipes import configure_script
 from launch.run_setup import engine_settings
-from trainer.config import Recipe, Runtime
+from trainer.config import Runtime
 from trainer.errors import ConfigError
 from trainer.world import World
 
@@ -128,13 +128,8 @@ def check(job: Job) -> Runtime:
         if name not in flags:
             raise ConfigError(f"{name} is not given: pass --{name}, a path that all nodes see")
     for value in values:
-        recipe: Recipe
-        runtime: Runtime
         words = [*job.words, *((f"--{setting}", value) if setting else ())]
-        if job.script == "pretrain":
-            recipe, runtime = configure(words, RECIPES, DEFAULT)
-        else:
-            recipe, runtime = configure(words, DETECTOR_RECIPES, DETECTOR_DEFAULT)
+        recipe, runtime = configure_script(job.script, words)
         engine_settings(recipe, runtime, World(0, job.num_ranks, 0, job.gpus))
     return runtime
 

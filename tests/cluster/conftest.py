@@ -95,10 +95,6 @@ def consumed(output: Path) -> list[int]:
     return sorted(json.loads(line)["position"] for line in lines)
 
 
-def as_words(flags: dict[str, str]) -> list[str]:
-    return [word for name, value in flags.items() for word in (f"--{name}", value)]
-
-
 def _require(programs: tuple[str, ...]) -> None:
     missing = [name for name in programs if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")]
     problem = f"not installed: {', '.join(missing)}" if missing else ""

@@ -25,7 +25,7 @@ init() {
   mount -t tmpfs -o mode=1777 tmpfs /dev/shm
   mount --bind "$DIR/hosts" /etc/hosts
   mount --bind "$DIR/ssh_config" /etc/ssh/ssh_config
-  [ ! -e /root/.bashrc ] || mount --bind /dev/null /root/.bashrc # bash reads it under ssh, whatever it does here
+  [ ! -e ~root/.bashrc ] || mount --bind /dev/null ~root/.bashrc # bash reads it under ssh, whatever it does here
   /usr/sbin/sshd -D -f "$DIR/sshd_config" -o "ListenAddress=$(address "$host")" -E "$DIR/log/sshd.$host.log" &
   while true; do wait -n || sleep 0.2; done
 }

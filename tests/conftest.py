@@ -19,11 +19,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 torch.set_num_threads(1)
+# The same cases in every run, so that main does not fail by luck; `make faults` draws new ones.
+settings.register_profile("trainer", deadline=None, derandomize="TRAINER_MUTANTS" not in os.environ)
+settings.load_profile("trainer")
 
 GRACE_S = 20.0
 

@@ -38,7 +38,7 @@ def draws(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).random(count, dtype=np.float32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(8, 150), st.integers(8, 150), st.integers(0, 10**6))
 def test_a_distortion_depends_on_image_and_draws_alone(height: int, width: int, seed: int) -> None:
     image = photo(height, width, seed)

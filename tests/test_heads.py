@@ -136,7 +136,7 @@ def test_mixstyles_statistics_carry_no_gradient() -> None:
     assert len(tokens_BTD.grad[0, 1:].unique(dim=0)) == 1, "the own statistics got a gradient"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(2, 20), st.integers(0, 10**6))
 def test_partners_of_one_class_are_of_that_class_and_serve_once(size: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -38,7 +38,7 @@ def test_landmarks_that_stay_leave_the_image() -> None:
     np.testing.assert_array_equal(warp(picture(0), POINTS, POINTS), picture(0))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.floats(-3, 3), st.floats(-3, 3), st.floats(0.9, 1.1))
 def test_an_affine_motion_of_the_landmarks_is_opencvs_inside_their_hull(dx: float, dy: float, zoom: float) -> None:
     moved = ((POINTS - 25) * zoom + 25 + [dx, dy]).astype(np.float32)

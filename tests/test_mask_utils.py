@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.errors import ConfigError
@@ -10,7 +10,6 @@ STRATEGIES = ("random", "block", "grid")
 
 
 @given(st.integers(2, 15), st.integers(2, 15), st.floats(0.05, 0.95), st.sampled_from(STRATEGIES), st.integers(1, 4))
-@settings(deadline=None)
 def test_every_strategy_splits_the_patches_exactly(rows, columns, ratio, strategy, mask_block) -> None:
     num_patches = rows * columns
     if not 0 < round(num_patches * (1 - ratio)) < num_patches:

@@ -59,7 +59,7 @@ def brute(scores: np.ndarray, labels: np.ndarray) -> list[tuple[float, float, fl
     ]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(sets)
 def test_the_curve_and_its_points_are_the_brute_forces(both) -> None:
     scores, labels = joined(both)
@@ -76,7 +76,7 @@ def test_the_curve_and_its_points_are_the_brute_forces(both) -> None:
         assert point.bscer <= limit + 1e-12
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(sets)
 def test_the_equal_error_rate_and_its_interval_are_pyeers(both) -> None:
     scores, labels = joined(both)
@@ -92,14 +92,14 @@ def test_the_equal_error_rate_and_its_interval_are_pyeers(both) -> None:
     assert ours.low <= ours.value <= ours.high
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sets)
 def test_the_area_is_scikit_learns(both) -> None:
     scores, labels = joined(both)
     assert auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sets, st.data())
 def test_a_weight_is_a_number_of_copies(both, data) -> None:
     scores, labels = joined(both)
@@ -113,7 +113,7 @@ def test_a_weight_is_a_number_of_copies(both, data) -> None:
         assert bscer_at_macer(weighted, limit).bscer == pytest.approx(bscer_at_macer(copied, limit).bscer)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sets)
 def test_only_the_order_of_scores_counts(both) -> None:
     scores, labels = joined(both)

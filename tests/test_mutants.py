@@ -25,7 +25,6 @@ from trainer.world import World
 
 MUTANTS = settings(
     max_examples=int(os.environ.get("TRAINER_MUTANTS", "150")),
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 JSON = st.recursive(

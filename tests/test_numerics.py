@@ -250,7 +250,7 @@ def test_the_same_checkpoint_is_gone_back_to_three_times_and_no_more(tmp_path: P
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000004"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from(["step", "step", "step", "save", "back"]), max_size=25), st.data())
 def test_what_was_trained_and_what_was_left_out_are_all_data_once(moves: list[str], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:

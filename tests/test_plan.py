@@ -15,14 +15,14 @@ plans = st.builds(
 
 
 @given(plans, st.integers(0, 1000))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_each_epoch_visits_every_sample_exactly_once(plan: Plan, epoch: int) -> None:
     positions = np.arange(plan.num_samples) + epoch * plan.num_samples
     assert np.array_equal(np.sort(plan.samples_at(positions)), np.arange(plan.num_samples))
 
 
 @given(plans, st.integers(0, 1000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_blocks_of_an_epoch_part_the_samples_among_them(plan: Plan, epoch: int) -> None:
     sample, first, last = plan.locate(np.arange(plan.num_samples) + epoch * plan.num_samples)
     assert ((first <= sample) & (sample <= last) & (last - first < plan.block_size)).all()
@@ -33,7 +33,6 @@ def test_the_blocks_of_an_epoch_part_the_samples_among_them(plan: Plan, epoch: i
 
 
 @given(plans, st.lists(st.integers(0, 10**9), min_size=1, max_size=20))
-@settings(deadline=None)
 def test_a_position_names_the_same_sample_alone_and_among_others(plan: Plan, positions: list[int]) -> None:
     assert [plan.sample_at(p) for p in positions] == plan.samples_at(positions).tolist()
 

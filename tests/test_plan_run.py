@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, environment
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -197,14 +197,15 @@ def test_a_rank_keeps_the_gradients_of_parameters_that_reach_into_its_part(
 
 
 @given(sizes, st.integers(0, 3), st.integers(1, 64), st.sampled_from(["fp32", "bf16"]), st.integers(1, 4))
-@settings(deadline=None)
 def test_more_nodes_and_higher_stages_never_take_more_memory_for_the_state(
     groups: list[tuple[int, ...]], stage: int, ranks: int, precision: str, times: int
 ) -> None:
     weights = Weights(groups=tuple(groups), frozen=(500,))
     zero = Zero(stage=stage, precision=precision, accum="fp32", bucket=1, persistence=0, reuse_distance=0, live=0)
     few, many = (planning.state_memory(weights, zero, n) for n in (ranks, ranks * times))
-    assert many.parameters + many.gradients + many.optimizer <= few.parameters + few.gradients + few.optimizer
+    assert many.parameters + many.optimizer <= few.parameters + few.optimizer
+    if stage in (0, 3) or precision == "bf16":  # else whole parameters are kept where one reaches into a rank's part
+        assert many.gradients <= few.gradients
     assert planning.traffic(weights, zero, 1, 1) == (0, 0)
     if stage == 3:
         assert many.total <= few.total

@@ -414,7 +414,7 @@ def test_a_det_curve_is_the_probit_of_both_rates() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["m: D-EER 7.50 %"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(1, 60), st.integers(1, 400))
 def test_thinning_a_det_curve_moves_it_by_less_than_a_pixel(seed: int, honest: int, morphs: int, copies: int) -> None:
     rng = np.random.default_rng(seed)

@@ -34,7 +34,7 @@ def test_draws_have_the_expected_frequencies(weights: list[float]) -> None:
     st.sampled_from([1, 2, 3, 4, 6]),
     st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_world_size_draws_one_sequence(weights: list[float], seed: int, ranks: int, replacement: bool) -> None:
     num_samples = 24 if replacement else len(weights) - len(weights) % 12
     if num_samples:

@@ -38,7 +38,7 @@ from trainer.guardian import Phase
 from trainer.lease import Lease
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
-from trainer.models.mask_utils import draw_mask, num_kept
+from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
 from trainer.monitor import Monitor, start_logging
 from trainer.watchdog import mark
 from trainer.world import World, world_from_environment
@@ -115,6 +115,7 @@ def build_model(recipe: PretrainRecipe, runtime: PretrainRuntime) -> MaskedAutoe
             decoder_width=recipe.decoder_width,
             decoder_depth=recipe.decoder_depth,
             decoder_heads=recipe.decoder_heads,
+            decoder_type=recipe.decoder_type,
             use_learned_mask_token=recipe.use_learned_mask_token,
             use_separate_pos_embed=recipe.use_separate_pos_embed,
             fixed_pos_embed=recipe.fixed_pos_embed,
@@ -122,15 +123,22 @@ def build_model(recipe: PretrainRecipe, runtime: PretrainRuntime) -> MaskedAutoe
         )
 
 
-def mask_of(recipe: PretrainRecipe, encoder: PatchEncoder) -> heldout.DrawMask:
-    """Bind the recipe's mask settings: noise -> indices."""
+def mask_of(recipe: PretrainRecipe, encoder: PatchEncoder, *, predict_share: float = 1.0) -> heldout.DrawMask:
+    """Bind the recipe's mask settings: noise -> indices. Held-out images are always predicted whole."""
     return functools.partial(
         draw_mask,
         mask_ratio=recipe.mask_ratio,
         strategy=recipe.mask_strategy,
         grid=encoder.grid,
         mask_block=recipe.mask_block,
+        predict_share=predict_share,
     )
+
+
+def flops_of(model: MaskedAutoencoder, recipe: PretrainRecipe) -> int:
+    """Count the FLOPs of one training step of one image."""
+    num_keep = num_kept(model.encoder.num_patches, recipe.mask_ratio)
+    return model.flops_per_image(num_keep, num_predicted(model.encoder.num_patches - num_keep, recipe.predict_share))
 
 
 class HeldOutView:
@@ -196,7 +204,8 @@ def training_of(
     runtime: PretrainRuntime,
 ) -> Training:
     """Say what pre-training does at each step and at its dates."""
-    encoder, draw = engine.module.encoder, mask_of(recipe, engine.module.encoder)
+    encoder = engine.module.encoder
+    draw = mask_of(recipe, encoder, predict_share=recipe.predict_share)
 
     def measure(monitor: Monitor, step: int) -> None:
         if held_out:
@@ -223,7 +232,7 @@ def training_of(
         ),
         noise_per_sample=encoder.num_patches,
         inputs=lambda batch: (batch.images_BCHW, *draw(batch.noise_BN)),
-        flops_per_image=engine.module.flops_per_image(num_kept(encoder.num_patches, recipe.mask_ratio)),
+        flops_per_image=flops_of(engine.module, recipe),
         measure=measure,
         measure_every=runtime.heldout_every,
         picture=picture,

@@ -8,7 +8,7 @@ READING_ORDER = (
     *("errors", "files", "world", "seeds", "config"),
     *("data.storage", "data.tar", "data.shards", "data.plan", "data.sampler", "data.mixture", "data.overlap"),
     *("data.decode", "data.selfmorph", "data.augment", "data.distort", "data.stream", "data.loader"),
-    *("losses", "models.mask_utils", "models.encoder", "models.mae"),
+    *("losses", "models.mask_utils", "models.encoder", "models.cross_block", "models.mae"),
     *("models.heads", "models.classifier", "models.mixstyle", "models.lora", "models.detector"),
     *("optim", "zero_files", "engine", "lease", "checkpoint", "monitor"),
     *("guardian", "watchdog", "numerics", "heldout", "loop"),

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.errors import ConfigError
-from trainer.models.mask_utils import apply_mask, draw_mask, num_kept, patchify, random_masking, unpatchify
+from trainer.models.mask_utils import Strategy, apply_mask, draw_mask, num_kept, patchify, random_masking, unpatchify
 
 STRATEGIES = ("random", "block", "grid")
 
@@ -31,6 +31,19 @@ def test_counts_are_rounded_and_not_cut() -> None:
 def test_a_ratio_that_leaves_no_patch_is_refused(ratio: float) -> None:
     with pytest.raises(ConfigError, match="mask_ratio"):
         num_kept(16, ratio)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_part_to_predict_is_drawn_evenly_from_the_hidden_patches(strategy: Strategy) -> None:
+    noise_BN = torch.rand(8000, 36, generator=torch.Generator().manual_seed(0))
+    keep, every = draw_mask(noise_BN, mask_ratio=0.75, strategy=strategy, grid=(6, 6))
+    same, some = draw_mask(noise_BN, mask_ratio=0.75, strategy=strategy, grid=(6, 6), predict_share=1 / 3)
+    assert torch.equal(keep, same)
+    assert some.shape == (8000, 9)
+    assert (some.diff(dim=1) > 0).all()
+    assert all(set(b) <= set(a) for a, b in zip(every.tolist(), some.tolist(), strict=True))
+    hidden, chosen = (torch.bincount(index.flatten(), minlength=36) for index in (every, some))
+    assert (chosen / hidden - 1 / 3).abs().max() < 0.03
 
 
 def test_the_block_strategy_hides_one_connected_region() -> None:

@@ -147,10 +147,17 @@ def test_a_block_keeps_sixteen_numbers_for_each_of_its_outputs() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "depth"), [("mae_vit_base", "12"), ("lora", "6"), ("probe", "6"), ("full", "6"), ("detector_demo", "4")]
+    ("name", "flags"),
+    [
+        ("mae_vit_base", {}),
+        ("mae_vit_small", {}),
+        ("mae_vit_base", {"decoder_type": "cross", "predict_share": "0.33", "encoder_depth": "4"}),
+        ("demo", {}),
+        *((name, {"encoder_depth": "6"}) for name in ("lora", "probe", "full", "detector_demo")),
+    ],
 )
-def test_planned_flops_are_those_that_torch_counts(name: str, depth: str) -> None:
-    recipe = recipe_of(name, {"encoder_depth": depth})
+def test_planned_flops_are_those_that_torch_counts(name: str, flags: dict[str, str]) -> None:
+    recipe = recipe_of(name, flags)
     model = plan_run.build(recipe, grad_checkpointing=False, precision="fp32")
     counter = FlopCounterMode(display=False)  # it does not know the fused attention of CPUs
     with FakeTensorMode(allow_non_fake_inputs=True), counter, sdpa_kernel(SDPBackend.MATH):

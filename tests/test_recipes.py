@@ -4,9 +4,8 @@ import re
 
 import pytest
 
-from launch.pretrain import build_model
+from launch.pretrain import build_model, flops_of
 from launch.recipes import RECIPES
-from trainer.models.mask_utils import num_kept
 
 
 @pytest.mark.slow
@@ -14,7 +13,7 @@ from trainer.models.mask_utils import num_kept
 def test_the_stated_cost_is_the_models(name: str) -> None:
     recipe, runtime = RECIPES[name]()
     model = build_model(recipe, runtime)
-    flops = model.flops_per_image(num_kept(model.encoder.num_patches, recipe.mask_ratio))
+    flops = flops_of(model, recipe)
     stated = re.search(r"Cost: (\d+) GFLOP an image and step, ([\de.]+) FLOP", RECIPES[name].__doc__ or "")
     assert stated
     assert flops / 1e9 == pytest.approx(float(stated[1]), rel=0.02)

@@ -24,7 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from launch.command_line import read_flags, run, wants_help
 from launch.detectors import assemble_detector
-from launch.pretrain import build_model
+from launch.pretrain import build_model, flops_of
 from launch.recipes import DETECTOR_RECIPES, RECIPES
 from launch.run_setup import engine_settings
 from tools import planning
@@ -41,7 +41,7 @@ from trainer.config import (
     with_flags,
 )
 from trainer.errors import ConfigError
-from trainer.models.mask_utils import num_kept
+from trainer.models.mask_utils import num_kept, num_predicted
 from trainer.optim import parameter_groups
 from trainer.world import World
 
@@ -284,7 +284,7 @@ def read_model(recipe: Recipe, precision: str) -> Model:
     encoder: Any = plain.encoder
     if isinstance(recipe, PretrainRecipe):
         keep = num_kept(encoder.num_patches, recipe.mask_ratio)
-        flops, forward = plain.flops_per_image(keep), encoder.flops(keep)
+        flops, forward = flops_of(plain, recipe), encoder.flops(keep)
         tokens = (keep + encoder.num_prefix) * encoder.width
         tokens = max(tokens, (encoder.num_patches + encoder.num_prefix) * recipe.decoder_width)
     else:
@@ -328,7 +328,8 @@ def example(model: Any, recipe: Recipe, images: int) -> tuple[torch.Tensor, ...]
     if isinstance(recipe, PretrainRecipe):
         order = torch.arange(model.encoder.num_patches).repeat(images, 1)
         keep = num_kept(model.encoder.num_patches, recipe.mask_ratio)
-        return images_BCHW, order[:, :keep], order[:, keep:]
+        end = keep + num_predicted(model.encoder.num_patches - keep, recipe.predict_share)
+        return images_BCHW, order[:, :keep], order[:, keep:end]
     return images_BCHW, torch.zeros(images, dtype=torch.int64), torch.zeros(images, model.num_draws)
 
 

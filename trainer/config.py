@@ -133,6 +133,10 @@ class PretrainRecipe(Recipe):
     """Transformer blocks in the decoder (8 in the published MAE)."""
     decoder_heads: int = 16
     """Attention heads in the decoder."""
+    decoder_type: Literal["self", "cross"] = "self"
+    """self: all tokens attend to each other, as published; cross: hidden patches attend to the seen ones only."""
+    predict_share: float = 1.0
+    """Share of the hidden patches that a training step predicts; below 1 needs decoder_type cross."""
     norm_pix_loss: bool = True
     """Predict each patch normalised by its own mean and variance."""
     decode_quality: Literal["fast", "full"] = "fast"
@@ -143,6 +147,9 @@ class PretrainRecipe(Recipe):
         _require(self, "mask_ratio", 0 < self.mask_ratio < 1, "must lie strictly between 0 and 1 (try 0.75)")
         divides = self.decoder_width % self.decoder_heads == 0 and self.decoder_width % 4 == 0
         _require(self, "decoder_width", divides, f"must be divisible by {self.decoder_heads=} and by 4")
+        _require(self, "predict_share", 0 < self.predict_share <= 1, "must be above 0 and at most 1 (try 0.33)")
+        apart = self.predict_share == 1 or self.decoder_type == "cross"
+        _require(self, "predict_share", apart, "needs decoder_type cross: elsewhere hidden patches see each other")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

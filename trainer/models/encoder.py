@@ -7,7 +7,7 @@ Shapes: B images, N patches, K kept, T = prefix + K tokens, D width, P = p*p*C v
 """
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -161,7 +161,7 @@ class PatchEncoder(nn.Module):
         embed = self.vit.patch_embed.proj
         pixels = embed.in_channels * self.patch**2
         embedding = int(2 * num_tokens * pixels * self.width)
-        return embedding + blocks_flops(self.vit.blocks, num_tokens + self.num_prefix)
+        return embedding + sum(block_flops(block, num_tokens + self.num_prefix) for block in self.vit.blocks)
 
     def _embed(self, patches_BKP: Tensor) -> Tensor:
         """Run timm's own convolution over a strip of kept patches: hooks of ZeRO-3 and adapters see their module."""
@@ -246,13 +246,16 @@ def _attention_weights(block: Any, tokens_BTD: Tensor) -> Tensor:
     return weights_BTT
 
 
-def blocks_flops(blocks: Iterable[Any], num_tokens: int) -> int:
-    """Count the forward FLOPs of blocks over T tokens: 2 a weight of each linear layer and 4*T*T*D for attention."""
-    total = 0
-    for block in blocks:
-        linear = sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
-        total += 2 * linear * num_tokens + 4 * num_tokens**2 * block.attn.num_heads * block.attn.head_dim
-    return total
+def block_flops(block: Any, num_tokens: int, num_queries: int | None = None) -> int:
+    """Count the forward FLOPs of a block over T tokens: 2 a weight of each linear layer and 4*T*T*D for attention.
+
+    With ``num_queries``, those of `attend_from`, which reads all tokens and goes on with so many.
+    """
+    queries = num_tokens if num_queries is None else num_queries
+    linear = sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
+    qkv: int = block.attn.qkv.weight.numel()
+    attention: int = 4 * num_tokens * queries * block.attn.num_heads * block.attn.head_dim
+    return 2 * qkv * num_tokens + 2 * (linear - qkv) * queries + attention
 
 
 def sine_cosine_positions(grid: tuple[int, int], width: int) -> Tensor:

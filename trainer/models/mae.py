@@ -2,20 +2,23 @@
 
 With the same weights and the same mask the loss is the published one's; three things are computed less often:
 hidden patches are never embedded, tokens are not put back in order (attention does not see order, and positions are
-added by index), and the last decoder block and the pixel layer run for hidden patches only.
+added by index), and the last decoder block and the pixel layer run for hidden patches only. The cross decoder is
+another mathematics: see `trainer.models.cross_block`.
 
-Shapes: B images, C=3 channels, H, W image, N patches, K kept, M masked, P = p*p*C values of a patch, D encoder width,
-E decoder width, T tokens.
+Shapes: B images, C=3 channels, H, W image, N patches, K kept, M masked (of these, those to predict), P = p*p*C values
+of a patch, D encoder width, E decoder width, T tokens.
 Source: He et al. 2021, arXiv 2111.06377, section 3.
 """
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from trainer.losses import masked_pixel_error, normalise_patches, patch_statistics
-from trainer.models.encoder import PatchEncoder, attend_from, blocks_flops, make_blocks, sine_cosine_positions
+from trainer.models.cross_block import CrossBlock
+from trainer.models.encoder import PatchEncoder, attend_from, block_flops, make_blocks, sine_cosine_positions
 from trainer.models.mask_utils import patchify, take, unpatchify
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -33,6 +36,7 @@ class MaskedAutoencoder(nn.Module):
         decoder_width: int = 512,
         decoder_depth: int = 4,
         decoder_heads: int = 16,
+        decoder_type: Literal["self", "cross"] = "self",
         use_learned_mask_token: bool = True,
         use_separate_pos_embed: bool = True,
         fixed_pos_embed: bool = True,
@@ -50,7 +54,11 @@ class MaskedAutoencoder(nn.Module):
             self.decoder_pos_embed = nn.Parameter(positions_1NE, requires_grad=not fixed_pos_embed)
         else:
             self.position_embed = nn.Linear(encoder.width, decoder_width, bias=False)
-        self.decoder_blocks = make_blocks(decoder_depth, width=decoder_width, heads=decoder_heads)
+        self.decoder_type = decoder_type
+        if decoder_type == "cross":
+            self.decoder_blocks = nn.ModuleList(CrossBlock(decoder_width, decoder_heads) for _ in range(decoder_depth))
+        else:
+            self.decoder_blocks = make_blocks(decoder_depth, width=decoder_width, heads=decoder_heads)
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_width, 3 * encoder.patch**2)
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -68,7 +76,7 @@ class MaskedAutoencoder(nn.Module):
         Args:
             images_BCHW: uint8 RGB.
             keep_BK: patches that the encoder sees.
-            masked_BM: patches to predict; together with ``keep`` every patch once.
+            masked_BM: patches to predict; for pictures together with ``keep`` every patch once.
             want: what to return.
 
         Returns:
@@ -87,13 +95,17 @@ class MaskedAutoencoder(nn.Module):
         """Return what the loss asks the decoder to predict, float32 (B, M, P)."""
         return self._target(patchify(self._normalise(images_BCHW), self.encoder.patch), masked_BM)
 
-    def flops_per_image(self, num_keep: int) -> int:
+    def flops_per_image(self, num_keep: int, num_masked: int) -> int:
         """Count the FLOPs of forward and backward (three times forward) of one image, for the MFU."""
-        num_tokens = self.encoder.num_patches + self.encoder.num_prefix
-        num_masked = self.encoder.num_patches - num_keep
-        decoder = blocks_flops(self.decoder_blocks, num_tokens)
-        linear = self.decoder_embed.weight.numel() * (num_keep + self.encoder.num_prefix)
-        linear += self.decoder_pred.weight.numel() * num_masked
+        num_seen = num_keep + self.encoder.num_prefix
+        if self.decoder_type == "cross":
+            blocks: Iterable[Any] = self.decoder_blocks
+            decoder: int = sum(block.flops(num_masked, num_seen) for block in blocks)
+        else:
+            *blocks, last = self.decoder_blocks
+            decoder = sum(block_flops(block, num_seen + num_masked) for block in blocks)
+            decoder += block_flops(last, num_seen + num_masked, num_masked)
+        linear = self.decoder_embed.weight.numel() * num_seen + self.decoder_pred.weight.numel() * num_masked
         return 3 * (self.encoder.flops(num_keep) + decoder + 2 * linear)
 
     def _predict(self, patches_BNP: Tensor, keep_BK: Tensor, masked_BM: Tensor) -> Tensor:
@@ -103,13 +115,20 @@ class MaskedAutoencoder(nn.Module):
         prefix_BTE, visible_BKE = seen_BTE.split([self.encoder.num_prefix, keep_BK.shape[1]], dim=1)
         visible_BKE = visible_BKE + take(positions_BNE, keep_BK)
         hidden_BME = self.mask_token + take(positions_BNE, masked_BM)
-        tokens_BTE = torch.cat([prefix_BTE, visible_BKE, hidden_BME], dim=1)
+        painted_BME = self._paint(torch.cat([prefix_BTE, visible_BKE], dim=1), hidden_BME)
+        predicted_BMP: Tensor = self.decoder_pred(self.decoder_norm(painted_BME))
+        return predicted_BMP
+
+    def _paint(self, seen_BKE: Tensor, hidden_BME: Tensor) -> Tensor:
+        if self.decoder_type == "cross":
+            for block in self.decoder_blocks:
+                hidden_BME = block(hidden_BME, seen_BKE)
+            return hidden_BME
+        tokens_BTE = torch.cat([seen_BKE, hidden_BME], dim=1)
         *blocks, last = self.decoder_blocks
         for block in blocks:
             tokens_BTE = block(tokens_BTE)
-        painted_BME = attend_from(last, tokens_BTE, masked_BM.shape[1])
-        predicted_BMP: Tensor = self.decoder_pred(self.decoder_norm(painted_BME))
-        return predicted_BMP
+        return attend_from(last, tokens_BTE, hidden_BME.shape[1])
 
     def _decoder_positions(self) -> Tensor:
         if self.position_embed is None:

@@ -20,7 +20,7 @@ _BLOCK_ASPECT = 0.5
 
 
 class MaskIndices(NamedTuple):
-    """Indices into the N patches, int64, ascending; together every patch once."""
+    """Indices into the N patches, int64, ascending; together every patch once, unless only a part is predicted."""
 
     keep_BK: Tensor
     masked_BM: Tensor
@@ -41,8 +41,19 @@ def num_kept(num_patches: int, mask_ratio: float) -> int:
     return kept
 
 
+def num_predicted(num_masked: int, predict_share: float) -> int:
+    """Return how many hidden patches the decoder paints: that share of them, rounded, at least one."""
+    return max(1, round(num_masked * predict_share))
+
+
 def draw_mask(
-    noise_BN: Tensor, *, mask_ratio: float, strategy: Strategy = "random", grid: tuple[int, int], mask_block: int = 2
+    noise_BN: Tensor,
+    *,
+    mask_ratio: float,
+    strategy: Strategy = "random",
+    grid: tuple[int, int],
+    mask_block: int = 2,
+    predict_share: float = 1.0,
 ) -> MaskIndices:
     """Choose which patches to keep; exactly ``num_kept`` of them in every image, whatever the strategy.
 
@@ -54,11 +65,17 @@ def draw_mask(
             part, where the count asks for it).
         grid: rows and columns of patches, rows * columns = N.
         mask_block: side of a cell of the grid strategy [patches].
+        predict_share: share of the hidden patches, scattered among them, that ``masked`` names.
     """
     num_keep = num_kept(noise_BN.shape[1], mask_ratio)
     scores_BN = {"random": _scattered, "block": _region, "grid": _cells}[strategy](noise_BN, grid, mask_block)
     order_BN = scores_BN.argsort(dim=1, stable=True)
-    return MaskIndices(order_BN[:, :num_keep].sort(dim=1).values, order_BN[:, num_keep:].sort(dim=1).values)
+    masked_BM = order_BN[:, num_keep:]
+    if predict_share < 1:
+        low_bits_BM = noise_BN.gather(1, masked_BM) * 4096 % 1  # the high ones decided what is hidden
+        count = num_predicted(masked_BM.shape[1], predict_share)
+        masked_BM = masked_BM.gather(1, low_bits_BM.argsort(dim=1, stable=True)[:, :count])
+    return MaskIndices(order_BN[:, :num_keep].sort(dim=1).values, masked_BM.sort(dim=1).values)
 
 
 def _scattered(noise_BN: Tensor, grid: tuple[int, int], mask_block: int) -> Tensor:

@@ -74,7 +74,8 @@ faults: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@mkdir -p demo
-	$(BIN)/python tools/bench_masked_step.py
+	$(BIN)/python tools/bench_step.py
+	$(BIN)/python tools/bench_scaling.py
 	$(BIN)/python tools/bench_loader.py
 	$(BIN)/python tools/bench_lora.py
 	$(BIN)/python tools/bench_checkpoint.py

@@ -189,7 +189,7 @@ class Speedometer:
             "data_wait_share": min(1.0, self._waited_s / elapsed),
             "memory_gib": _memory_gib(),
         }
-        peak = _peak_flops()
+        peak = peak_flops()
         if peak:
             values["mfu"] = images_per_s * self._flops_per_image / (peak * self._num_ranks)
         self._start, self._waited_s, self._steps = now, 0.0, 0
@@ -230,7 +230,8 @@ def _memory_gib() -> float:
     return math.nan
 
 
-def _peak_flops() -> float | None:
+def peak_flops() -> float | None:
+    """Return the dense bf16 peak of this GPU [FLOP/s]; None without a GPU that is known."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()

@@ -55,8 +55,9 @@ def test_a_job_interrupted_three_times_consumes_what_an_undisturbed_one_does(
 
     wait_for_steps(output, 5)
     began = time.monotonic()
-    cluster.slurm("scancel", "--signal=USR1", "--batch", job)  # as SLURM does before the time limit
+    cluster.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=8")  # so that SLURM's signal 10 minutes before is due
     wait_for(lambda: state(cluster, job)["Restarts"] == "1", lambda: log_of(output)[-3000:])
+    cluster.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     asked_s = time.monotonic() - began
     assert "asking the ranks to save" in log_of(output)
 
@@ -83,7 +84,18 @@ def test_a_job_interrupted_three_times_consumes_what_an_undisturbed_one_does(
     wait_for(lambda: state(cluster, whole_job)["JobState"] == "COMPLETED", lambda: log_of(whole)[-3000:])
     assert ledger(output) == ledger(whole)
     assert losses(output) == losses(whole)
-    print(f"from USR1 to the job back in the queue: {asked_s:.1f} s")
+    print(f"from the shorter time limit, which SLURM looks at every 30 s, to the job back in the queue: {asked_s:.1f} s")
+
+
+def test_a_job_whose_budget_of_restarts_is_spent_fails(cluster: Lab, shards: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    once = {"TRAINER_DOCTOR": "0", "TRAINER_MAX_REQUEUES": "0"}
+    job = submit(cluster, flags_of(shards, output, 100_000), nodes=1, **once)
+    wait_for_steps(output, 2)
+    cluster.on(state(cluster, job)["NodeList"], "pkill", "-KILL", "-f", "launch/pretrain.py")
+    wait_for(lambda: state(cluster, job)["JobState"] == "FAILED", lambda: log_of(output)[-3000:])
+    assert "not queued again: TRAINER_MAX_REQUEUES is 0" in log_of(output)
+    assert state(cluster, job)["Restarts"] == "0"
 
 
 def test_a_node_that_is_cut_off_is_replaced_and_its_rank_ends_itself(

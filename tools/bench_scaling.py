@@ -1,0 +1,136 @@
+"""Two ranks against one, by ZeRO stage: how much of a step is communication, on this machine.
+
+Two processes that know nothing of each other already share caches and memory bandwidth; so they are the measure, and
+what two ranks take longer is communication (gloo over loopback). Counted first, in float32: stages 0 to 2 all-reduce
+the gradients, 4 bytes a parameter each way; stages 1 and 2 gather the weights after the step as well, stage 3 in the
+forward and the backward pass.
+
+Usage: python tools/bench_scaling.py [--model NAME] [--micro_batch N] [--steps N] [--repeats N] [--stages 0,1,2,3]
+"""
+
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from launch.command_line import configure_tool, run
+from launch.run_setup import engine_settings
+from trainer.config import PretrainRecipe, PretrainRuntime, check_types
+from trainer.engine import Engine, connect, disconnect
+from trainer.models.encoder import PatchEncoder
+from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mask_utils import draw_mask
+from trainer.world import world_from_environment
+
+CPU_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "cpu_fp32.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the user may set."""
+
+    model: str = "vit_small_patch16_224"
+    """timm's name of the encoder."""
+    image_size: int = 224
+    """Side of the view [pixels]."""
+    micro_batch: int = 8
+    """Images of a rank in a step [images]."""
+    steps: int = 6
+    """Steps that count, after two that do not [steps]."""
+    repeats: int = 3
+    """Runs of each kind, in turns."""
+    stages: tuple[str, ...] = ("0", "1", "2", "3")
+    """ZeRO stages."""
+    stage: int | None = None
+    """Be one rank, of the environment's world, at this stage, and print the time of a step; for the tool itself."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+def rank(settings: Settings, stage: int) -> float:
+    """Train as one rank of the environment's world; returns the median time of a step [s]."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    world = connect(world_from_environment(), timeout_s=300)
+    size, batch = settings.image_size, settings.micro_batch
+    encoder = PatchEncoder(settings.model, image_size=size, fixed_positions=True)
+    with tempfile.TemporaryDirectory() as folder:
+        config = json.loads(CPU_CONFIG.read_text())
+        config.setdefault("zero_optimization", {})["stage"] = stage
+        path = Path(folder, "stage.json")
+        path.write_text(json.dumps(config))
+        recipe = PretrainRecipe(global_batch=batch * world.size)
+        runtime = PretrainRuntime(micro_batch=batch, ds_config=str(path))
+        settings_of_engine = engine_settings(recipe, runtime, world)
+    engine = Engine(MaskedAutoencoder(encoder), ds_config=settings_of_engine, weight_decay=0.05, world=world)
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+    inputs = images, *draw_mask(torch.rand(batch, encoder.num_patches), mask_ratio=0.75, grid=encoder.grid)
+    times = []
+    for _ in range(settings.steps + 2):
+        start = time.perf_counter()
+        engine.step([inputs], learning_rate=1e-4, seed=0)
+        times.append(time.perf_counter() - start)
+    disconnect()
+    return statistics.median(times[2:])
+
+
+def measure(words: list[str], stage: int, worlds: list[int]) -> float:
+    """Run processes side by side, each a rank of a world of this size; returns the slowest one's step [s]."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for number, size in enumerate(worlds):
+        place = dict.fromkeys(("RANK", "LOCAL_RANK"), str(number % size))
+        place |= dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE"), str(size))
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, __file__, *words, "--stage", str(stage)],
+                env=os.environ | place | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    told = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise SystemExit(f"a rank failed at stage {stage}: see above")
+    return max(float(text.split()[-1]) for text in told)
+
+
+def main(words: list[str]) -> int:
+    """Measure and print; returns the exit code."""
+    settings = configure_tool(words, Settings(), __doc__, required=())
+    if settings is None:
+        return 0
+    if settings.stage is not None:
+        print(rank(settings, settings.stage))
+        return 0
+    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {settings}")
+    names = ("one rank", "two apart", "two ranks", "communication", "images/s of 2 / 1")
+    print("ZeRO" + "".join(f"{name:>{max(11, len(name) + 2)}}" for name in names))
+    for stage in map(int, settings.stages):
+        kinds = {"one": [1], "apart": [1, 1], "two": [2, 2]}
+        times: dict[str, list[float]] = {name: [] for name in kinds}
+        for _ in range(settings.repeats):
+            for name, worlds in kinds.items():
+                times[name].append(measure(words, stage, worlds))
+        one, apart, two = (statistics.median(times[name]) for name in kinds)
+        print(
+            f"{stage:4}{one:9.3f} s{apart:9.3f} s{two:9.3f} s{100 * max(0.0, 1 - apart / two):13.1f} %"
+            f"{2 * one / two:18.2f}x",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

@@ -1,0 +1,254 @@
+"""One training step of variants of the MAE beside transformers' ViTMAE and beside the machine's own limit, in one run.
+
+Counted first (ViT-B/16, 224 pixels, 8 decoder blocks): 57.3 GFLOP an image, 2.4 % below the published form, whose last
+decoder block and pixel layer also run for tokens that nobody reads. The decoder takes 55 % of it; so half its depth
+saves 27 %, and a cross decoder that paints a third of the hidden patches saves 47 %. What a step takes above
+FLOPs / GEMM peak is memory traffic: norms, GELU, softmax, gathers, the optimizer.
+
+A step is: mask, forward, backward, fused AdamW. Variants take turns; medians are compared. The peak is the best of
+three matrix products of the model's own shapes, measured between the steps. On a GPU weights are bf16.
+
+Usage: python tools/bench_step.py [--model NAME] [--micro_batch N] [--repeats N] [--variants exact,cross_third]
+           [--device cuda] [--num_threads N] [--memory true]
+"""
+
+import functools
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from launch.command_line import configure_tool, run
+from trainer.config import check_types
+from trainer.errors import ConfigError
+from trainer.models.encoder import PatchEncoder
+from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
+from trainer.monitor import peak_flops
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """What differs from the published form."""
+
+    depth: int = 8
+    decoder_type: Any = "self"
+    predict_share: float = 1.0
+    mask_ratio: float = 0.75
+    grad_checkpointing: bool = False
+    compiled: bool = False
+
+
+PEER = "transformers"
+VARIANTS = {
+    "exact": Variant(),
+    "depth4": Variant(depth=4),
+    "mask85": Variant(mask_ratio=0.85),
+    "cross": Variant(decoder_type="cross"),
+    "cross_third": Variant(decoder_type="cross", predict_share=1 / 3),
+    "cross_third_depth4": Variant(decoder_type="cross", predict_share=1 / 3, depth=4),
+    "checkpointing": Variant(grad_checkpointing=True),
+    "compiled": Variant(compiled=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the user may set."""
+
+    model: str = "vit_base_patch16_224"
+    """timm's name of the encoder."""
+    image_size: int = 224
+    """Side of the view [pixels]."""
+    micro_batch: int = 8
+    """Images in a step [images]."""
+    repeats: int = 7
+    """Steps of each variant that count; two more come first."""
+    num_threads: int = 2
+    """Threads of the CPU."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    variants: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if not variant.compiled)
+    """Which to time, beside transformers' ViTMAE; compiling takes minutes on a CPU, hence it must be named."""
+    memory: bool = False
+    """Measure the peak memory of each instead, in a process of its own on the CPU."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        unknown = [name for name in self.variants if name not in (*VARIANTS, PEER)]
+        if unknown:
+            raise ConfigError(f"variants has {unknown[0]!r}, but takes only {', '.join(VARIANTS)}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device is 'cuda', but torch sees no GPU: leave it out")
+
+
+class Contender:
+    """A model with its optimizer, and the inputs of a step."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        torch.manual_seed(0)
+        variant, self._device = VARIANTS.get(name, Variant()), torch.device(settings.device)
+        dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
+        encoder = PatchEncoder(
+            settings.model, image_size=settings.image_size, fixed_positions=True,
+            grad_checkpointing=variant.grad_checkpointing,
+        )  # fmt: skip
+        mae = MaskedAutoencoder(encoder, decoder_depth=variant.depth, decoder_type=variant.decoder_type)
+        keep = num_kept(encoder.num_patches, variant.mask_ratio)
+        self.width = encoder.width
+        self.flops = mae.flops_per_image(keep, num_predicted(encoder.num_patches - keep, variant.predict_share))
+        self._model: nn.Module = (like(mae) if name == PEER else mae).to(self._device, dtype)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4, fused=True)
+        size = (settings.micro_batch, 3, settings.image_size, settings.image_size)
+        images = torch.randint(0, 256, size, dtype=torch.uint8, device=self._device)
+        forward: Callable[..., Any] = torch.compile(self._model) if variant.compiled else self._model
+        noise_shape = (settings.micro_batch, encoder.num_patches)
+        how: dict[str, Any] = {"mask_ratio": variant.mask_ratio, "predict_share": variant.predict_share}
+        if name == PEER:
+            pixels = torch.randn(size, device=self._device, dtype=dtype)
+            self._loss: Callable[[], Any] = lambda: forward(pixels).loss
+        else:
+            self._loss = lambda: forward(
+                images, *draw_mask(torch.rand(noise_shape, device=self._device), grid=encoder.grid, **how)
+            )
+
+    def step(self) -> float:
+        """Take a step; returns its time [s]."""
+        return timed(self._step, self._device)
+
+    def _step(self) -> None:
+        self._loss().backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def like(mae: MaskedAutoencoder) -> nn.Module:
+    """Build transformers' model of the same shapes; its own code decides how it computes."""
+    block: Any = mae.encoder.vit.blocks[0]
+    return ViTMAEForPreTraining(
+        ViTMAEConfig(
+            hidden_size=mae.encoder.width, num_hidden_layers=len(mae.encoder.vit.blocks),
+            num_attention_heads=block.attn.num_heads, intermediate_size=block.mlp.fc1.out_features,
+            image_size=mae.encoder.grid[0] * mae.encoder.patch, patch_size=mae.encoder.patch,
+            decoder_hidden_size=mae.decoder_embed.out_features, decoder_num_hidden_layers=len(mae.decoder_blocks),
+            decoder_num_attention_heads=16, decoder_intermediate_size=4 * mae.decoder_embed.out_features,
+            norm_pix_loss=True,
+        )
+    )  # fmt: skip
+
+
+class Peak:
+    """The machine's best matrix products in the shapes of the model: what a step could reach at most."""
+
+    def __init__(self, settings: Settings, width: int) -> None:
+        self._device = torch.device(settings.device)
+        dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
+        rows = max(settings.micro_batch * 196, 1024)
+        shapes = [(width, 3 * width), (width, 4 * width), (4 * width, width)]
+        self._pairs = [
+            tuple(torch.randn(*shape, device=self._device, dtype=dtype) for shape in ((rows, k), (k, n)))
+            for k, n in shapes
+        ]
+
+    def flops(self) -> float:
+        """Measure once; returns FLOP/s."""
+        rates = []
+        for a, b in self._pairs:
+            taken = timed(functools.partial(torch.mm, a, b), self._device)
+            rates.append(2 * a.shape[0] * a.shape[1] * b.shape[1] / taken)
+        return max(rates)
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the time of some work [s], on a GPU until it is done there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def rows(settings: Settings) -> Iterator[str]:
+    """Measure, and yield the lines of the table."""
+    names = (PEER, *settings.variants)
+    contenders = {name: Contender(settings, name) for name in names}
+    peak = Peak(settings, contenders[PEER].width)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    peaks = []
+    for repeat in range(settings.repeats + 2):
+        for name, contender in contenders.items():
+            taken = contender.step()
+            if repeat >= 2:
+                times[name].append(taken)
+                peaks.append(peak.flops())
+    best = statistics.median(peaks)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    sheet = peak_flops()
+    limit = f", data sheet {sheet / 1e12:.0f} TFLOP/s" if sheet else ""
+    yield f"medians of {settings.repeats}; GEMM peak {best / 1e9:,.1f} GFLOP/s in the same run{limit}"
+    yield f"{'':22}{'ms':>9}{'images/s':>10}{'GFLOP/image':>13}{'GFLOP/s':>10}{'of peak':>9}{'x peer':>8}" + (
+        f"{'MFU':>7}" if sheet else ""
+    )
+    for name, taken in medians.items():
+        rate = settings.micro_batch / taken
+        flops = contenders[name].flops * rate
+        yield (
+            f"{name:22}{1000 * taken:9.1f}{rate:10.2f}{contenders[name].flops / 1e9:13.2f}{flops / 1e9:10.1f}"
+            f"{flops / best:9.2f}{medians[PEER] / taken:8.2f}" + (f"{flops / sheet:7.3f}" if sheet else "")
+        )
+
+
+def peak_memory(settings: Settings) -> Iterator[str]:
+    """Let a process of its own take two steps of each variant; yields its highest memory above that of an idle one."""
+    for name in (PEER, *settings.variants):
+        chosen = ("model", "image_size", "micro_batch", "num_threads", "device")
+        words = [f"--{setting}={getattr(settings, setting)}" for setting in chosen]
+        code = (
+            "import sys; from launch.command_line import read_flags; from trainer.config import with_flags\n"
+            "from tools.bench_step import Settings, peak_of\n"
+            f"print(peak_of(with_flags(Settings(), read_flags(sys.argv[1:])), {name!r}))"
+        )
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+        yield f"{name:22}{float(done.stdout.split()[-1]):9.2f} GiB"
+
+
+def peak_of(settings: Settings, name: str) -> float:
+    """Take two steps and return the highest memory that they took [GiB]."""
+    torch.set_num_threads(settings.num_threads)
+    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    contender = Contender(settings, name)
+    for _ in range(2):
+        contender.step()
+    if settings.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - idle) / 2**30
+
+
+def main(words: list[str]) -> int:
+    """Measure and print; returns the exit code."""
+    settings = configure_tool(words, Settings(), __doc__, required=())
+    if settings is None:
+        return 0
+    torch.set_num_threads(settings.num_threads)
+    device = torch.cuda.get_device_name() if settings.device == "cuda" else platform.machine()
+    print(f"{device}, {len(os.sched_getaffinity(0))} cores, {settings.num_threads} threads, torch {torch.__version__}")
+    print(f"{settings.model} at {settings.image_size} pixels, micro batch {settings.micro_batch}")
+    for row in peak_memory(settings) if settings.memory else rows(settings):
+        print(row, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

@@ -151,6 +151,18 @@ class PatchEncoder(nn.Module):
             for name, value in ours.items():
                 value.copy_(weights[name])
 
+    def resize(self, height: int, width: int) -> None:
+        """Interpolate the positions for images of another size, square or not.
+
+        Raises:
+            ConfigError: patches do not fit such an image.
+        """
+        if min(height, width) < self.patch or height % self.patch or width % self.patch:
+            raise ConfigError(
+                f"image_size is {height}x{width}, but both must be divisible by the patch size {self.patch}"
+            )
+        self.vit.set_input_size(img_size=(height, width))
+
     def positions(self) -> Tensor:
         """Return the position embedding of every patch, (1, N, D)."""
         positions: Tensor = self.vit.pos_embed

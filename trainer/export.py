@@ -1,0 +1,442 @@
+"""Weights in the formats of timm, transformers, peft and ONNX, each with a model card, each read back before it counts.
+
+An export is a folder that is whole or absent. It is written as a draft, loaded there by the library that it is for, and
+what that computes on random images is compared with our model; only then does it get its name.
+
+Shapes: B images, C channels or classes, H, W image, N patches, T tokens, D width, P values of a patch.
+"""
+
+import contextlib
+import importlib.util
+import json
+import shutil
+import textwrap
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from trainer.errors import CheckpointError, ConfigError
+from trainer.files import files_below, sync_files, sync_folder, write_synced
+from trainer.models.detector import MorphDetector, pool
+from trainer.models.encoder import PatchEncoder
+from trainer.models.lora import base_state, merged_state, save_adapter
+from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mask_utils import draw_mask, num_kept, patchify
+from trainer.models.vitmae import to_vitmae
+
+_WEIGHTS = "model.safetensors"
+_IMAGES = 3
+_TOLERANCE = 1e-4
+"""Largest difference between two libraries, in units of the largest number compared; float32 gives 1e-6 to 1e-5."""
+_SMALL = 0.1
+"""Numbers below this are compared as if they were this: rounding is as large as what they were summed from."""
+_ONE_ONNX_FILE_BYTES = 1_900_000_000
+"""protobuf ends at 2 GiB; larger weights go into a file of their own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is exported: our model in evaluation mode, on the CPU, for images of the size wanted."""
+
+    name: str
+    """timm's name of the encoder."""
+    encoder: PatchEncoder
+    """Of a detector its own, with adapters."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mae: MaskedAutoencoder | None = None
+    """Around that encoder, where there is a decoder."""
+    mask_ratio: float = 0.75
+    detector: MorphDetector | None = None
+    """Around that encoder, where there is one."""
+
+    def images(self, num_images: int = _IMAGES) -> Tensor:
+        """Draw random uint8 images (B, 3, H, W), the same ones every time."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, 256, (num_images, 3, *self.image_size), dtype=torch.uint8, generator=generator)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width [pixels]."""
+        rows, columns = self.encoder.grid
+        return rows * self.encoder.patch, columns * self.encoder.patch
+
+    def pixels(self, images_BCHW: Tensor) -> Tensor:
+        """Normalise images."""
+        mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (images_BCHW.float() / 255 - mean_C11) / std_C11
+
+    def timm_options(self, **more: Any) -> dict[str, Any]:
+        """Return what `timm.create_model` must be told beside the name."""
+        height, width = self.image_size
+        size = height if height == width else (height, width)
+        shape = {"img_size": size, "patch_size": self.encoder.patch, "depth": len(self.encoder.vit.blocks)}
+        return shape | {"num_classes": 0} | more
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How an export is used, for its card."""
+
+    title: str
+    notes: str
+    snippet: str
+
+
+Writer = Callable[[Subject, Path], Loading]
+"""Writes into a folder and reads back.
+
+Raises `ConfigError` where the format cannot express the model, `CheckpointError` where the other library disagrees.
+"""
+
+
+def export(subject: Subject, card: Mapping[str, Any], *, to: str, output: Path, licence: str) -> None:
+    """Write one folder, or nothing.
+
+    Args:
+        subject: the model.
+        card: title -> what the card says of it: text, or values that become JSON.
+        to: one of `FORMATS`.
+        output: must not exist yet.
+        licence: of the weights, for the card.
+
+    Raises:
+        ConfigError: the output exists, or the format cannot express the model.
+        CheckpointError: the other library computes something else, or the storage refuses.
+    """
+    write, packages = FORMATS[to]
+    with _whole_or_absent(output) as draft, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other libraries' to their own users
+        loading = write(subject, draft)
+        write_synced(draft / "README.md", _card(loading, card, packages, licence))
+
+
+def refuse_early(to: str, output: Path) -> None:
+    """Refuse before any work what cannot end well.
+
+    Raises:
+        ConfigError: a library that the format needs is missing, or the output exists.
+    """
+    for package in FORMATS[to][1]:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"format is {to}, which needs {package}: pip install 'face-mae-trainer[export]'")
+    _refuse_existing(output)
+
+
+# ---------------------------------------------------------------------------------------------- formats
+
+
+def write_timm(subject: Subject, draft: Path) -> Loading:
+    """Write the encoder, adapters merged in, as timm's own state dict."""
+    _save(merged_state(subject.encoder.vit), draft, subject.encoder.grid)
+    options = subject.timm_options()
+    theirs: Any = timm.create_model(subject.name, **options, checkpoint_path=str(draft / _WEIGHTS)).eval()
+    pixels_BCHW = subject.pixels(subject.images())
+    _compare("timm", theirs.forward_features(pixels_BCHW), _features(subject, pixels_BCHW))
+    snippet = f"""
+        import timm
+        model = timm.create_model({_call(subject.name, options)}, checkpoint_path="FOLDER/{_WEIGHTS}").eval()
+        tokens = model.forward_features(pixels)  # class token (and registers), then patches"""
+    return Loading("Encoder for timm", "Without a head.", _PIXELS + snippet)
+
+
+def write_merged(subject: Subject, draft: Path) -> Loading:
+    """Write the detector, adapters merged in, as a timm model with two classes."""
+    head, options = _timm_head(subject, "merged")
+    known = timm.create_model(subject.name, **options).state_dict().keys()  # less a pooling that we never run
+    state = {name: value for name, value in merged_state(subject.encoder.vit).items() if name in known}
+    state |= {f"head.{name}": value for name, value in head.state_dict().items()}
+    _save(state, draft, subject.encoder.grid)
+    theirs: Any = timm.create_model(subject.name, **options, checkpoint_path=str(draft / _WEIGHTS)).eval()
+    _compare("timm", theirs(subject.pixels(subject.images())), _logits(subject))
+    snippet = f"""
+        import timm
+        model = timm.create_model({_call(subject.name, options)}, checkpoint_path="FOLDER/{_WEIGHTS}").eval()
+        p_morph = model(pixels).softmax(dim=1)[:, 1]  # classes are [bonafide, morph]"""
+    return Loading("Morph detector for timm", _SCORE, _PIXELS + snippet)
+
+
+def write_adapter(subject: Subject, draft: Path) -> Loading:
+    """Write the adapters and the head for plain peft on a plain timm model with the encoder's own weights."""
+    head, options = _timm_head(subject, "adapter")
+    vit = subject.encoder.vit
+    if not hasattr(vit, "peft_config"):
+        raise ConfigError("format is adapter, but the source was trained without LoRA: export it as merged")
+    if any(p.requires_grad for name, p in vit.named_parameters() if ".lora_" not in name):
+        raise ConfigError(
+            "format is adapter, but the encoder's own weights were trained beside the adapters (freeze_backbone "
+            "false), so that these alone say nothing: export it as merged"
+        )
+    save_adapter(draft, vit, head.state_dict(), base_model=subject.name)
+    plain = timm.create_model(subject.name, **options)
+    plain.load_state_dict(base_state(vit), strict=False)  # the head is the adapter's
+    theirs = PeftModel.from_pretrained(plain, str(draft)).eval()
+    _compare("peft", theirs(subject.pixels(subject.images())), _logits(subject))
+    snippet = f"""
+        import timm
+        from peft import PeftModel
+        from safetensors.torch import load_file
+        base = timm.create_model({_call(subject.name, options)})
+        base.load_state_dict(load_file("BASE/{_WEIGHTS}"), strict=False)  # the head comes with the adapter
+        model = PeftModel.from_pretrained(base, "FOLDER").eval()
+        p_morph = model(pixels).softmax(dim=1)[:, 1]  # classes are [bonafide, morph]"""
+    notes = (
+        "Adapters and head only. BASE is the encoder that they were trained on, exported by `python tools/export.py "
+        "--format timm` from the init named below at the same image size; its sha256 stands in adapter_config.json. "
+    )
+    return Loading("LoRA morph detector for peft", notes + _SCORE, _PIXELS + snippet)
+
+
+def write_vitmae(subject: Subject, draft: Path) -> Loading:
+    """Write the masked autoencoder as transformers' ViTMAEForPreTraining."""
+    import transformers  # an extra
+
+    library: Any = transformers
+    library.utils.logging.disable_progress_bar()
+    mae, encoder = _published_mae(subject), subject.encoder
+    weights = {name.removeprefix("encoder.vit."): value for name, value in mae.state_dict().items()}
+    of_class_token = torch.zeros_like(weights["decoder_pos_embed"][:, :1])
+    weights["decoder_pos_embed"] = torch.cat([of_class_token, weights["decoder_pos_embed"]], dim=1)
+    _save(to_vitmae(weights), draft, encoder.grid)
+    block: Any = encoder.vit.blocks[0]
+    last: Any = mae.decoder_blocks[-1]
+    N = encoder.num_patches
+    kept = num_kept(N, subject.mask_ratio)
+    config = library.ViTMAEConfig(
+        hidden_size=encoder.width,
+        num_hidden_layers=len(encoder.vit.blocks),
+        num_attention_heads=block.attn.num_heads,
+        intermediate_size=block.mlp.fc1.out_features,
+        layer_norm_eps=mae.decoder_norm.eps,
+        image_size=subject.image_size[0],
+        patch_size=encoder.patch,
+        decoder_num_attention_heads=last.attn.num_heads,
+        decoder_hidden_size=mae.decoder_norm.weight.numel(),
+        decoder_num_hidden_layers=len(mae.decoder_blocks),
+        decoder_intermediate_size=last.mlp.fc1.out_features,
+        # They cut the count of kept patches off where we round it.
+        mask_ratio=subject.mask_ratio if int(N * (1 - subject.mask_ratio)) == kept else 1 - (kept + 0.5) / N,
+        norm_pix_loss=mae.norm_pix_loss,
+    )
+    config.architectures = ["ViTMAEForPreTraining"]
+    config.save_pretrained(draft)
+    theirs, info = library.ViTMAEForPreTraining.from_pretrained(draft, output_loading_info=True)
+    if any(info.values()):
+        raise CheckpointError(f"transformers does not find its weights in the export ({info}): {_REMEDY}")
+    noise_BN = torch.rand(_IMAGES, N, generator=torch.Generator().manual_seed(1))
+    mask = draw_mask(noise_BN, mask_ratio=subject.mask_ratio, grid=encoder.grid)
+    expected = mae(subject.images(), *mask)
+    _compare("transformers", theirs.eval()(subject.pixels(subject.images()), noise=noise_BN).loss, expected)
+    snippet = """
+        from transformers import ViTMAEForPreTraining
+        model = ViTMAEForPreTraining.from_pretrained("FOLDER").eval()
+        loss = model(pixels).loss"""
+    notes = "Encoder and decoder."
+    return Loading("Masked autoencoder for transformers", "Encoder and decoder.", _PIXELS + snippet)
+
+
+def write_onnx(subject: Subject, draft: Path) -> Loading:
+    """Write a graph from uint8 RGB images, normalised inside, to P(morph) and logits, or to the encoder's tokens."""
+    import onnxruntime  # an extra, as onnx and onnxscript, which torch imports
+
+    names = ["p_morph", "logits"] if subject.detector else ["tokens"]
+    graph = _Graph(subject).eval()
+    num_bytes = sum(value.numel() * value.element_size() for value in graph.state_dict().values())
+    torch.onnx.export(
+        graph,
+        (subject.images(),),
+        draft / "model.onnx",
+        input_names=["images"],
+        output_names=names,
+        dynamic_shapes={"images_BCHW": {0: torch.export.Dim("batch")}},
+        external_data=num_bytes > _ONE_ONNX_FILE_BYTES,
+        dynamo=True,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(draft / "model.onnx", providers=["CPUExecutionProvider"])
+    for num_images in (1, _IMAGES):
+        images_BCHW = subject.images(num_images)
+        found = dict(zip(names, session.run(names, {"images": images_BCHW.numpy()}), strict=True))
+        if subject.detector:
+            logits_BC = subject.detector(images_BCHW, want="logits")
+            expected = {"logits": logits_BC, "p_morph": logits_BC.softmax(dim=1)[:, 1]}
+        else:
+            expected = {"tokens": _features(subject, subject.pixels(images_BCHW))}
+        for name, value in expected.items():
+            _compare("onnxruntime", torch.from_numpy(found[name]), value)
+    height, width = subject.image_size
+    snippet = f"""
+        import numpy as np
+        import onnxruntime
+        session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+        images = np.zeros((1, 3, {height}, {width}), np.uint8)  # any number of them
+        [{", ".join(names)}] = session.run({names}, {{"images": images}})"""
+    notes = f"Input `images`: uint8 RGB, (batch, 3, {height}, {width}); mean and std below stand inside the graph. "
+    notes += _SCORE if subject.detector else "Output `tokens`: class token (and registers), then patches."
+    return Loading("ONNX graph", notes, snippet)
+
+
+FORMATS: dict[str, tuple[Writer, tuple[str, ...]]] = {
+    "timm": (write_timm, ("timm",)),
+    "vitmae": (write_vitmae, ("transformers",)),
+    "adapter": (write_adapter, ("peft", "timm")),
+    "merged": (write_merged, ("timm",)),
+    "onnx": (write_onnx, ("onnx", "onnxruntime", "onnxscript")),
+}
+"""Name -> what writes it, and the packages that it needs."""
+
+_REMEDY = "nothing was written; install the versions of constraints.txt"
+_PIXELS = """
+        # pixels: float32 (B, 3, H, W), uint8 RGB / 255, less mean, by std; both stand below"""
+_SCORE = (
+    "The score is P(morph) as the network gives it, WITHOUT calibration: the thresholds below are meant for "
+    "1 / (1 + exp(-(slope * x + offset))) with x = logit of morph - logit of bonafide."
+)
+
+
+class _Graph(nn.Module):
+    """From uint8 images to what an ONNX file returns, in timm's own modules with adapters merged in."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.vit: Any = timm.create_model(subject.name, **subject.timm_options())
+        self.vit.load_state_dict(merged_state(subject.encoder.vit))
+        detector = subject.detector
+        self.head = detector.head if detector else None
+        self._pooling, self._scale = (detector.options.pooling, detector.scale) if detector else ("", 1.0)
+        self._num_prefix = subject.encoder.num_prefix
+        for name, values in (("mean", subject.mean), ("std", subject.std)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None])
+
+    def forward(self, images_BCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        tokens_BTD: Tensor = self.vit.forward_features((images_BCHW.float() / 255 - self.mean) / self.std)
+        if self.head is None:
+            return tokens_BTD
+        logits_BC = self.head(pool(tokens_BTD, self._pooling, self._num_prefix)) * self._scale
+        return logits_BC.softmax(dim=1)[:, 1], logits_BC
+
+
+# ---------------------------------------------------------------------------------------------- what fits where
+
+
+def _timm_head(subject: Subject, to: str) -> tuple[nn.Linear, dict[str, Any]]:
+    """Return the detector's head as timm's, and the options of a timm model around it."""
+    if subject.detector is None:
+        raise ConfigError(f"format is {to}, but the source is no detector: name a run of finetune.py, or choose timm")
+    head, cls = subject.detector.head, subject.detector.options.pooling == "cls"
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"format is {to}, but the head is a {type(head).__name__} where timm has one linear layer: export the "
+            "detector as onnx, or its encoder as timm"
+        )
+    try:
+        options = subject.timm_options(num_classes=2, global_pool="token" if cls else "avg", fc_norm=False)
+        with torch.device("meta"):
+            missing = timm.create_model(subject.name, **options).state_dict().keys() - {"head.weight", "head.bias"}
+    except AssertionError as error:  # a class token that is not there
+        raise ConfigError(f"format is {to}, but timm cannot pool so ({error}): export the detector as onnx") from error
+    if missing := missing - base_state(subject.encoder.vit).keys():
+        raise ConfigError(f"format is {to}, but timm pools behind {min(missing)}: export the detector as onnx")
+    return head, options
+
+
+def _published_mae(subject: Subject) -> MaskedAutoencoder:
+    """Return the autoencoder if transformers' ViTMAE can be it; `to_vitmae` refuses what has no name there."""
+    mae, (height, width) = subject.mae, subject.image_size
+    if mae is None:
+        raise ConfigError("format is vitmae, but the source has no decoder: name a run of pretrain.py, or choose timm")
+    if mae.decoder_pos_embed is None:
+        raise ConfigError(
+            "format is vitmae, whose decoder has positions of its own, but this one sees the encoder's "
+            "(use_separate_pos_embed false): export the encoder as timm"
+        )
+    if mae.decoder_pos_embed.shape[1] != subject.encoder.num_patches or height != width:
+        raise ConfigError(
+            f"image_size is {height}x{width}, but the positions of a decoder do not bend: leave image_size out"
+        )
+    if subject.encoder.vit.cls_token is None or subject.encoder.vit.no_embed_class:
+        raise ConfigError("format is vitmae, which has a class token with a position: export the encoder as timm")
+    return mae
+
+
+# ---------------------------------------------------------------------------------------------- compare and write
+
+
+def _features(subject: Subject, pixels_BCHW: Tensor) -> Tensor:
+    tokens_BTD: Tensor = subject.encoder(patchify(pixels_BCHW, subject.encoder.patch))
+    return tokens_BTD
+
+
+def _logits(subject: Subject) -> Tensor:
+    assert subject.detector is not None
+    logits_BC: Tensor = subject.detector(subject.images(), want="logits")
+    return logits_BC
+
+
+def _compare(library: str, theirs: Tensor, ours: Tensor) -> None:
+    """Raise `CheckpointError` if another library computes something else."""
+    far = float((theirs - ours).abs().max()) if theirs.shape == ours.shape else float("inf")
+    if not far <= _TOLERANCE * max(float(ours.abs().max()), _SMALL):  # not a number is no agreement
+        raise CheckpointError(
+            f"{library} computes something else from the export (difference {far:.2g} in numbers up to "
+            f"{float(ours.abs().max()):.2g}): {_REMEDY}"
+        )
+
+
+def _save(weights: Mapping[str, Tensor], draft: Path, grid: tuple[int, int]) -> None:
+    tensors = {name: value.detach().float().contiguous() for name, value in weights.items()}
+    save_file(tensors, draft / _WEIGHTS, metadata={"format": "pt", "grid": "{}x{}".format(*grid)})
+
+
+def _call(name: str, options: Mapping[str, Any]) -> str:
+    return ", ".join([json.dumps(name), *(f"{key}={value!r}" for key, value in options.items())])
+
+
+def _card(loading: Loading, card: Mapping[str, Any], packages: tuple[str, ...], licence: str) -> str:
+    """Write the README: front matter as the hub reads it, the snippet, and what is known of the weights."""
+    versions = {name: version(name) for name in ("torch", *packages, "safetensors")}
+    parts = [
+        f"---\nlicense: {json.dumps(licence or 'unknown')}\nlibrary_name: {packages[0]}\n---\n",
+        f"# {loading.title}\n\n{loading.notes}\n",
+        f"```python\n{textwrap.dedent(loading.snippet).strip()}\n```\n",
+    ]
+    for title, value in (dict(card) | {"Versions that wrote and checked it": versions}).items():
+        text = value if isinstance(value, str) else f"```json\n{json.dumps(value, indent=1)}\n```"
+        parts.append(f"## {title}\n\n{text}\n")
+    return "\n".join(parts)
+
+
+@contextlib.contextmanager
+def _whole_or_absent(output: Path) -> Iterator[Path]:
+    """Give a folder to write into, which gets its name at the end; after an error nothing is left."""
+    draft = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        sync_files(files_below(draft))
+        sync_folder(draft)
+        _refuse_existing(output)
+        draft.rename(output)
+        sync_folder(output.parent)
+    except OSError as error:
+        raise CheckpointError(f"output {output} cannot be written ({error}): name another folder") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists():
+        raise ConfigError(f"output {output} exists already: name a new folder, or remove that one")

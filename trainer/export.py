@@ -31,7 +31,7 @@ from trainer.models.detector import MorphDetector, pool
 from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import base_state, merged_state, save_adapter
 from trainer.models.mae import MaskedAutoencoder
-from trainer.models.mask_utils import draw_mask, num_kept, patchify
+from trainer.models.mask_utils import draw_mask, num_kept, patchify, take
 from trainer.models.vitmae import to_vitmae
 
 _WEIGHTS = "model.safetensors"
@@ -234,14 +234,15 @@ def write_vitmae(subject: Subject, draft: Path) -> Loading:
     if any(info.values()):
         raise CheckpointError(f"transformers does not find its weights in the export ({info}): {_REMEDY}")
     noise_BN = torch.rand(_IMAGES, N, generator=torch.Generator().manual_seed(1))
-    mask = draw_mask(noise_BN, mask_ratio=subject.mask_ratio, grid=encoder.grid)
-    expected = mae(subject.images(), *mask)
-    _compare("transformers", theirs.eval()(subject.pixels(subject.images()), noise=noise_BN).loss, expected)
+    keep_BK, masked_BM = draw_mask(noise_BN, mask_ratio=subject.mask_ratio, grid=encoder.grid)
+    found = theirs.eval()(subject.pixels(subject.images()), noise=noise_BN)
+    predicted_BMP = mae(subject.images(), keep_BK, masked_BM, want="prediction")
+    _compare("transformers", take(found.logits, masked_BM), predicted_BMP)
+    _compare("transformers", found.loss, mae(subject.images(), keep_BK, masked_BM))
     snippet = """
         from transformers import ViTMAEForPreTraining
         model = ViTMAEForPreTraining.from_pretrained("FOLDER").eval()
         loss = model(pixels).loss"""
-    notes = "Encoder and decoder."
     return Loading("Masked autoencoder for transformers", "Encoder and decoder.", _PIXELS + snippet)
 
 
@@ -367,8 +368,12 @@ def _published_mae(subject: Subject) -> MaskedAutoencoder:
         raise ConfigError(
             f"image_size is {height}x{width}, but the positions of a decoder do not bend: leave image_size out"
         )
-    if subject.encoder.vit.cls_token is None or subject.encoder.vit.no_embed_class:
-        raise ConfigError("format is vitmae, which has a class token with a position: export the encoder as timm")
+    vit, num_prefix = subject.encoder.vit, subject.encoder.num_prefix
+    if num_prefix != 1 or vit.cls_token is None or vit.no_embed_class:
+        raise ConfigError(
+            "format is vitmae, where a class token with a position stands before the patches and nothing else, but "
+            f"this model has {num_prefix} such tokens, {vit.num_reg_tokens} of them registers: export it as timm"
+        )
     return mae
 
 

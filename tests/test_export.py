@@ -165,6 +165,12 @@ def test_a_run_at_zero_3_on_two_ranks_goes_out_and_comes_back_bitwise(shards: Pa
     padded = init.decoder | {"decoder_pos_embed": back.decoder["decoder_pos_embed"]}
     assert all(torch.equal(value, padded[name]) for name, value in back.decoder.items())
     assert torch.equal(back.decoder["decoder_pos_embed"][:, 1:], init.decoder["decoder_pos_embed"])
+    newest = Path(init.description)
+    with next((newest / "state").glob("*_model_states.pt")).open("r+b") as file:
+        file.write(b"?")
+    with pytest.raises(CheckpointError, match="is altered or cut"):
+        export(newest, "timm", tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
     assert (back.recipe["mask_ratio"], back.recipe["norm_pix_loss"], back.recipe["decoder_heads"]) == (0.75, False, 4)
 
 
@@ -263,7 +269,7 @@ def test_a_fully_trained_detector_is_an_init(official: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_onnx_gives_the_score_of_any_head_from_uint8_images_in_batches_of_any_size(
-    official: Path, tmp_path: Path
+    official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = {"use_projection_head": True, "use_margin_loss": True, "use_improved_classifier": True}
     run = detector(tmp_path / "run", official, use_lora=True, **head)
@@ -276,7 +282,11 @@ def test_onnx_gives_the_score_of_any_head_from_uint8_images_in_batches_of_any_si
     for to in ("adapter", "merged"):
         with pytest.raises(ConfigError, match="the head is a Sequential where timm has one linear layer"):
             export(run, to, tmp_path / to)
-    tokens = follow_the_card(export(official, "onnx", tmp_path / "tokens", model=NAME, image_size="16x24"))["session"]
+
+    monkeypatch.setattr(formats, "_ONE_ONNX_FILE_BYTES", 0)  # as if this were a ViT-H
+    folder = export(official, "onnx", tmp_path / "tokens", model=NAME, image_size="16x24")
+    assert (folder / "model.onnx.data").exists()
+    tokens = follow_the_card(folder)["session"]
     images = IMAGES[:, :, :16, :24]
     found = tokens.run(["tokens"], {"images": images.numpy()})[0]
     wide = encoder_of(official)
@@ -298,7 +308,7 @@ def test_onnx_gives_the_score_of_any_head_from_uint8_images_in_batches_of_any_si
         ({"image_size": "big"}, "must be N or HEIGHTxWIDTH"),
         ({"image_size": "64", "format": "vitmae"}, "the positions of a decoder do not bend"),
         ({"model": ""}, "(width 192) does not tell it: pass --model NAME"),
-        ({"model": "vit_small_patch16_224"}, "the weights of --init have"),
+        ({"model": "vit_small_patch16_224"}, "the weights have"),
         ({"source": "CODE"}, "cannot be loaded safely"),
         ({"source": "CUT"}, "is damaged"),
         ({"source": "ENCODER", "format": "vitmae"}, "the source has no decoder"),
@@ -308,11 +318,11 @@ def test_onnx_gives_the_score_of_any_head_from_uint8_images_in_batches_of_any_si
             "5 such tokens, 4 of them registers",
         ),
         ({"source": "PLACED", "format": "vitmae"}, "the class token has a position in the decoder"),
-        ({"source": "HEADS"}, "init has 6 attention heads and the model 3"),
+        ({"source": "HEADS"}, "the weights have 6 attention heads and the model 3"),
     ],
 )
 def test_what_cannot_be_exported_is_one_clear_message_and_leaves_nothing(
-    official: Path, tmp_path: Path, flags: dict[str, str], message: str
+    official: Path, tmp_path: Path, flags: dict[str, str], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     class Code:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -350,13 +360,14 @@ def test_what_cannot_be_exported_is_one_clear_message_and_leaves_nothing(
     with pytest.raises(TrainerError, match=re.escape(message)):
         main(words_of(chosen))
     assert sorted(tmp_path.iterdir()) == before
+    assert "the payload ran" not in capfd.readouterr().out
 
 
 def test_a_mistake_ends_the_command_with_code_2_and_one_message(tmp_path: Path) -> None:
     words = words_of({"source": str(tmp_path / "gone"), "output": str(tmp_path / "out")})
     started = forks().start(ROOT / "tools" / "export.py", words, tmp_path / "log")
     assert started.wait() == 2
-    assert "error: init is" in (tmp_path / "log").read_text()
+    assert "error: source is" in (tmp_path / "log").read_text()
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
@@ -372,10 +383,15 @@ def test_what_the_other_library_computes_otherwise_is_not_written(
         name = max(name for name in tensors if re.search(r"fc2.weight|layer.1.output.dense.weight|lora_B", name))
         written(tensors | {name: tensors[name] * 1.01}, *rest, **named)
 
-    monkeypatch.setattr("trainer.models.lora.save_file" if to == "adapter" else "trainer.export.save_file", falsify)
-    with pytest.raises(CheckpointError, match="computes something else from the export"):
-        export(source, to, tmp_path / "out", model=NAME)
-    assert sorted(tmp_path.iterdir()) == before
+    def cut(tensors: dict[str, torch.Tensor], *rest: Any, **named: Any) -> None:
+        written(dict(list(tensors.items())[:-1]), *rest, **named)
+
+    place = "trainer.models.lora.save_file" if to == "adapter" else "trainer.export.save_file"
+    for wrong in (falsify, cut):
+        monkeypatch.setattr(place, wrong)
+        with pytest.raises(CheckpointError, match="export"):
+            export(source, to, tmp_path / "out", model=NAME)
+        assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(("to", "package"), [("onnx", "onnxscript"), ("vitmae", "transformers")])

@@ -113,7 +113,7 @@ def open_weights(settings: Settings) -> tuple[Subject, dict[str, Any]]:
     Raises:
         ConfigError: there are no such weights, or they are of another model than said.
     """
-    init = read_init(settings.source, pretrained=settings.pretrained)
+    init = read_init(settings.source, pretrained=settings.pretrained, setting="source")
     assert init is not None
     recipe = recipe_of_weights(init, settings)
     mae = None
@@ -215,7 +215,8 @@ def _facts(init: Init) -> dict[str, Any]:
         return {"Source": source, "Recipe": told, "Data": _UNKNOWN, "Metrics": _UNKNOWN}
     identity, step = init.manifest["identity"], init.manifest["progress"]["step"]
     metrics = Path(init.description).parent.parent / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the run may be writing the last one
     measured = [row for row in rows if "heldout_loss" in row and row["step"] <= step]
     return {
         "Source": source | {"step": step} | {name: identity[name] for name in ("num_ranks", "zero_stage", "precision")},

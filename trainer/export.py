@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import json
 import shutil
-import textwrap
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.files import files_below, sync_files, sync_folder, write_synced
 from trainer.models.detector import MorphDetector, pool
 from trainer.models.encoder import PatchEncoder
@@ -60,21 +59,36 @@ class Subject:
     detector: MorphDetector | None = None
     """Around that encoder, where there is one."""
 
-    def images(self, num_images: int = _IMAGES) -> Tensor:
-        """Draw random uint8 images (B, 3, H, W), the same ones every time."""
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(0, 256, (num_images, 3, *self.image_size), dtype=torch.uint8, generator=generator)
-
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width [pixels]."""
         rows, columns = self.encoder.grid
         return rows * self.encoder.patch, columns * self.encoder.patch
 
-    def pixels(self, images_BCHW: Tensor) -> Tensor:
-        """Normalise images."""
+    @property
+    def images(self) -> Tensor:
+        """The random uint8 images (B, 3, H, W) on which libraries are compared, the same ones every time."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, 256, (_IMAGES, 3, *self.image_size), dtype=torch.uint8, generator=generator)
+
+    @property
+    def pixels(self) -> Tensor:
+        """The same, normalised."""
         mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (images_BCHW.float() / 255 - mean_C11) / std_C11
+        return (self.images.float() / 255 - mean_C11) / std_C11
+
+    @property
+    def tokens(self) -> Tensor:
+        """What our encoder makes of them (B, T, D)."""
+        tokens_BTD: Tensor = self.encoder(patchify(self.pixels, self.encoder.patch))
+        return tokens_BTD
+
+    @property
+    def logits(self) -> Tensor:
+        """What our detector makes of them (B, 2)."""
+        assert self.detector is not None
+        logits_BC: Tensor = self.detector(self.images, want="logits")
+        return logits_BC
 
     def timm_options(self, **more: Any) -> dict[str, Any]:
         """Return what `timm.create_model` must be told beside the name."""
@@ -117,7 +131,12 @@ def export(subject: Subject, card: Mapping[str, Any], *, to: str, output: Path, 
     write, packages = FORMATS[to]
     with _whole_or_absent(output) as draft, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other libraries' to their own users
-        loading = write(subject, draft)
+        try:
+            loading = write(subject, draft)
+        except (TrainerError, OSError):
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{packages[0]} does not take the export ({error!r}): {_REMEDY}") from error
         write_synced(draft / "README.md", _card(loading, card, packages, licence))
 
 
@@ -138,37 +157,23 @@ def refuse_early(to: str, output: Path) -> None:
 
 def write_timm(subject: Subject, draft: Path) -> Loading:
     """Write the encoder, adapters merged in, as timm's own state dict."""
-    _save(merged_state(subject.encoder.vit), draft, subject.encoder.grid)
-    options = subject.timm_options()
-    theirs: Any = timm.create_model(subject.name, **options, checkpoint_path=str(draft / _WEIGHTS)).eval()
-    pixels_BCHW = subject.pixels(subject.images())
-    _compare("timm", theirs.forward_features(pixels_BCHW), _features(subject, pixels_BCHW))
-    snippet = f"""
-        import timm
-        model = timm.create_model({_call(subject.name, options)}, checkpoint_path="FOLDER/{_WEIGHTS}").eval()
-        tokens = model.forward_features(pixels)  # class token (and registers), then patches"""
-    return Loading("Encoder for timm", "Without a head.", _PIXELS + snippet)
+    theirs, snippet = _through_timm(subject, merged_state(subject.encoder.vit), subject.timm_options(), draft)
+    _compare("timm", theirs.forward_features(subject.pixels), subject.tokens)
+    snippet += "\ntokens = model.forward_features(pixels)  # class token (and registers), then patches"
+    return Loading("Encoder for timm", "Without a head.", snippet)
 
 
 def write_merged(subject: Subject, draft: Path) -> Loading:
     """Write the detector, adapters merged in, as a timm model with two classes."""
-    head, options = _timm_head(subject, "merged")
-    known = timm.create_model(subject.name, **options).state_dict().keys()  # less a pooling that we never run
-    state = {name: value for name, value in merged_state(subject.encoder.vit).items() if name in known}
-    state |= {f"head.{name}": value for name, value in head.state_dict().items()}
-    _save(state, draft, subject.encoder.grid)
-    theirs: Any = timm.create_model(subject.name, **options, checkpoint_path=str(draft / _WEIGHTS)).eval()
-    _compare("timm", theirs(subject.pixels(subject.images())), _logits(subject))
-    snippet = f"""
-        import timm
-        model = timm.create_model({_call(subject.name, options)}, checkpoint_path="FOLDER/{_WEIGHTS}").eval()
-        p_morph = model(pixels).softmax(dim=1)[:, 1]  # classes are [bonafide, morph]"""
-    return Loading("Morph detector for timm", _SCORE, _PIXELS + snippet)
+    options, state = _timm_detector(subject, "merged")
+    theirs, snippet = _through_timm(subject, state, options, draft)
+    _compare("timm", theirs(subject.pixels), subject.logits)
+    return Loading("Morph detector for timm", _SCORE, f"{snippet}\n{_SOFTMAX}")
 
 
 def write_adapter(subject: Subject, draft: Path) -> Loading:
     """Write the adapters and the head for plain peft on a plain timm model with the encoder's own weights."""
-    head, options = _timm_head(subject, "adapter")
+    options, state = _timm_detector(subject, "adapter")
     vit = subject.encoder.vit
     if not hasattr(vit, "peft_config"):
         raise ConfigError("format is adapter, but the source was trained without LoRA: export it as merged")
@@ -177,24 +182,25 @@ def write_adapter(subject: Subject, draft: Path) -> Loading:
             "format is adapter, but the encoder's own weights were trained beside the adapters (freeze_backbone "
             "false), so that these alone say nothing: export it as merged"
         )
-    save_adapter(draft, vit, head.state_dict(), base_model=subject.name)
+    head = {name: state[f"head.{name}"] for name in ("weight", "bias")}
+    save_adapter(draft, vit, head, base_model=subject.name)
     plain = timm.create_model(subject.name, **options)
     plain.load_state_dict(base_state(vit), strict=False)  # the head is the adapter's
     theirs = PeftModel.from_pretrained(plain, str(draft)).eval()
-    _compare("peft", theirs(subject.pixels(subject.images())), _logits(subject))
-    snippet = f"""
-        import timm
-        from peft import PeftModel
-        from safetensors.torch import load_file
-        base = timm.create_model({_call(subject.name, options)})
-        base.load_state_dict(load_file("BASE/{_WEIGHTS}"), strict=False)  # the head comes with the adapter
-        model = PeftModel.from_pretrained(base, "FOLDER").eval()
-        p_morph = model(pixels).softmax(dim=1)[:, 1]  # classes are [bonafide, morph]"""
+    _compare("peft", theirs(subject.pixels), subject.logits)
+    snippet = f"""import timm
+from peft import PeftModel
+from safetensors.torch import load_file
+{_PIXELS}
+base = timm.create_model({_call(subject.name, options)})
+base.load_state_dict(load_file("BASE/{_WEIGHTS}"), strict=False)  # the head comes with the adapter
+model = PeftModel.from_pretrained(base, "FOLDER").eval()
+{_SOFTMAX}"""
     notes = (
         "Adapters and head only. BASE is the encoder that they were trained on, exported by `python tools/export.py "
         "--format timm` from the init named below at the same image size; its sha256 stands in adapter_config.json. "
     )
-    return Loading("LoRA morph detector for peft", notes + _SCORE, _PIXELS + snippet)
+    return Loading("LoRA morph detector for peft", notes + _SCORE, snippet)
 
 
 def write_vitmae(subject: Subject, draft: Path) -> Loading:
@@ -235,27 +241,30 @@ def write_vitmae(subject: Subject, draft: Path) -> Loading:
         raise CheckpointError(f"transformers does not find its weights in the export ({info}): {_REMEDY}")
     noise_BN = torch.rand(_IMAGES, N, generator=torch.Generator().manual_seed(1))
     keep_BK, masked_BM = draw_mask(noise_BN, mask_ratio=subject.mask_ratio, grid=encoder.grid)
-    found = theirs.eval()(subject.pixels(subject.images()), noise=noise_BN)
-    predicted_BMP = mae(subject.images(), keep_BK, masked_BM, want="prediction")
+    found = theirs.eval()(subject.pixels, noise=noise_BN)
+    predicted_BMP = mae(subject.images, keep_BK, masked_BM, want="prediction")
     _compare("transformers", take(found.logits, masked_BM), predicted_BMP)
-    _compare("transformers", found.loss, mae(subject.images(), keep_BK, masked_BM))
-    snippet = """
-        from transformers import ViTMAEForPreTraining
-        model = ViTMAEForPreTraining.from_pretrained("FOLDER").eval()
-        loss = model(pixels).loss"""
-    return Loading("Masked autoencoder for transformers", "Encoder and decoder.", _PIXELS + snippet)
+    _compare("transformers", found.loss, mae(subject.images, keep_BK, masked_BM))
+    snippet = f"""from transformers import ViTMAEForPreTraining
+{_PIXELS}
+model = ViTMAEForPreTraining.from_pretrained("FOLDER").eval()
+loss = model(pixels).loss"""
+    return Loading("Masked autoencoder for transformers", "Encoder and decoder.", snippet)
 
 
 def write_onnx(subject: Subject, draft: Path) -> Loading:
     """Write a graph from uint8 RGB images, normalised inside, to P(morph) and logits, or to the encoder's tokens."""
     import onnxruntime  # an extra, as onnx and onnxscript, which torch imports
 
-    names = ["p_morph", "logits"] if subject.detector else ["tokens"]
-    graph = _Graph(subject).eval()
+    if subject.detector:
+        expected = {"p_morph": subject.logits.softmax(dim=1)[:, 1], "logits": subject.logits}
+    else:
+        expected = {"tokens": subject.tokens}
+    names, graph = list(expected), _Graph(subject).eval()
     num_bytes = sum(value.numel() * value.element_size() for value in graph.state_dict().values())
     torch.onnx.export(
         graph,
-        (subject.images(),),
+        (subject.images,),
         draft / "model.onnx",
         input_names=["images"],
         output_names=names,
@@ -266,23 +275,16 @@ def write_onnx(subject: Subject, draft: Path) -> Loading:
     )
     session = onnxruntime.InferenceSession(draft / "model.onnx", providers=["CPUExecutionProvider"])
     for num_images in (1, _IMAGES):
-        images_BCHW = subject.images(num_images)
-        found = dict(zip(names, session.run(names, {"images": images_BCHW.numpy()}), strict=True))
-        if subject.detector:
-            logits_BC = subject.detector(images_BCHW, want="logits")
-            expected = {"logits": logits_BC, "p_morph": logits_BC.softmax(dim=1)[:, 1]}
-        else:
-            expected = {"tokens": _features(subject, subject.pixels(images_BCHW))}
-        for name, value in expected.items():
-            _compare("onnxruntime", torch.from_numpy(found[name]), value)
-    height, width = subject.image_size
-    snippet = f"""
-        import numpy as np
-        import onnxruntime
-        session = onnxruntime.InferenceSession("FOLDER/model.onnx")
-        images = np.zeros((1, 3, {height}, {width}), np.uint8)  # any number of them
-        [{", ".join(names)}] = session.run({names}, {{"images": images}})"""
-    notes = f"Input `images`: uint8 RGB, (batch, 3, {height}, {width}); mean and std below stand inside the graph. "
+        outputs = session.run(names, {"images": subject.images[:num_images].numpy()})
+        for ours, theirs in zip(expected.values(), outputs, strict=True):
+            _compare("onnxruntime", torch.from_numpy(theirs), ours[:num_images])
+    shape = ", ".join(map(str, subject.image_size))
+    snippet = f"""import numpy as np
+import onnxruntime
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+images = np.zeros((1, 3, {shape}), np.uint8)  # any number of them
+[{", ".join(names)}] = session.run({names}, {{"images": images}})"""
+    notes = f"Input `images`: uint8 RGB, (batch, 3, {shape}); mean and std below stand inside the graph. "
     notes += _SCORE if subject.detector else "Output `tokens`: class token (and registers), then patches."
     return Loading("ONNX graph", notes, snippet)
 
@@ -297,8 +299,8 @@ FORMATS: dict[str, tuple[Writer, tuple[str, ...]]] = {
 """Name -> what writes it, and the packages that it needs."""
 
 _REMEDY = "nothing was written; install the versions of constraints.txt"
-_PIXELS = """
-        # pixels: float32 (B, 3, H, W), uint8 RGB / 255, less mean, by std; both stand below"""
+_PIXELS = "# pixels: float32 (B, 3, H, W), uint8 RGB / 255, less mean, by std; both stand below"
+_SOFTMAX = "p_morph = model(pixels).softmax(dim=1)[:, 1]  # classes are [bonafide, morph]"
 _SCORE = (
     "The score is P(morph) as the network gives it, WITHOUT calibration: the thresholds below are meant for "
     "1 / (1 + exp(-(slope * x + offset))) with x = logit of morph - logit of bonafide."
@@ -333,8 +335,12 @@ class _Graph(nn.Module):
 # ---------------------------------------------------------------------------------------------- what fits where
 
 
-def _timm_head(subject: Subject, to: str) -> tuple[nn.Linear, dict[str, Any]]:
-    """Return the detector's head as timm's, and the options of a timm model around it."""
+def _timm_detector(subject: Subject, to: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the options and the weights of the timm model with two classes that is the detector.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if subject.detector is None:
         raise ConfigError(f"format is {to}, but the source is no detector: name a run of finetune.py, or choose timm")
     head, cls = subject.detector.head, subject.detector.options.pooling == "cls"
@@ -343,15 +349,17 @@ def _timm_head(subject: Subject, to: str) -> tuple[nn.Linear, dict[str, Any]]:
             f"format is {to}, but the head is a {type(head).__name__} where timm has one linear layer: export the "
             "detector as onnx, or its encoder as timm"
         )
+    options = subject.timm_options(num_classes=2, global_pool="token" if cls else "avg", fc_norm=False)
+    state = merged_state(subject.encoder.vit) | {f"head.{name}": value for name, value in head.state_dict().items()}
     try:
-        options = subject.timm_options(num_classes=2, global_pool="token" if cls else "avg", fc_norm=False)
         with torch.device("meta"):
-            missing = timm.create_model(subject.name, **options).state_dict().keys() - {"head.weight", "head.bias"}
+            names = timm.create_model(subject.name, **options).state_dict().keys()  # less a pooling that we never run
     except AssertionError as error:  # a class token that is not there
         raise ConfigError(f"format is {to}, but timm cannot pool so ({error}): export the detector as onnx") from error
-    if missing := missing - base_state(subject.encoder.vit).keys():
-        raise ConfigError(f"format is {to}, but timm pools behind {min(missing)}: export the detector as onnx")
-    return head, options
+    if names - state.keys():
+        what = min(names - state.keys())
+        raise ConfigError(f"format is {to}, but timm pools behind {what}: export the detector as onnx")
+    return options, {name: state[name] for name in names}
 
 
 def _published_mae(subject: Subject) -> MaskedAutoencoder:
@@ -380,15 +388,14 @@ def _published_mae(subject: Subject) -> MaskedAutoencoder:
 # ---------------------------------------------------------------------------------------------- compare and write
 
 
-def _features(subject: Subject, pixels_BCHW: Tensor) -> Tensor:
-    tokens_BTD: Tensor = subject.encoder(patchify(pixels_BCHW, subject.encoder.patch))
-    return tokens_BTD
-
-
-def _logits(subject: Subject) -> Tensor:
-    assert subject.detector is not None
-    logits_BC: Tensor = subject.detector(subject.images(), want="logits")
-    return logits_BC
+def _through_timm(
+    subject: Subject, state: Mapping[str, Tensor], options: Mapping[str, Any], draft: Path
+) -> tuple[Any, str]:
+    """Write weights; returns the model that timm makes of them, and how."""
+    _save(state, draft, subject.encoder.grid)
+    theirs: Any = timm.create_model(subject.name, **options, checkpoint_path=str(draft / _WEIGHTS)).eval()
+    call = f'timm.create_model({_call(subject.name, options)}, checkpoint_path="FOLDER/{_WEIGHTS}")'
+    return theirs, f"import timm\n{_PIXELS}\nmodel = {call}.eval()"
 
 
 def _compare(library: str, theirs: Tensor, ours: Tensor) -> None:
@@ -416,7 +423,7 @@ def _card(loading: Loading, card: Mapping[str, Any], packages: tuple[str, ...], 
     parts = [
         f"---\nlicense: {json.dumps(licence or 'unknown')}\nlibrary_name: {packages[0]}\n---\n",
         f"# {loading.title}\n\n{loading.notes}\n",
-        f"```python\n{textwrap.dedent(loading.snippet).strip()}\n```\n",
+        f"```python\n{loading.snippet}\n```\n",
     ]
     for title, value in (dict(card) | {"Versions that wrote and checked it": versions}).items():
         text = value if isinstance(value, str) else f"```json\n{json.dumps(value, indent=1)}\n```"

@@ -144,7 +144,7 @@ class PatchEncoder(nn.Module):
             theirs = "none" if missing else f"one of shape {tuple(weights[name].shape)}"
             what = f"have, for {name} of shape {tuple(ours[name].shape)}, {theirs}"
             raise ConfigError(
-                f"the weights of --init {what}: set --model, --patch_size, --encoder_depth and --image_size to those "
+                f"the weights {what}: set --model, --patch_size, --encoder_depth and --image_size to those "
                 "that it was trained with"
             )
         with torch.no_grad():
@@ -240,8 +240,8 @@ def pretrained_weights(model_name: str) -> tuple[dict[str, Tensor], tuple[float,
         model = timm.create_model(model_name, pretrained=True, num_classes=0)
     except Exception as error:  # whatever the hub raises, it is about the name or the network
         raise ConfigError(
-            f"init is {model_name!r} with pretrained true, but its weights cannot be had ({error}): check the name and "
-            "the network, or download them elsewhere and pass the .safetensors file as --init"
+            f"{model_name!r} with pretrained true: its weights cannot be had ({error}): check name and network, "
+            "or download them elsewhere and name the .safetensors file"
         ) from error
     config: Any = model.pretrained_cfg
     return model.state_dict(), tuple(config["mean"]), tuple(config["std"])

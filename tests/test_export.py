@@ -220,6 +220,23 @@ def test_an_official_fine_tuned_file_gives_its_encoder_and_the_card_says_where_t
     )
 
 
+def test_a_timm_model_is_exported_by_name_with_its_own_normalisation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit = timm.create_model("test_vit", num_classes=0)
+    asked = []
+
+    def download(name: str) -> tuple[dict[str, torch.Tensor], tuple[float, ...], tuple[float, ...]]:
+        asked.append(name)
+        return vit.state_dict(), (0.5, 0.5, 0.5), (0.25, 0.5, 0.5)
+
+    monkeypatch.setattr("launch.init_weights.pretrained_weights", download)
+    folder = export("test_vit", "timm", tmp_path / "out", pretrained="true")
+    assert asked == ["test_vit"]
+    assert on_the_card(folder, "Preprocessing")["std"] == [0.25, 0.5, 0.5]
+    assert torch.equal(load_file(folder / "model.safetensors")["pos_embed"], vit.pos_embed)
+
+
 def test_another_size_is_timms_own_dynamic_size_square_or_not(official: Path, tmp_path: Path) -> None:
     export(official, "timm", tmp_path / "square", model=NAME)
     folder = export(official, "timm", tmp_path / "wide", model=NAME, image_size="24x48")

@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -21,6 +22,7 @@ from tools.export import main
 from trainer import export as formats
 from trainer import lease as leases
 from trainer.config import DetectorRecipe, PretrainRecipe, PretrainRuntime, as_record
+from trainer.data.overlap import Prints
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.evaluate import UNCALIBRATED
 from trainer.models.encoder import PatchEncoder
@@ -112,8 +114,8 @@ def detector(folder: Path, init: Path, **changes: Any) -> Path:
         "selection": {"data": "", "figures": {"d_eer": 0.25}},
     }
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    lease = leases.take(folder, num_ranks=1)
-    save_detector(folder / "detector", description, weights, UNCALIBRATED, {}, lease=lease)
+    seen, lease = Prints(*(np.arange(3, dtype=np.uint64),) * 2), leases.take(folder, num_ranks=1)
+    save_detector(folder / "detector", description, weights, UNCALIBRATED, {"train": seen}, lease=lease)
     return folder
 
 
@@ -265,6 +267,9 @@ def test_a_lora_detector_goes_to_peft_and_merged_to_timm_with_equal_logits(
         torch.testing.assert_close(follow_the_card(folder, base=base)["p_morph"], expected, rtol=1e-4, atol=1e-5)
         assert "WITHOUT calibration" in (folder / "README.md").read_text()
         assert on_the_card(folder, "Metrics")["calibration"] == {"slope": 1.0, "offset": 0.0}
+        told = load_detector(run).description
+        assert on_the_card(folder, "Data")["prints_of_train"] == told["files"]["train.npz"]["sha256"]
+        assert len(on_the_card(folder, "Preprocessing")["fingerprint"]) == 64
     tokens = follow_the_card(export(run, "timm", tmp_path / "timm"))["tokens"]
     saved = load_detector(run)
     adapted = rebuild(saved, recipe_of(saved), name="x", init=None).encoder

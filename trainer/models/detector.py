@@ -93,7 +93,7 @@ class MorphDetector(nn.Module):
         if want == "attention":
             return self.encoder.attention_rollout(self._patches(pixels_BCHW))
         if want == "logits":
-            return self._decide(self._patches(pixels_BCHW)).float() * self._scale
+            return self._decide(self._patches(pixels_BCHW)).float() * self.scale
         assert labels_B is not None
         assert draws_BK is not None
         options, target = self.options, labels_B
@@ -119,7 +119,8 @@ class MorphDetector(nn.Module):
         return round(forward * (1 + (trained > 0) + trained))
 
     @property
-    def _scale(self) -> float:
+    def scale(self) -> float:
+        """What turns the head's output into logits."""
         return self.options.margin_scale if self.options.use_margin_loss else 1.0
 
     def _decide(self, patches_BNP: Tensor, labels_B: Tensor | None = None, draws_BK: Tensor | None = None) -> Tensor:
@@ -132,9 +133,7 @@ class MorphDetector(nn.Module):
             return mixed_BTD
 
         tokens_BTD = self.encoder(patches_BNP, after_block=mix if self.mixstyle else None)
-        num_prefix = self.encoder.num_prefix
-        pooled_BD = tokens_BTD[:, 0] if self.options.pooling == "cls" else tokens_BTD[:, num_prefix:].mean(dim=1)
-        output_BC: Tensor = self.head(pooled_BD)
+        output_BC: Tensor = self.head(pool(tokens_BTD, self.options.pooling, self.encoder.num_prefix))
         return output_BC
 
     def _patches(self, pixels_BCHW: Tensor) -> Tensor:
@@ -152,6 +151,11 @@ class MorphDetector(nn.Module):
         blended_BC = weight_B[:, None] * truth_BC + (1 - weight_B[:, None]) * truth_BC[partner_B]
         weight_B111 = weight_B[:, None, None, None]
         return weight_B111 * pixels_BCHW + (1 - weight_B111) * pixels_BCHW[partner_B], blended_BC
+
+
+def pool(tokens_BTD: Tensor, pooling: str, num_prefix: int) -> Tensor:
+    """Return what the head sees, (B, D): the class token or the mean of the patches."""
+    return tokens_BTD[:, 0] if pooling == "cls" else tokens_BTD[:, num_prefix:].mean(dim=1)
 
 
 def build_head(width: int, options: HeadOptions) -> nn.Module:

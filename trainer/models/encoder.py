@@ -144,12 +144,24 @@ class PatchEncoder(nn.Module):
             theirs = "none" if missing else f"one of shape {tuple(weights[name].shape)}"
             what = f"have, for {name} of shape {tuple(ours[name].shape)}, {theirs}"
             raise ConfigError(
-                f"the weights of --init {what}: set --model, --patch_size, --encoder_depth and --image_size to those "
+                f"the weights {what}: set --model, --patch_size, --encoder_depth and --image_size to those "
                 "that it was trained with"
             )
         with torch.no_grad():
             for name, value in ours.items():
                 value.copy_(weights[name])
+
+    def resize(self, height: int, width: int) -> None:
+        """Interpolate the positions for images of another size, square or not.
+
+        Raises:
+            ConfigError: patches do not fit such an image.
+        """
+        if min(height, width) < self.patch or height % self.patch or width % self.patch:
+            raise ConfigError(
+                f"image_size is {height}x{width}, but both must be divisible by the patch size {self.patch}"
+            )
+        self.vit.set_input_size(img_size=(height, width))
 
     def positions(self) -> Tensor:
         """Return the position embedding of every patch, (1, N, D)."""
@@ -228,8 +240,8 @@ def pretrained_weights(model_name: str) -> tuple[dict[str, Tensor], tuple[float,
         model = timm.create_model(model_name, pretrained=True, num_classes=0)
     except Exception as error:  # whatever the hub raises, it is about the name or the network
         raise ConfigError(
-            f"init is {model_name!r} with pretrained true, but its weights cannot be had ({error}): check the name and "
-            "the network, or download them elsewhere and pass the .safetensors file as --init"
+            f"{model_name!r} with pretrained true: its weights cannot be had ({error}): check name and network, "
+            "or download them elsewhere and name the .safetensors file"
         ) from error
     config: Any = model.pretrained_cfg
     return model.state_dict(), tuple(config["mean"]), tuple(config["std"])

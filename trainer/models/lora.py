@@ -103,10 +103,16 @@ def lora_parameters(vit: Any) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in vit.named_parameters() if ".lora_" in name}
 
 
+def base_state(vit: Any) -> dict[str, Tensor]:
+    """Return timm's own state dict, as it is without the adapters."""
+    state: dict[str, Tensor] = vit.state_dict()
+    return {name.replace(".base_layer", ""): value for name, value in state.items() if ".lora_" not in name}
+
+
 def backbone_sha256(vit: Any) -> str:
     """Hash the model's own weights, by name, shape and float32 value; adapters do not count."""
     digest = hashlib.sha256()
-    for name, value in sorted(_base_state(vit).items()):
+    for name, value in sorted(base_state(vit).items()):
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -115,7 +121,7 @@ def backbone_sha256(vit: Any) -> str:
 @torch.no_grad()
 def merged_state(vit: Any) -> dict[str, Tensor]:
     """Return timm's own state dict with the adapters added in; the model stays as it is."""
-    state = {name: value.detach().clone() for name, value in _base_state(vit).items()}
+    state = {name: value.detach().clone() for name, value in base_state(vit).items()}
     for name, layer in vit.named_modules():
         if isinstance(layer, LoraLinear):
             base: Any = layer.get_base_layer()
@@ -236,11 +242,6 @@ def _choose_rows(vit: Any, parts: Sequence[str]) -> None:
             takes_part = torch.tensor([float(part in parts) for part in _PARTS], device="cpu")
             takes_part_O = takes_part.repeat_interleave(second.out_features // len(_PARTS))
             layer.lora_B[_ADAPTER] = _ChosenRows(second, takes_part_O)
-
-
-def _base_state(vit: Any) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = vit.state_dict()
-    return {name.replace(".base_layer", ""): value for name, value in state.items() if ".lora_" not in name}
 
 
 def _is_plain(value: Any) -> bool:

@@ -69,7 +69,7 @@ class MaskedAutoencoder(nn.Module):
         images_BCHW: Tensor,
         keep_BK: Tensor,
         masked_BM: Tensor,
-        want: Literal["loss", "error", "pictures"] = "loss",
+        want: Literal["loss", "error", "prediction", "pictures"] = "loss",
     ) -> Tensor:
         """Reconstruct the hidden patches.
 
@@ -82,10 +82,13 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             ``loss``: float32 scalar, mean squared error over hidden patches, in units of the normalised pixel.
             ``error``: float32 (B,), the same for each image.
+            ``prediction``: (B, M, P), what the error is that of.
             ``pictures``: uint8 (3, B, C, H, W), the images, what the encoder saw, and the reconstruction.
         """
         patches_BNP = patchify(self._normalise(images_BCHW), self.encoder.patch)
         predicted_BMP = self._predict(patches_BNP, keep_BK, masked_BM)
+        if want == "prediction":
+            return predicted_BMP
         if want == "pictures":
             return self._pictures(patches_BNP, predicted_BMP.float(), masked_BM)
         error_B = masked_pixel_error(predicted_BMP, self._target(patches_BNP, masked_BM))

@@ -1,0 +1,238 @@
+"""Export weights to timm, transformers, peft or ONNX, with a model card; each is read back and compared first.
+
+What --source may be: a run or checkpoint of launch/pretrain.py, a run of launch/finetune.py, an official MAE .pth file,
+a folder or .safetensors file of transformers' ViTMAE, a .safetensors file of timm's, or with --pretrained true the name
+of a timm model.
+
+    --format timm      the encoder (of a detector with adapters merged in): timm.create_model(..., checkpoint_path=...)
+    --format vitmae    encoder and decoder: transformers' ViTMAEForPreTraining
+    --format adapter   a LoRA detector's adapters and head: peft on a timm model
+    --format merged    a detector as a timm model with two classes, adapters merged in
+    --format onnx      a detector, or else an encoder: from uint8 RGB images, normalised inside the graph
+
+Usage: python tools/export.py --source RUN_OR_FILE --format timm --output FOLDER [--image_size N] [--licence TEXT]
+"""
+
+import hashlib
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from launch.command_line import configure_tool, run
+from launch.detectors import preprocessing, rebuild, recipe_of
+from launch.init_weights import Init, check_heads, holds_detector, read_init
+from launch.pretrain import build_model
+from trainer.config import PretrainRecipe, PretrainRuntime, check_types
+from trainer.errors import ConfigError
+from trainer.export import Subject, export, refuse_early
+from trainer.models.detector import STATISTICS
+from trainer.models.encoder import PatchEncoder
+from trainer.models.mae import MaskedAutoencoder
+from trainer.saved_detector import load_detector
+
+_PUBLISHED = {768: "vit_base_patch16_224", 1024: "vit_large_patch16_224", 1280: "vit_huge_patch14_224"}
+"""Width -> timm's name of the published MAE's encoders."""
+_OF_PRETRAINING = ("decoder_heads", "mask_ratio", "norm_pix_loss")
+"""What no shape tells; the published values where a file is silent."""
+_UNKNOWN = "Not known."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the user may set."""
+
+    source: str = ""
+    """Where the weights are; see above."""
+    format: Literal["timm", "vitmae", "adapter", "merged", "onnx"] = "timm"
+    """What to write."""
+    output: str = ""
+    """Folder to write; must not exist yet."""
+    image_size: str | None = None
+    """N or HEIGHTxWIDTH: interpolate the positions for such images; none keeps the size that it was trained at
+    [pixels]."""
+    licence: str = ""
+    """Licence of the weights, for the card; empty says unknown."""
+    model: str = ""
+    """timm's name of the encoder in a file; empty: the published MAE of that width. Runs know their own."""
+    pretrained: bool = False
+    """Take --source as the name of a timm model, whose weights are downloaded."""
+    normalisation: Literal["imagenet", "half"] = "imagenet"
+    """Mean and deviation of pixels that the encoder in a file expects. Runs and timm's models know their own."""
+    init: str | None = None
+    """Where a detector's frozen encoder is now, if not where training found it; it is checked."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        parse_size(self.image_size)
+
+
+def main(words: list[str]) -> int:
+    """Return the exit code."""
+    settings = configure_tool(words, Settings(), __doc__, required=("source", "output"))
+    if settings is None:
+        return 0
+    output = Path(settings.output)
+    refuse_early(settings.format, output)
+    is_detector = holds_detector(Path(settings.source)) and not settings.pretrained
+    subject, card = open_detector(settings) if is_detector else open_weights(settings)
+    if size := parse_size(settings.image_size):
+        trained = "x".join(map(str, subject.image_size))
+        subject.encoder.resize(*size)
+        card["Source"] |= {"trained_at": trained, "exported_for": "x".join(map(str, size))}
+    export(subject, card, to=settings.format, output=output, licence=settings.licence)
+    print(f"{output}: {settings.format}, read back and compared; how to load it stands in {output / 'README.md'}")
+    return 0
+
+
+def open_detector(settings: Settings) -> tuple[Subject, dict[str, Any]]:
+    """Rebuild a detector; returns it and what its card says."""
+    saved = load_detector(Path(settings.source))
+    recipe, told = recipe_of(saved), saved.description
+    detector = rebuild(saved, recipe, name=settings.source, init=settings.init)
+    mean, std = STATISTICS[recipe.normalisation]
+    prints = {f"prints_of_{name}": told["files"][f"{name}.npz"]["sha256"] for name in saved.seen}
+    card = {
+        "Source": {"detector": str(saved.path), "step": told.get("step"), "init": told["init"]},
+        "Recipe": told["recipe"],
+        "Preprocessing": _with_fingerprint(told["preprocessing"]),
+        "Data": {"train": told.get("data"), "overlap": told.get("overlap", "")} | prints,
+        "Metrics": {name: told[name] for name in ("selection", "calibration", "thresholds")},
+    }
+    return Subject(name=recipe.model, encoder=detector.encoder, mean=mean, std=std, detector=detector), card
+
+
+def open_weights(settings: Settings) -> tuple[Subject, dict[str, Any]]:
+    """Build an encoder, for transformers with its decoder; returns it and what its card says.
+
+    Raises:
+        ConfigError: there are no such weights, or they are of another model than said.
+    """
+    init = read_init(settings.source, pretrained=settings.pretrained, setting="source")
+    assert init is not None
+    recipe = recipe_of_weights(init, settings)
+    mae = None
+    if settings.format == "vitmae" and "decoder_pred.weight" in init.decoder:
+        mae = build_mae(init, recipe)
+        encoder = mae.encoder
+    else:
+        encoder = PatchEncoder(
+            recipe.model, image_size=recipe.image_size, patch_size=recipe.patch_size, depth=recipe.encoder_depth
+        )
+        encoder.load_weights(init.weights)
+    encoder.eval()
+    check_heads(init, encoder)
+    normalisation = init.recipe.get("normalisation", settings.normalisation)
+    mean, std = STATISTICS[normalisation] if isinstance(normalisation, str) else normalisation
+    subject = Subject(
+        name=recipe.model, encoder=encoder, mean=mean, std=std, mae=mae and mae.eval(), mask_ratio=recipe.mask_ratio
+    )
+    card = _facts(init) | {"Preprocessing": _with_fingerprint(preprocessing(recipe.image_size, mean, std))}
+    if mae and not init.manifest:
+        assumed = {name: getattr(recipe, name) for name in _OF_PRETRAINING if name not in init.recipe}
+        card["Recipe"] = {"told_by_the_file": init.recipe, "assumed_as_published": assumed}
+    return subject, card
+
+
+def recipe_of_weights(init: Init, settings: Settings) -> PretrainRecipe:
+    """Return a run's own recipe, or one that builds what a file holds.
+
+    Raises:
+        ConfigError: the file does not tell which model it is.
+    """
+    if init.manifest:
+        return PretrainRecipe(**init.manifest["identity"]["recipe"])
+    width, _, _, patch = init.weights["patch_embed.proj.weight"].shape
+    name = settings.model or init.recipe.get("model") or _PUBLISHED.get(width)
+    if name is None or "pos_embed" not in init.weights:
+        raise ConfigError(f"model is empty, and {settings.source} (width {width}) does not tell it: pass --model NAME")
+    decoder: dict[str, Any] = {"use_separate_pos_embed": "position_embed.weight" not in init.decoder}
+    if "decoder_pred.weight" in init.decoder:
+        decoder["decoder_width"] = init.decoder["decoder_pred.weight"].shape[1]
+        decoder["decoder_depth"] = _num_blocks(init.decoder, "decoder_blocks.")
+    told = {name: init.recipe[name] for name in _OF_PRETRAINING if name in init.recipe}
+    return PretrainRecipe(
+        model=name,
+        image_size=math.isqrt(init.weights["pos_embed"].shape[1])
+        * patch,  # a few rows more are for class and registers
+        patch_size=patch,
+        encoder_depth=_num_blocks(init.weights, "blocks."),
+        **decoder,
+        **told,
+    )
+
+
+def build_mae(init: Init, recipe: PretrainRecipe) -> MaskedAutoencoder:
+    """Build a masked autoencoder with these weights.
+
+    Raises:
+        ConfigError: its decoder is another one.
+    """
+    mae = build_model(recipe, PretrainRuntime())
+    mae.encoder.load_weights(init.weights)
+    decoder = dict(init.decoder)
+    positions = decoder.get("decoder_pos_embed")
+    if positions is not None and positions.shape[1] == mae.encoder.num_patches + 1:  # the published form
+        if positions[:, 0].any():
+            raise ConfigError(f"source {init.description}: the class token has a position in the decoder: choose timm")
+        decoder["decoder_pos_embed"] = positions[:, 1:]
+    try:
+        found = mae.load_state_dict(decoder, strict=False)
+    except RuntimeError as error:
+        raise ConfigError(f"source {init.description}: its decoder does not fit ({error}): choose timm") from error
+    lost = [*found.unexpected_keys, *(name for name in found.missing_keys if not name.startswith("encoder."))]
+    if lost:
+        raise ConfigError(f"source {init.description}: its decoder is another one, see {lost[0]}: choose timm")
+    return mae
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Read N or HEIGHTxWIDTH.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text is None:
+        return None
+    size = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if size is None:
+        raise ConfigError(f"image_size is {text!r}, but must be N or HEIGHTxWIDTH, such as 224 or 224x160")
+    return int(size[1]), int(size[2] or size[1])
+
+
+def _facts(init: Init) -> dict[str, Any]:
+    """Say of weights what is known: where they come from, how they were trained, on what, and how good they are."""
+    source: dict[str, Any] = {"weights": init.description}
+    if init.weights.get("norm.weight") is init.weights.get("fc_norm.weight", init):
+        source["note"] = "the norm behind the pooling (fc_norm) stands in the place of the norm of the tokens"
+    if not init.manifest:
+        told = {"told_by_the_file": init.recipe} if init.recipe else _UNKNOWN
+        return {"Source": source, "Recipe": told, "Data": _UNKNOWN, "Metrics": _UNKNOWN}
+    identity, step = init.manifest["identity"], init.manifest["progress"]["step"]
+    metrics = Path(init.description).parent.parent / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the run may be writing the last one
+    measured = [row for row in rows if "heldout_loss" in row and row["step"] <= step]
+    return {
+        "Source": source | {"step": step} | {name: identity[name] for name in ("num_ranks", "zero_stage", "precision")},
+        "Recipe": identity["recipe"],
+        "Data": {"fingerprint": identity["data_fingerprint"], "shares": identity["data_shares"]},
+        "Metrics": measured[-1] if measured else _UNKNOWN,
+    }
+
+
+def _with_fingerprint(values: dict[str, Any]) -> dict[str, Any]:
+    return {"fingerprint": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()} | values
+
+
+def _num_blocks(weights: dict[str, torch.Tensor], prefix: str) -> int:
+    return len({name.split(".")[1] for name in weights if name.startswith(prefix)})
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

@@ -1,0 +1,459 @@
+"""Weights in the formats of timm, transformers, peft and ONNX, each with a model card, each read back before it counts.
+
+An export is a folder that is whole or absent. It is written as a draft, loaded there by the library that it is for, and
+what that computes on random images is compared with our model; only then does it get its name.
+
+Shapes: B images, C channels or classes, H, W image, N patches, T tokens, D width, P values of a patch.
+"""
+
+import contextlib
+import importlib.util
+import json
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from trainer.errors import CheckpointError, ConfigError, TrainerError
+from trainer.files import files_below, sync_files, sync_folder, write_synced
+from trainer.models.detector import MorphDetector, pool
+from trainer.models.encoder import PatchEncoder
+from trainer.models.lora import base_state, merged_state, save_adapter
+from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mask_utils import draw_mask, num_kept, patchify, take
+from trainer.models.vitmae import to_vitmae
+
+_WEIGHTS = "model.safetensors"
+_IMAGES = 3
+_TOLERANCE = 1e-4
+"""Largest difference between two libraries, in units of the largest number compared; float32 gives 1e-6 to 1e-5."""
+_SMALL = 0.1
+"""Numbers below this are compared as if they were this: rounding is as large as what they were summed from."""
+_ONE_ONNX_FILE_BYTES = 1_900_000_000
+"""protobuf ends at 2 GiB; larger weights go into a file of their own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is exported: our model in evaluation mode, on the CPU, for images of the size wanted."""
+
+    name: str
+    """timm's name of the encoder."""
+    encoder: PatchEncoder
+    """Of a detector its own, with adapters."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mae: MaskedAutoencoder | None = None
+    """Around that encoder, where there is a decoder."""
+    mask_ratio: float = 0.75
+    detector: MorphDetector | None = None
+    """Around that encoder, where there is one."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width [pixels]."""
+        rows, columns = self.encoder.grid
+        return rows * self.encoder.patch, columns * self.encoder.patch
+
+    @property
+    def images(self) -> Tensor:
+        """The random uint8 images (B, 3, H, W) on which libraries are compared, the same ones every time."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, 256, (_IMAGES, 3, *self.image_size), dtype=torch.uint8, generator=generator)
+
+    @property
+    def pixels(self) -> Tensor:
+        """The same, normalised."""
+        mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (self.images.float() / 255 - mean_C11) / std_C11
+
+    @property
+    def tokens(self) -> Tensor:
+        """What our encoder makes of them (B, T, D)."""
+        tokens_BTD: Tensor = self.encoder(patchify(self.pixels, self.encoder.patch))
+        return tokens_BTD
+
+    @property
+    def logits(self) -> Tensor:
+        """What our detector makes of them (B, 2)."""
+        assert self.detector is not None
+        logits_BC: Tensor = self.detector(self.images, want="logits")
+        return logits_BC
+
+    def timm_options(self, **more: Any) -> dict[str, Any]:
+        """Return what `timm.create_model` must be told beside the name."""
+        height, width = self.image_size
+        size = height if height == width else (height, width)
+        shape = {"img_size": size, "patch_size": self.encoder.patch, "depth": len(self.encoder.vit.blocks)}
+        return shape | {"num_classes": 0} | more
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How an export is used, for its card."""
+
+    title: str
+    notes: str
+    snippet: str
+
+
+Writer = Callable[[Subject, Path], Loading]
+"""Writes into a folder and reads back.
+
+Raises `ConfigError` where the format cannot express the model, `CheckpointError` where the other library disagrees.
+"""
+
+
+def export(subject: Subject, card: Mapping[str, Any], *, to: str, output: Path, licence: str) -> None:
+    """Write one folder, or nothing.
+
+    Args:
+        subject: the model.
+        card: title -> what the card says of it: text, or values that become JSON.
+        to: one of `FORMATS`.
+        output: must not exist yet.
+        licence: of the weights, for the card.
+
+    Raises:
+        ConfigError: the output exists, or the format cannot express the model.
+        CheckpointError: the other library computes something else, or the storage refuses.
+    """
+    write, packages = FORMATS[to]
+    with _whole_or_absent(output) as draft, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other libraries' to their own users
+        try:
+            loading = write(subject, draft)
+        except (TrainerError, OSError):
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{packages[0]} does not take the export ({error!r}): {_REMEDY}") from error
+        write_synced(draft / "README.md", _card(loading, card, packages, licence))
+
+
+def refuse_early(to: str, output: Path) -> None:
+    """Refuse before any work what cannot end well.
+
+    Raises:
+        ConfigError: a library that the format needs is missing, or the output exists.
+    """
+    for package in FORMATS[to][1]:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"format is {to}, which needs {package}: pip install 'face-mae-trainer[export]'")
+    _refuse_existing(output)
+
+
+# ---------------------------------------------------------------------------------------------- formats
+
+
+def write_timm(subject: Subject, draft: Path) -> Loading:
+    """Write the encoder, adapters merged in, as timm's own state dict."""
+    theirs, snippet = _through_timm(subject, merged_state(subject.encoder.vit), subject.timm_options(), draft)
+    _compare("timm", theirs.forward_features(subject.pixels), subject.tokens)
+    snippet += "\ntokens = model.forward_features(pixels)  # class token (and registers), then patches"
+    return Loading("Encoder for timm", "Without a head.", snippet)
+
+
+def write_merged(subject: Subject, draft: Path) -> Loading:
+    """Write the detector, adapters merged in, as a timm model with two classes."""
+    options, state = _timm_detector(subject, "merged")
+    theirs, snippet = _through_timm(subject, state, options, draft)
+    _compare("timm", theirs(subject.pixels), subject.logits)
+    return Loading("Morph detector for timm", _SCORE, f"{snippet}\n{_SOFTMAX}")
+
+
+def write_adapter(subject: Subject, draft: Path) -> Loading:
+    """Write the adapters and the head for plain peft on a plain timm model with the encoder's own weights."""
+    options, state = _timm_detector(subject, "adapter")
+    vit = subject.encoder.vit
+    if not hasattr(vit, "peft_config"):
+        raise ConfigError("format is adapter, but the source was trained without LoRA: export it as merged")
+    if any(p.requires_grad for name, p in vit.named_parameters() if ".lora_" not in name):
+        raise ConfigError(
+            "format is adapter, but the encoder's own weights were trained beside the adapters (freeze_backbone "
+            "false), so that these alone say nothing: export it as merged"
+        )
+    head = {name: state[f"head.{name}"] for name in ("weight", "bias")}
+    save_adapter(draft, vit, head, base_model=subject.name)
+    plain = timm.create_model(subject.name, **options)
+    plain.load_state_dict(base_state(vit), strict=False)  # the head is the adapter's
+    theirs = PeftModel.from_pretrained(plain, str(draft)).eval()
+    _compare("peft", theirs(subject.pixels), subject.logits)
+    snippet = f"""import timm
+from peft import PeftModel
+from safetensors.torch import load_file
+{_PIXELS}
+base = timm.create_model({_call(subject.name, options)})
+base.load_state_dict(load_file("BASE/{_WEIGHTS}"), strict=False)  # the head comes with the adapter
+model = PeftModel.from_pretrained(base, "FOLDER").eval()
+{_SOFTMAX}"""
+    notes = (
+        "Adapters and head only. BASE is the encoder that they were trained on, exported by `python tools/export.py "
+        "--format timm` from the init named below at the same image size; its sha256 stands in adapter_config.json. "
+    )
+    return Loading("LoRA morph detector for peft", notes + _SCORE, snippet)
+
+
+def write_vitmae(subject: Subject, draft: Path) -> Loading:
+    """Write the masked autoencoder as transformers' ViTMAEForPreTraining."""
+    import transformers  # an extra
+
+    library: Any = transformers
+    library.utils.logging.disable_progress_bar()
+    mae, encoder = _published_mae(subject), subject.encoder
+    weights = {name.removeprefix("encoder.vit."): value for name, value in mae.state_dict().items()}
+    of_class_token = torch.zeros_like(weights["decoder_pos_embed"][:, :1])
+    weights["decoder_pos_embed"] = torch.cat([of_class_token, weights["decoder_pos_embed"]], dim=1)
+    _save(to_vitmae(weights), draft, encoder.grid)
+    block: Any = encoder.vit.blocks[0]
+    last: Any = mae.decoder_blocks[-1]
+    N = encoder.num_patches
+    kept = num_kept(N, subject.mask_ratio)
+    config = library.ViTMAEConfig(
+        hidden_size=encoder.width,
+        num_hidden_layers=len(encoder.vit.blocks),
+        num_attention_heads=block.attn.num_heads,
+        intermediate_size=block.mlp.fc1.out_features,
+        layer_norm_eps=mae.decoder_norm.eps,
+        image_size=subject.image_size[0],
+        patch_size=encoder.patch,
+        decoder_num_attention_heads=last.attn.num_heads,
+        decoder_hidden_size=mae.decoder_norm.weight.numel(),
+        decoder_num_hidden_layers=len(mae.decoder_blocks),
+        decoder_intermediate_size=last.mlp.fc1.out_features,
+        # They cut the count of kept patches off where we round it.
+        mask_ratio=subject.mask_ratio if int(N * (1 - subject.mask_ratio)) == kept else 1 - (kept + 0.5) / N,
+        norm_pix_loss=mae.norm_pix_loss,
+    )
+    config.architectures = ["ViTMAEForPreTraining"]
+    config.save_pretrained(draft)
+    theirs, info = library.ViTMAEForPreTraining.from_pretrained(draft, output_loading_info=True)
+    if any(info.values()):
+        raise CheckpointError(f"transformers does not find its weights in the export ({info}): {_REMEDY}")
+    noise_BN = torch.rand(_IMAGES, N, generator=torch.Generator().manual_seed(1))
+    keep_BK, masked_BM = draw_mask(noise_BN, mask_ratio=subject.mask_ratio, grid=encoder.grid)
+    found = theirs.eval()(subject.pixels, noise=noise_BN)
+    predicted_BMP = mae(subject.images, keep_BK, masked_BM, want="prediction")
+    _compare("transformers", take(found.logits, masked_BM), predicted_BMP)
+    _compare("transformers", found.loss, mae(subject.images, keep_BK, masked_BM))
+    snippet = f"""from transformers import ViTMAEForPreTraining
+{_PIXELS}
+model = ViTMAEForPreTraining.from_pretrained("FOLDER").eval()
+loss = model(pixels).loss"""
+    return Loading("Masked autoencoder for transformers", "Encoder and decoder.", snippet)
+
+
+def write_onnx(subject: Subject, draft: Path) -> Loading:
+    """Write a graph from uint8 RGB images, normalised inside, to P(morph) and logits, or to the encoder's tokens."""
+    import onnxruntime  # an extra, as onnx and onnxscript, which torch imports
+
+    if subject.detector:
+        expected = {"p_morph": subject.logits.softmax(dim=1)[:, 1], "logits": subject.logits}
+    else:
+        expected = {"tokens": subject.tokens}
+    names, graph = list(expected), _Graph(subject).eval()
+    num_bytes = sum(value.numel() * value.element_size() for value in graph.state_dict().values())
+    torch.onnx.export(
+        graph,
+        (subject.images,),
+        draft / "model.onnx",
+        input_names=["images"],
+        output_names=names,
+        dynamic_shapes={"images_BCHW": {0: torch.export.Dim("batch")}},
+        external_data=num_bytes > _ONE_ONNX_FILE_BYTES,
+        dynamo=True,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(draft / "model.onnx", providers=["CPUExecutionProvider"])
+    for num_images in (1, _IMAGES):
+        outputs = session.run(names, {"images": subject.images[:num_images].numpy()})
+        for ours, theirs in zip(expected.values(), outputs, strict=True):
+            _compare("onnxruntime", torch.from_numpy(theirs), ours[:num_images])
+    shape = ", ".join(map(str, subject.image_size))
+    snippet = f"""import numpy as np
+import onnxruntime
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+images = np.zeros((1, 3, {shape}), np.uint8)  # any number of them
+[{", ".join(names)}] = session.run({names}, {{"images": images}})"""
+    notes = f"Input `images`: uint8 RGB, (batch, 3, {shape}); mean and std below stand inside the graph. "
+    notes += _SCORE if subject.detector else "Output `tokens`: class token (and registers), then patches."
+    return Loading("ONNX graph", notes, snippet)
+
+
+FORMATS: dict[str, tuple[Writer, tuple[str, ...]]] = {
+    "timm": (write_timm, ("timm",)),
+    "vitmae": (write_vitmae, ("transformers",)),
+    "adapter": (write_adapter, ("peft", "timm")),
+    "merged": (write_merged, ("timm",)),
+    "onnx": (write_onnx, ("onnx", "onnxruntime", "onnxscript")),
+}
+"""Name -> what writes it, and the packages that it needs."""
+
+_REMEDY = "nothing was written; install the versions of constraints.txt"
+_PIXELS = "# pixels: float32 (B, 3, H, W), uint8 RGB / 255, less mean, by std; both stand below"
+_SOFTMAX = "p_morph = model(pixels).softmax(dim=1)[:, 1]  # classes are [bonafide, morph]"
+_SCORE = (
+    "The score is P(morph) as the network gives it, WITHOUT calibration: the thresholds below are meant for "
+    "1 / (1 + exp(-(slope * x + offset))) with x = logit of morph - logit of bonafide."
+)
+
+
+class _Graph(nn.Module):
+    """From uint8 images to what an ONNX file returns, in timm's own modules with adapters merged in."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.vit: Any = timm.create_model(subject.name, **subject.timm_options())
+        self.vit.load_state_dict(merged_state(subject.encoder.vit))
+        detector = subject.detector
+        self.head = detector.head if detector else None
+        self._pooling, self._scale = (detector.options.pooling, detector.scale) if detector else ("", 1.0)
+        self._num_prefix = subject.encoder.num_prefix
+        for name, values in (("mean", subject.mean), ("std", subject.std)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None])
+
+    def forward(self, images_BCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        tokens_BTD: Tensor = self.vit.forward_features((images_BCHW.float() / 255 - self.mean) / self.std)
+        if self.head is None:
+            return tokens_BTD
+        logits_BC = self.head(pool(tokens_BTD, self._pooling, self._num_prefix)) * self._scale
+        return logits_BC.softmax(dim=1)[:, 1], logits_BC
+
+
+# ---------------------------------------------------------------------------------------------- what fits where
+
+
+def _timm_detector(subject: Subject, to: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the options and the weights of the timm model with two classes that is the detector.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if subject.detector is None:
+        raise ConfigError(f"format is {to}, but the source is no detector: name a run of finetune.py, or choose timm")
+    head, cls = subject.detector.head, subject.detector.options.pooling == "cls"
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"format is {to}, but the head is a {type(head).__name__} where timm has one linear layer: export the "
+            "detector as onnx, or its encoder as timm"
+        )
+    options = subject.timm_options(num_classes=2, global_pool="token" if cls else "avg", fc_norm=False)
+    state = merged_state(subject.encoder.vit) | {f"head.{name}": value for name, value in head.state_dict().items()}
+    try:
+        with torch.device("meta"):
+            names = timm.create_model(subject.name, **options).state_dict().keys()  # less a pooling that we never run
+    except AssertionError as error:  # a class token that is not there
+        raise ConfigError(f"format is {to}, but timm cannot pool so ({error}): export the detector as onnx") from error
+    if names - state.keys():
+        what = min(names - state.keys())
+        raise ConfigError(f"format is {to}, but timm pools behind {what}: export the detector as onnx")
+    return options, {name: state[name] for name in names}
+
+
+def _published_mae(subject: Subject) -> MaskedAutoencoder:
+    """Return the autoencoder if transformers' ViTMAE can be it; `to_vitmae` refuses what has no name there."""
+    mae, (height, width) = subject.mae, subject.image_size
+    if mae is None:
+        raise ConfigError("format is vitmae, but the source has no decoder: name a run of pretrain.py, or choose timm")
+    if mae.decoder_type != "self":
+        raise ConfigError(
+            f"format is vitmae, whose decoder attends to itself, but this one has decoder_type {mae.decoder_type}: "
+            "export the encoder as timm"
+        )
+    if mae.decoder_pos_embed is None:
+        raise ConfigError(
+            "format is vitmae, whose decoder has positions of its own, but this one sees the encoder's "
+            "(use_separate_pos_embed false): export the encoder as timm"
+        )
+    if mae.decoder_pos_embed.shape[1] != subject.encoder.num_patches or height != width:
+        raise ConfigError(
+            f"image_size is {height}x{width}, but the positions of a decoder do not bend: leave image_size out"
+        )
+    vit, num_prefix = subject.encoder.vit, subject.encoder.num_prefix
+    if num_prefix != 1 or vit.cls_token is None or vit.no_embed_class:
+        raise ConfigError(
+            "format is vitmae, where a class token with a position stands before the patches and nothing else, but "
+            f"this model has {num_prefix} such tokens, {vit.num_reg_tokens} of them registers: export it as timm"
+        )
+    return mae
+
+
+# ---------------------------------------------------------------------------------------------- compare and write
+
+
+def _through_timm(
+    subject: Subject, state: Mapping[str, Tensor], options: Mapping[str, Any], draft: Path
+) -> tuple[Any, str]:
+    """Write weights; returns the model that timm makes of them, and how."""
+    _save(state, draft, subject.encoder.grid)
+    theirs: Any = timm.create_model(subject.name, **options, checkpoint_path=str(draft / _WEIGHTS)).eval()
+    call = f'timm.create_model({_call(subject.name, options)}, checkpoint_path="FOLDER/{_WEIGHTS}")'
+    return theirs, f"import timm\n{_PIXELS}\nmodel = {call}.eval()"
+
+
+def _compare(library: str, theirs: Tensor, ours: Tensor) -> None:
+    """Raise `CheckpointError` if another library computes something else."""
+    far = float((theirs - ours).abs().max()) if theirs.shape == ours.shape else float("inf")
+    if not far <= _TOLERANCE * max(float(ours.abs().max()), _SMALL):  # not a number is no agreement
+        raise CheckpointError(
+            f"{library} computes something else from the export (difference {far:.2g} in numbers up to "
+            f"{float(ours.abs().max()):.2g}): {_REMEDY}"
+        )
+
+
+def _save(weights: Mapping[str, Tensor], draft: Path, grid: tuple[int, int]) -> None:
+    tensors = {name: value.detach().float().contiguous() for name, value in weights.items()}
+    save_file(tensors, draft / _WEIGHTS, metadata={"format": "pt", "grid": "{}x{}".format(*grid)})
+
+
+def _call(name: str, options: Mapping[str, Any]) -> str:
+    return ", ".join([json.dumps(name), *(f"{key}={value!r}" for key, value in options.items())])
+
+
+def _card(loading: Loading, card: Mapping[str, Any], packages: tuple[str, ...], licence: str) -> str:
+    """Write the README: front matter as the hub reads it, the snippet, and what is known of the weights."""
+    versions = {name: version(name) for name in ("torch", *packages, "safetensors")}
+    parts = [
+        f"---\nlicense: {json.dumps(licence or 'unknown')}\nlibrary_name: {packages[0]}\n---\n",
+        f"# {loading.title}\n\n{loading.notes}\n",
+        f"```python\n{loading.snippet}\n```\n",
+    ]
+    for title, value in (dict(card) | {"Versions that wrote and checked it": versions}).items():
+        text = value if isinstance(value, str) else f"```json\n{json.dumps(value, indent=1)}\n```"
+        parts.append(f"## {title}\n\n{text}\n")
+    return "\n".join(parts)
+
+
+@contextlib.contextmanager
+def _whole_or_absent(output: Path) -> Iterator[Path]:
+    """Give a folder to write into, which gets its name at the end; after an error nothing is left."""
+    draft = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        sync_files(files_below(draft))
+        sync_folder(draft)
+        _refuse_existing(output)
+        draft.rename(output)
+        sync_folder(output.parent)
+    except OSError as error:
+        raise CheckpointError(f"output {output} cannot be written ({error}): name another folder") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists():
+        raise ConfigError(f"output {output} exists already: name a new folder, or remove that one")

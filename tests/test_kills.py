@@ -122,7 +122,7 @@ def test_storage_that_fails_on_one_rank_stops_all_after_three_saves(
 ) -> None:
     output, log = tmp_path / "out", tmp_path / "log"
     fault = {"phase": phase, "nth": 2 if phase == "sync" else 3, "action": action, "rank": 1}
-    flags = flags_of(shards, output, 40, background_saves=background)
+    flags = flags_of(shards, output, 16, background_saves=background)
     codes = run(flags, log, fault=fault)
     assert codes == [2, 2], log.read_text()[-3000:]
     assert log.read_text().count("was not written (rank 1: ") >= 3

@@ -22,7 +22,7 @@ def group(first: int, size: int) -> Group:
 
 
 @given(shares, st.integers(1, 300), st.integers(0, 10**6))
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_every_batch_is_full_and_no_share_is_lost(parts: list[Fraction], batch: int, first: int) -> None:
     steps = np.arange(first, first + 50)
     quotas = Quotas(parts, batch)
@@ -50,7 +50,7 @@ def test_remainders_are_carried_over() -> None:
     st.integers(0, 2**62),
     st.integers(0, 500),
 )
-@settings(max_examples=80)
+@settings(max_examples=30)
 def test_a_mixture_keeps_quotas_and_each_groups_own_epochs(
     sizes: list[tuple[int, int]], batch: int, seed: int, first_step: int
 ) -> None:

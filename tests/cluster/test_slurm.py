@@ -55,7 +55,9 @@ def test_a_job_interrupted_three_times_consumes_what_an_undisturbed_one_does(
 
     wait_for_steps(output, 5)
     began = time.monotonic()
-    cluster.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=8")  # so that SLURM's signal 10 minutes before is due
+    cluster.slurm(
+        "scontrol", "update", f"JobId={job}", "TimeLimit=8"
+    )  # so that SLURM's signal 10 minutes before is due
     wait_for(lambda: state(cluster, job)["Restarts"] == "1", lambda: log_of(output)[-3000:])
     cluster.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     asked_s = time.monotonic() - began
@@ -84,7 +86,9 @@ def test_a_job_interrupted_three_times_consumes_what_an_undisturbed_one_does(
     wait_for(lambda: state(cluster, whole_job)["JobState"] == "COMPLETED", lambda: log_of(whole)[-3000:])
     assert ledger(output) == ledger(whole)
     assert losses(output) == losses(whole)
-    print(f"from the shorter time limit, which SLURM looks at every 30 s, to the job back in the queue: {asked_s:.1f} s")
+    print(
+        f"from the shorter time limit, which SLURM looks at every 30 s, to the job back in the queue: {asked_s:.1f} s"
+    )
 
 
 def test_a_job_whose_budget_of_restarts_is_spent_fails(cluster: Lab, shards: Path, tmp_path: Path) -> None:

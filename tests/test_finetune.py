@@ -96,6 +96,28 @@ def lora(sets: Path, mae: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
+def test_a_spike_of_a_fine_tuning_is_left_behind_with_its_data(sets: Path, mae: Path, tmp_path: Path) -> None:
+    output, log = tmp_path / "out", tmp_path / "log"
+    flags = QUICK | {
+        "data": str(sets / "train" / "*.tar"), "output_dir": str(output), "init": str(mae), "use_lora": "true",
+        "sample_ledger": str(tmp_path / "ledger"), "log_every": "1", "save_every": "8", "spike_threshold": "20",
+        "on_spike": "rollback",
+    }  # fmt: skip
+    spikes = {8 * step + step % 8: "1000" for step in (37, 38, 39)}
+    faulty = ROOT / "tests" / "ranks" / "faulty_training.py"
+    run = forks().start(faulty, words_of(flags), log, ranks=2, FAULTS=json.dumps(spikes), SCRIPT="finetune")
+    run.wait()
+    assert list(run.codes.values()) == [0, 0], log.read_text()[-3000:]
+    assert log.read_text().count("are left out") == 1
+    rows = [row for row in metrics(output) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 49))
+    assert [row["rollbacks"] for row in rows] == [0] * 32 + [1] * 16
+    positions = [json.loads(line)["position"] for path in (tmp_path / "ledger").iterdir() for line in path.open()]
+    assert sorted(positions) == [*range(8 * 32), *range(8 * 40, 8 * 56)]
+
+
+@pytest.mark.slow
 def test_the_detector_learns_and_its_folder_and_checkpoint_hold_only_what_trained(lora: Path) -> None:
     rows = [row for row in metrics(lora) if "val_d_eer" in row]
     assert rows[-1]["val_loss"] < 0.8 * math.log(2)  # what knowing nothing costs

@@ -25,7 +25,7 @@ from trainer.lease import take
 from trainer.numerics import WINDOW, SpikeWatch, is_spike
 from trainer.world import World
 
-FAULTY = ROOT / "tests" / "ranks" / "faulty_pretrain.py"
+FAULTY = ROOT / "tests" / "ranks" / "faulty_training.py"
 CPU = ROOT / "ds_configs" / "cpu_fp32.json"
 LOSS = st.floats(0.001, 1000)
 

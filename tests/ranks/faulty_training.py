@@ -1,6 +1,10 @@
-"""launch/pretrain.py with faults: FAULTS maps data positions to a factor of their loss, kill or weight."""
+"""launch/pretrain.py or the SCRIPT named, with faults.
+
+FAULTS maps data positions to a factor of their loss, kill or weight.
+"""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -10,14 +14,16 @@ from typing import Any
 
 import torch
 
-from launch import pretrain
 from launch.command_line import run
 from launch.training import Training
 from trainer.data.stream import Batch
+from trainer.models.detector import MorphDetector
 from trainer.models.mae import MaskedAutoencoder
 
 FAULTS: dict[int, str] = {int(position): fault for position, fault in json.loads(os.environ["FAULTS"]).items()}
-honest_training, honest_forward = pretrain.training_of, MaskedAutoencoder.forward
+script: Any = importlib.import_module(f"launch.{os.environ.get('SCRIPT', 'pretrain')}")
+model = MorphDetector if script.__name__ == "launch.finetune" else MaskedAutoencoder
+honest_training, honest_forward = script.training_of, model.forward
 
 
 class Faulty:
@@ -40,10 +46,10 @@ def training_of(*parts: Any) -> Training:
     return dataclasses.replace(training, inputs=inputs)
 
 
-def forward(self: MaskedAutoencoder, *inputs: torch.Tensor, **options: Any) -> torch.Tensor:
+def forward(self: torch.nn.Module, *inputs: torch.Tensor, **options: Any) -> torch.Tensor:
     result: torch.Tensor = honest_forward(self, *inputs, **options)
     return result * Faulty.factor if self.training else result
 
 
-pretrain.training_of, MaskedAutoencoder.forward = training_of, forward
-run(lambda: pretrain.main(sys.argv[1:]))
+script.training_of, model.forward = training_of, forward
+run(lambda: script.main(sys.argv[1:]))

@@ -113,6 +113,20 @@ def test_a_changed_or_damaged_index_is_built_anew(shards: Path) -> None:
     assert len(open_index(paths)) == 64
 
 
+def test_of_two_jobs_that_build_one_index_the_slower_takes_the_fasters(shards: Path) -> None:
+    paths, faster = list_shards(str(shards), setting="--data"), []
+    slower = open_index(paths, on_shard=lambda done, _: faster.append(open_index(paths)) if done == 1 else None)
+    assert slower.folder == faster[0].folder
+    seen = slower.folder.stat().st_ino
+    faster.clear()
+    (slower.folder / "index.json").write_text("{")
+    open_index(
+        paths, on_shard=lambda done, _: faster.append(open_index(paths).folder.stat().st_ino) if done == 1 else None
+    )
+    assert slower.folder.stat().st_ino == faster[0] != seen
+    assert [path.name for path in shards.iterdir() if path.name.startswith(".index")] == [slower.folder.name]
+
+
 def test_index_and_reader_travel_to_workers(shards: Path) -> None:
     index = open_index(list_shards(str(shards), setting="--data"))
     reader = ShardReader()

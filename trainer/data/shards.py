@@ -360,14 +360,23 @@ def open_index(
     """
     shards = [os.fspath(location) for location in locations]
     folder = _index_folder(shards, index_dir)
-    if folder.exists():
-        try:
-            _compare(folder, shards)
-            return ShardIndex(folder, shards)
-        except (DataError, OSError, ValueError, KeyError, TypeError) as error:
-            logger.info("building the index anew: %s", error)
-    _build(folder, shards, num_processes, on_shard)
-    return ShardIndex(folder, shards)
+    index = _existing(folder, shards)
+    if index is None:
+        _build(folder, shards, num_processes, on_shard)
+        index = ShardIndex(folder, shards)
+    return index
+
+
+def _existing(folder: Path, shards: list[str]) -> ShardIndex | None:
+    """Open an index that is whole and of these very shards; None where there is no such."""
+    if not folder.exists():
+        return None
+    try:
+        _compare(folder, shards)
+        return ShardIndex(folder, shards)
+    except (DataError, OSError, ValueError, KeyError, TypeError) as error:
+        logger.info("building the index anew: %s", error)
+        return None
 
 
 def _index_folder(shards: list[str], index_dir: Path | None) -> Path:
@@ -397,16 +406,18 @@ def _build(folder: Path, shards: list[str], num_processes: int, on_shard: Callab
         ) from error
     try:
         _Writer(draft).write(shards, num_processes, on_shard)
-        _publish(draft, folder)
+        _publish(draft, folder, shards)
     except OSError as error:
         raise DataError(f"index {folder} cannot be written ({error}): free space or set --index_dir") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _publish(draft: Path, folder: Path) -> None:
+def _publish(draft: Path, folder: Path, shards: list[str]) -> None:
     sync_files(draft.iterdir())
-    if folder.exists():  # out of date, or another job was faster: both are replaced
+    if _existing(folder, shards) is not None:
+        return  # another job was faster and may be reading it by name
+    if folder.exists():
         folder.rename(draft.with_name(f"{draft.name}-old"))
         shutil.rmtree(draft.with_name(f"{draft.name}-old"), ignore_errors=True)
     try:

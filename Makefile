@@ -39,7 +39,7 @@ demo/detect/baselines.json: $(SHARDS)
 	$(BIN)/python tools/shortcut_baselines.py --data 'demo/detect/shards/train/*.tar' --test_sets $(TEST_SETS) --output $@
 
 demo/detect/%/finished:
-	$(ALONE) launch/finetune.py --recipe detector_demo --output_dir demo/detect/$* --progress_bar false $(HOW) \
+	$(ALONE) launch/finetune.py --recipe detector_demo --output_dir demo/detect/$* --progress_bar false --num_threads 1 $(HOW) \
 		--data 'demo/detect/shards/train/*.tar' --val_data 'demo/detect/shards/val/*.tar'
 	@touch $@
 

@@ -1,0 +1,60 @@
+"""Runs are compared by training time: a known curve gives known seconds; refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools import compare_runs
+from trainer.errors import ConfigError
+
+
+def a_run(folder: Path, *, step_s: float, errors: list[float | None], baseline: float = 1.0) -> Path:
+    """Ten steps between two measurements; half as long while the first ten."""
+    folder.mkdir()
+    rows = []
+    for i, error in enumerate(errors, start=1):
+        rows.append({"step": 10 * i, "loss": 1.0, "step_s": step_s if i > 1 else step_s / 2})
+        rows.append({"step": 10 * i, "heldout_loss": error, "heldout_mean_face_loss": baseline})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_seconds_are_those_of_the_steps_and_errors_between_points_lie_on_a_line(tmp_path: Path) -> None:
+    curve = compare_runs.read_curve(a_run(tmp_path / "a", step_s=2.0, errors=[0.8, None, 0.6, 0.4]))
+    assert curve.seconds.tolist() == [10, 50, 70]
+    assert [curve.reaches(error) for error in (0.9, 0.8, 0.7, 0.5, 0.4)] == [10, 10, 30, 60, 70]
+    assert curve.reaches(0.39) is None
+
+
+def test_the_table_says_how_much_sooner_the_reference_is_reached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exact = a_run(tmp_path / "exact", step_s=2.0, errors=[0.8, 0.6, 0.5])
+    fast = a_run(tmp_path / "fast", step_s=1.0, errors=[0.7, 0.5, 0.45])
+    poor = a_run(tmp_path / "poor", step_s=1.0, errors=[0.9, 0.8, 0.8])
+    plot = tmp_path / "curves.png"
+    words = ["--runs", f"exact={exact},fast={fast},poor={poor}", "--plot", str(plot)]
+    assert compare_runs.main(words) == 0
+    told = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert told["exact"] == ["50.0", "0.5000", "50.0", "1.00x"]
+    assert told["fast"] == ["25.0", "0.4500", "15.0", "3.33x"]
+    assert told["poor"] == ["25.0", "0.8000", "never"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    good = a_run(tmp_path / "good", step_s=1.0, errors=[0.8])
+    other = a_run(tmp_path / "other", step_s=1.0, errors=[0.8], baseline=0.9)
+    blind = a_run(tmp_path / "blind", step_s=1.0, errors=[None])
+    for runs, message in (
+        ("", "runs is empty"),
+        (f"{good}", "must be name=folder"),
+        (f"a={tmp_path}", "holds no metrics.jsonl"),
+        (f"a={blind}", "measured no held-out images"),
+        (f"a={good},b={other}", "not measured on the same held-out images"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compare_runs.main(["--runs", runs])
+    with pytest.raises(ConfigError, match=r"must be a \.png file"):
+        compare_runs.main(["--runs", f"a={good}", "--plot", str(tmp_path / "nowhere" / "x.png")])

@@ -21,7 +21,7 @@ OWNERS = {
     "albumentations": {"trainer/data/augment.py", "trainer/data/distort.py"},
     "fsspec": {"trainer/data/storage.py"},
     "peft": {"trainer/models/lora.py", "trainer/export.py"},
-    "transformers": {"trainer/export.py", "tools/bench_masked_step.py"},
+    "transformers": {"trainer/export.py", "tools/bench_step.py"},
     "onnxruntime": {"trainer/export.py"},
     "fire": {"launch/command_line.py"},
 }

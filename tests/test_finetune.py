@@ -113,7 +113,8 @@ def test_a_spike_of_a_fine_tuning_is_left_behind_with_its_data(sets: Path, mae: 
     rows = [row for row in metrics(output) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 49))
     assert [row["rollbacks"] for row in rows] == [0] * 32 + [1] * 16
-    positions = [json.loads(line)["position"] for path in (tmp_path / "ledger").iterdir() for line in path.open()]
+    lines = [line for path in (tmp_path / "ledger").iterdir() for line in path.read_text().splitlines()]
+    positions = [json.loads(line)["position"] for line in lines]
     assert sorted(positions) == [*range(8 * 32), *range(8 * 40, 8 * 56)]
 
 

@@ -5,7 +5,8 @@ decoder block and pixel layer also run for tokens that nobody reads. The decoder
 saves 27 %, and a cross decoder that paints a third of the hidden patches saves 47 %. What a step takes above
 FLOPs / GEMM peak is memory traffic: norms, GELU, softmax, gathers, the optimizer.
 
-A step is: mask, forward, backward, fused AdamW. Variants take turns; medians are compared. The peak is the best of
+A step is: mask, forward, backward, fused AdamW. The peer has the weights of the exact variant, and its loss was found
+equal before anything is timed. Variants take turns; medians are compared. The peak is the best of
 three matrix products of the model's own shapes, measured between the steps. On a GPU weights are bf16.
 
 Usage: python tools/bench_step.py [--model NAME] [--micro_batch N] [--repeats N] [--variants exact,cross_third]
@@ -19,20 +20,23 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers import ViTMAEForPreTraining
 
 from launch.command_line import configure_tool, run
 from trainer.config import check_types
 from trainer.errors import ConfigError
+from trainer.export import Subject, write_vitmae
 from trainer.models.encoder import PatchEncoder
-from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
 from trainer.monitor import peak_flops
 
@@ -107,7 +111,7 @@ class Contender:
         keep = num_kept(encoder.num_patches, variant.mask_ratio)
         self.width = encoder.width
         self.flops = mae.flops_per_image(keep, num_predicted(encoder.num_patches - keep, variant.predict_share))
-        self._model: nn.Module = (like(mae) if name == PEER else mae).to(self._device, dtype)
+        self._model: nn.Module = (like(mae, settings.model) if name == PEER else mae).to(self._device, dtype)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4, fused=True)
         size = (settings.micro_batch, 3, settings.image_size, settings.image_size)
         images = torch.randint(0, 256, size, dtype=torch.uint8, device=self._device)
@@ -132,19 +136,13 @@ class Contender:
         self._optimizer.zero_grad()
 
 
-def like(mae: MaskedAutoencoder) -> nn.Module:
-    """Build transformers' model of the same shapes; its own code decides how it computes."""
-    block: Any = mae.encoder.vit.blocks[0]
-    return ViTMAEForPreTraining(
-        ViTMAEConfig(
-            hidden_size=mae.encoder.width, num_hidden_layers=len(mae.encoder.vit.blocks),
-            num_attention_heads=block.attn.num_heads, intermediate_size=block.mlp.fc1.out_features,
-            image_size=mae.encoder.grid[0] * mae.encoder.patch, patch_size=mae.encoder.patch,
-            decoder_hidden_size=mae.decoder_embed.out_features, decoder_num_hidden_layers=len(mae.decoder_blocks),
-            decoder_num_attention_heads=16, decoder_intermediate_size=4 * mae.decoder_embed.out_features,
-            norm_pix_loss=True,
-        )
-    )  # fmt: skip
+def like(mae: MaskedAutoencoder, name: str) -> nn.Module:
+    """Return transformers' model with the same weights; its predictions and its loss were compared with ours."""
+    subject = Subject(name=name, encoder=mae.encoder, mean=IMAGENET_MEAN, std=IMAGENET_STD, mae=mae.eval())
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        write_vitmae(subject, Path(folder))
+        model: nn.Module = ViTMAEForPreTraining.from_pretrained(folder)
+    return model.train()
 
 
 class Peak:

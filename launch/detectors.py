@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from launch.init_weights import Init, check_heads, check_init, read_init
-from trainer.config import DetectorRecipe
+from trainer.config import DetectorRecipe, from_record
 from trainer.data.augment import CenterView, DetectorView
 from trainer.data.distort import BasicAugment, PassportChain, RandAugment
 from trainer.errors import CheckpointError
@@ -112,9 +112,7 @@ def preprocessing(image_size: int, mean: Sequence[float], std: Sequence[float]) 
 
 def recipe_of(saved: SavedDetector) -> DetectorRecipe:
     """Read a detector's recipe as JSON has kept it."""
-    told: dict[str, Any] = saved.description["recipe"]
-    record: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in told.items()}
-    return DetectorRecipe(**record)
+    return from_record(DetectorRecipe, saved.description["recipe"])
 
 
 def rebuild(saved: SavedDetector, recipe: DetectorRecipe, *, name: str, init: str | None) -> MorphDetector:

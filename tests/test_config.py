@@ -9,7 +9,9 @@ from trainer.config import (
     DetectorRuntime,
     PretrainRecipe,
     PretrainRuntime,
+    as_record,
     differing_fields,
+    from_record,
     help_text,
 )
 from trainer.errors import ConfigError
@@ -84,3 +86,11 @@ def test_recipes_are_valid_and_the_published_ones_scale_their_learning_rate() ->
 
 def test_differing_fields_name_both_values() -> None:
     assert differing_fields({"a": 1, "b": 2}, {"a": 1, "b": 3}) == ["b (here 2, there 3)"]
+
+
+def test_a_record_is_read_back_and_a_name_of_another_version_is_one_message() -> None:
+    recipe = DetectorRecipe(lora_target_modules=("query", "fc1"), class_weights=(1.0, 2.0))
+    assert from_record(DetectorRecipe, as_record(recipe)) == recipe
+    assert from_record(DetectorRecipe, {"seed": 3}) == DetectorRecipe(seed=3)
+    with pytest.raises(ConfigError, match="the recorded recipe has lora_flavour, which this version does not know"):
+        from_record(DetectorRecipe, as_record(recipe) | {"lora_flavour": 1})

@@ -28,7 +28,7 @@ from launch.command_line import configure_tool, run
 from launch.detectors import preprocessing, rebuild, recipe_of
 from launch.init_weights import Init, check_heads, holds_detector, read_init
 from launch.pretrain import build_model
-from trainer.config import PretrainRecipe, PretrainRuntime, check_types
+from trainer.config import PretrainRecipe, PretrainRuntime, check_types, from_record
 from trainer.errors import ConfigError
 from trainer.export import Subject, export, refuse_early
 from trainer.models.detector import STATISTICS
@@ -146,7 +146,7 @@ def recipe_of_weights(init: Init, settings: Settings) -> PretrainRecipe:
         ConfigError: the file does not tell which model it is.
     """
     if init.manifest:
-        return PretrainRecipe(**init.manifest["identity"]["recipe"])
+        return from_record(PretrainRecipe, init.manifest["identity"]["recipe"])
     width, _, _, patch = init.weights["patch_embed.proj.weight"].shape
     name = settings.model or init.recipe.get("model") or _PUBLISHED.get(width)
     if name is None or "pos_embed" not in init.weights:

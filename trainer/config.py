@@ -438,6 +438,22 @@ def as_record(config: Any) -> dict[str, Any]:
     return record
 
 
+def from_record(config: type[C], record: Mapping[str, Any]) -> C:
+    """Read what `as_record` wrote; what an older version did not know has its default.
+
+    Raises:
+        ConfigError: a newer version knew a name that this one does not.
+    """
+    unknown = sorted(record.keys() - _names(config))
+    if unknown:
+        raise ConfigError(
+            f"the recorded recipe has {unknown[0]}, which this version does not know: use the version that wrote it, "
+            "see the versions beside it"
+        )
+    made: C = config(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
+    return made
+
+
 def _names(config: type) -> set[str]:
     return {entry.name for entry in dataclasses.fields(config)}
 

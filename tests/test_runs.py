@@ -265,3 +265,21 @@ def test_rotten_data_end_a_run_with_the_keys(tmp_path: Path) -> None:
     assert "not_an_image" in done.stderr
     assert "face00" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_cross_decoder_that_paints_a_third_trains_alike_on_one_rank_and_on_two(shards: Path, tmp_path: Path) -> None:
+    config = json.loads((ROOT / "ds_configs" / "cpu_fp32.json").read_text())
+    config["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    cross = {"decoder_type": "cross", "predict_share": 0.34, "epochs": 1, "warmup_epochs": 0, "num_workers": 0}
+    cross |= {"heldout_data": f"{shards}/s-002.tar"}
+    one = launch(flags(shards, tmp_path / "one", **cross))
+    two = launch(flags(shards, tmp_path / "two", **cross, ds_config=tmp_path / "zero3.json"), ranks=2)
+    assert one.returncode == two.returncode == 0, one.stderr[-2000:] + two.stderr[-2000:]
+    rows = [[row for row in metrics(tmp_path / name) if "loss" in row] for name in ("one", "two")]
+    assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], rel=1e-4)
+    assert len(rows[0]) == 8
+    assert "heldout_loss" in (tmp_path / "two" / "metrics.jsonl").read_text()
+    refused = launch(flags(shards, tmp_path / "no", **(cross | {"decoder_type": "self"})))
+    assert refused.returncode == 2
+    assert "predict_share is 0.34, but needs decoder_type cross" in refused.stderr

@@ -25,7 +25,7 @@ def demo() -> tuple[PretrainRecipe, PretrainRuntime]:
         decoder_heads=4,
         norm_pix_loss=False,
         global_batch=32,
-        epochs=30,
+        epochs=25,
         warmup_epochs=3,
         learning_rate=1e-3,
         crop_scale_min=0.6,

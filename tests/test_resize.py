@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from trainer.models.mae import MaskedAutoencoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 WORLDS = (2, 1, 3, 2)
+OUTSIDE = Path(tempfile.gettempdir()) / "owned-by-a-checkpoint"
 FP32 = [*(f"{kind}-cpu_fp32-{stage}" for stage in (2, 1, 3) for kind in ("lora", "mae")), "mae-cpu_fp32-0"]
 BF16 = ["mae-zero1_bf16-1", "lora-zero3_bf16-3"]
 
@@ -115,7 +117,7 @@ def hostile_copy(root: Path, folder: Path, stage: int, place: str, name: str) ->
 
 
 @pytest.mark.parametrize(("stage", "place"), [(1, "slices"), (1, "module"), (3, "shapes"), (3, "ds_autoep_layers")])
-@pytest.mark.parametrize("name", ["../../../owned", "/tmp/owned-by-a-checkpoint", "no_such.weight"])
+@pytest.mark.parametrize("name", ["../../../owned", str(OUTSIDE), "no_such.weight"], ids=["up", "absolute", "unknown"])
 def test_a_name_in_a_checkpoint_never_becomes_a_place(
     hops: list[list[dict[str, Any]]], root: Path, tmp_path: Path, stage: int, place: str, name: str
 ) -> None:
@@ -125,7 +127,7 @@ def test_a_name_in_a_checkpoint_never_becomes_a_place(
     with pytest.raises(CheckpointError, match="which the model does not have"):
         zero_files.convert(folder, model_of_the_mae(), with_frozen=True)
     assert sorted(tmp_path.rglob("*")) == before
-    assert not Path("/tmp/owned-by-a-checkpoint").exists()
+    assert not OUTSIDE.exists()
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -109,7 +109,8 @@ def build_model(recipe: PretrainRecipe, runtime: PretrainRuntime) -> MaskedAutoe
             fixed_positions=recipe.fixed_pos_embed,
             grad_checkpointing=runtime.grad_checkpointing,
         )
-        num_kept(encoder.num_patches, recipe.mask_ratio)  # refuses a ratio that leaves no patch
+        for ratio in (recipe.mask_ratio, runtime.heldout_mask_ratio or recipe.mask_ratio):
+            num_kept(encoder.num_patches, ratio)  # refuses one that leaves no patch
         return MaskedAutoencoder(
             encoder,
             decoder_width=recipe.decoder_width,
@@ -123,11 +124,13 @@ def build_model(recipe: PretrainRecipe, runtime: PretrainRuntime) -> MaskedAutoe
         )
 
 
-def mask_of(recipe: PretrainRecipe, encoder: PatchEncoder, *, predict_share: float = 1.0) -> heldout.DrawMask:
+def mask_of(
+    recipe: PretrainRecipe, encoder: PatchEncoder, *, mask_ratio: float, predict_share: float = 1.0
+) -> heldout.DrawMask:
     """Bind the recipe's mask settings: noise -> indices. Held-out images are always predicted whole."""
     return functools.partial(
         draw_mask,
-        mask_ratio=recipe.mask_ratio,
+        mask_ratio=mask_ratio,
         strategy=recipe.mask_strategy,
         grid=encoder.grid,
         mask_block=recipe.mask_block,
@@ -157,7 +160,8 @@ class HeldOutView:
         num_images = len(self._chosen)
         self._index, self._recipe, self._runtime = index, recipe, runtime
         self._num_patches = model.encoder.num_patches
-        self.draw_mask = mask_of(recipe, model.encoder)
+        ratio = runtime.heldout_mask_ratio or recipe.mask_ratio
+        self.draw_mask = mask_of(recipe, model.encoder, mask_ratio=ratio)
         mine = heldout.share_of(num_images, rank=world.rank, num_ranks=world.size)
         self._data = heldout.HeldOut(lambda: self._read("heldout_data", [self._chosen[i] for i in mine]), num_images)
         self.mean_face = world.on_main(lambda: self._measure_mean_face(model))
@@ -205,7 +209,7 @@ def training_of(
 ) -> Training:
     """Say what pre-training does at each step and at its dates."""
     encoder = engine.module.encoder
-    draw = mask_of(recipe, encoder, predict_share=recipe.predict_share)
+    draw = mask_of(recipe, encoder, mask_ratio=recipe.mask_ratio, predict_share=recipe.predict_share)
 
     def measure(monitor: Monitor, step: int) -> None:
         if held_out:

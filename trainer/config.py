@@ -346,10 +346,14 @@ class PretrainRuntime(Runtime):
     """Interval of reconstruction pictures [steps]."""
     heldout_samples: int = 1024
     """How many held-out images are measured; 0 for all [images]."""
+    heldout_mask_ratio: float | None = None
+    """Share of patches hidden in held-out images; none: mask_ratio. One value makes runs of several ratios compare."""
 
     def __post_init__(self) -> None:
         Runtime.__post_init__(self)
         _require(self, "heldout_samples", self.heldout_samples >= 0, "must not be negative")
+        inside = self.heldout_mask_ratio is None or 0 < self.heldout_mask_ratio < 1
+        _require(self, "heldout_mask_ratio", inside, "must lie strictly between 0 and 1 (try 0.75)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,7 +40,7 @@ def measure(name: str, flags: dict[str, str], folder: Path) -> dict[str, int]:
     if name in RECIPES:
         recipe, runtime = resolve(*RECIPES[name](), flags)
         model: Any = build_model(recipe, runtime)
-        draw = mask_of(recipe, model.encoder, predict_share=recipe.predict_share)
+        draw = mask_of(recipe, model.encoder, mask_ratio=recipe.mask_ratio, predict_share=recipe.predict_share)
     else:
         recipe, runtime = resolve(*DETECTOR_RECIPES[name](), flags)
         model, _ = build_detector(recipe, None)

@@ -3,6 +3,7 @@
 `pretrain` is the table of contents; ``--help`` lists every setting.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -30,10 +31,12 @@ from trainer import checkpoint, heldout
 from trainer.config import PretrainRecipe, PretrainRuntime, as_record
 from trainer.data.augment import CenterView, PretrainView
 from trainer.data.loader import Loader
-from trainer.data.plan import PLAN_VERSION, Order
+from trainer.data.mixture import Source
+from trainer.data.plan import PLAN_VERSION, Order, Repeated
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import Batch, fixed_stream
 from trainer.engine import Engine, connect, disconnect
+from trainer.errors import ConfigError
 from trainer.guardian import Phase
 from trainer.lease import Lease
 from trainer.models.encoder import PatchEncoder
@@ -62,6 +65,8 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
     world = world_from_environment()
     use_devices(world, runtime)
     ds_config = engine_settings(recipe, runtime, world)
+    if runtime.micro_batch % recipe.aug_repeats:
+        raise ConfigError(f"micro_batch is {runtime.micro_batch}, but must be divisible by {recipe.aug_repeats=}")
     model = build_model(recipe, runtime)
     others = {"heldout_data": runtime.heldout_data}
     found = find_sources(recipe, runtime, others=others) if world.is_main else None
@@ -73,7 +78,7 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
     start_watchdog(output, world, runtime)
     sources = tell_all_ranks(found, world)
     index = {setting: open_on_all_ranks(wanted, runtime, world) for setting, wanted in sources.items()}
-    order = order_of(recipe, index["data"], sources["data"])
+    order = order_with_repeats(recipe, index["data"], sources["data"])
     held_out = HeldOutView(model, recipe, runtime, index, world) if "heldout_data" in index else None
 
     engine = Engine(model, ds_config=ds_config, weight_decay=recipe.weight_decay, world=world)
@@ -136,6 +141,14 @@ def mask_of(
         mask_block=recipe.mask_block,
         predict_share=predict_share,
     )
+
+
+def order_with_repeats(recipe: PretrainRecipe, index: ShardIndex, sources: list[Source]) -> Order:
+    """Choose what the run visits when, each sample ``aug_repeats`` times in its batch."""
+    if recipe.aug_repeats == 1:
+        return order_of(recipe, index, sources)
+    once = dataclasses.replace(recipe, global_batch=recipe.global_batch // recipe.aug_repeats, aug_repeats=1)
+    return Repeated(order_of(once, index, sources), recipe.aug_repeats, recipe.global_batch)
 
 
 def flops_of(model: MaskedAutoencoder, recipe: PretrainRecipe) -> int:
@@ -235,6 +248,7 @@ def training_of(
             fast=recipe.decode_quality == "fast",
         ),
         noise_per_sample=encoder.num_patches,
+        repeats=recipe.aug_repeats,
         inputs=lambda batch: (batch.images_BCHW, *draw(batch.noise_BN)),
         flops_per_image=flops_of(engine.module, recipe),
         measure=measure,

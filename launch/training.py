@@ -51,6 +51,8 @@ class Training:
     picture_every: int
     at_end: Callable[[int], None]
     """Called on all ranks after the last step."""
+    repeats: int = 1
+    """Views of each sample in a batch."""
 
     def run(self) -> bool:
         """Train to the end of the schedule; False if a signal asked to stop. The state is saved either way.
@@ -90,7 +92,7 @@ class Training:
         output, images = Path(runtime.output_dir), len(self.index)
         total_steps = max(1, round(recipe.epochs * images / recipe.global_batch))
         last_step = min(total_steps, runtime.stop_at_step or total_steps)
-        share = Slice(recipe.global_batch, runtime.micro_batch, world.rank, world.size)
+        share = Slice(recipe.global_batch, runtime.micro_batch, world.rank, world.size, self.repeats)
         logger.info(
             "%d steps of %d images over %d ranks (%g epochs of %d images), from step %d, %s, ZeRO stage %d",
             *(total_steps, recipe.global_batch, world.size, recipe.epochs, images, progress.step),

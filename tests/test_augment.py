@@ -20,7 +20,7 @@ def view_of(payload: bytes, position: int, **changes: object) -> np.ndarray:
     settings = {"size": 32, "crop_scale": (0.2, 1.0), "flip_probability": 0.5, "seed": 3, "fast": True} | changes
     view = PretrainView(**settings)
     out = np.zeros((view.size, view.size, 3), dtype=np.uint8)
-    view(Photo(payload), view.draw([position])[0], out)
+    view(Photo(payload), view.draw([position]), out[None])
     return out
 
 
@@ -93,14 +93,29 @@ def test_exif_turned_and_png_images_take_the_same_way(tmp_path: object) -> None:
     assert np.abs(views[2] - views[1]).max() < 12
 
 
+def test_several_views_of_one_decoding_are_those_of_several_decodings() -> None:
+    view = PretrainView(size=32, crop_scale=(0.2, 1.0), flip_probability=0.5, seed=3, fast=False)
+    out = np.zeros((4, 32, 32, 3), dtype=np.uint8)
+    assert view(Photo(smooth(150, 120), 1), view.draw(range(4)), out) == [1] * 4
+    assert all((out[i] == view_of(smooth(150, 120), i, fast=False)).all() for i in range(4))
+
+
+def test_a_decoding_for_several_views_is_as_large_as_the_smallest_crop_asks() -> None:
+    view = PretrainView(size=32, crop_scale=(0.02, 1.0), flip_probability=0.0, seed=3, fast=True)
+    payload, out = smooth(600, 600), np.zeros((12, 32, 32, 3), dtype=np.uint8)
+    view(Photo(payload), view.draw(range(12)), out)
+    exact = [view_of(payload, i, crop_scale=(0.02, 1.0), flip_probability=0.0, fast=False) for i in range(12)]
+    assert np.abs(out.astype(int) - exact).mean() < 2
+
+
 def test_the_centre_is_always_the_same_and_what_is_no_image_is_refused() -> None:
     out = np.zeros((2, 16, 16, 3), dtype=np.uint8)
     view = CenterView(size=16)
     for row, draws in zip(out, view.draw([3, 9]), strict=True):
-        view(Photo(jpeg(2)), draws, row)
+        view(Photo(jpeg(2)), draws[None], row[None])
     assert (out[0] == out[1]).all()
     assert out[0].std() > 10
     with pytest.raises(SampleError):
-        view(Photo(b"nothing"), view.draw([0])[0], out[0])
+        view(Photo(b"nothing"), view.draw([0]), out[:1])
     with pytest.raises(SampleError):
         view_of(jpeg(2)[:200], 0)

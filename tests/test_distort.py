@@ -263,9 +263,9 @@ def test_a_self_morph_without_displacement_is_an_altered_copy_and_the_field_move
 def test_the_view_turns_the_given_share_of_bona_fides_into_attacks() -> None:
     view = DetectorView(size=32, crop_scale=(0.8, 1.0), flip_probability=0.5, seed=0, self_morph_share=0.3)
     out, payload = np.empty((32, 32, 3), np.uint8), jpeg(3, 60, 50)
-    labels = [view(Photo(payload, 0), mine, out) for mine in view.draw(range(400))]
+    labels = [view(Photo(payload, 0), mine[None], out[None])[0] for mine in view.draw(range(400))]
     assert 0.22 < np.mean(labels) < 0.38
-    assert {view(Photo(payload, 1), mine, out) for mine in view.draw(range(20))} == {1}
+    assert {view(Photo(payload, 1), mine[None], out[None])[0] for mine in view.draw(range(20))} == {1}
     wanting = [view.wants_landmarks(0, mine) for mine in view.draw(range(400))]
     assert wanting == [bool(label) for label in labels]
 
@@ -277,8 +277,8 @@ def test_the_view_is_a_function_of_the_position() -> None:
     first, second = np.empty((32, 32, 3), np.uint8), np.empty((32, 32, 3), np.uint8)
     seen = set()
     for position in range(30):
-        views[0](Photo(jpeg(1, 70, 50), 0), views[0].draw([position])[0], first)
-        views[1](Photo(jpeg(1, 70, 50), 0), views[1].draw(range(40))[position], second)
+        views[0](Photo(jpeg(1, 70, 50), 0), views[0].draw([position]), first[None])
+        views[1](Photo(jpeg(1, 70, 50), 0), views[1].draw(range(40))[[position]], second[None])
         np.testing.assert_array_equal(first, second)
         seen.add(first.tobytes())
     assert len(seen) == 30

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.plan import PLAN_VERSION, Plan, positions_of
+from trainer.data.plan import PLAN_VERSION, Plan, Repeated, positions_of
 
 plans = st.builds(
     Plan,
@@ -43,6 +43,26 @@ def test_the_global_batch_is_independent_of_the_world_size(step: int, num_ranks:
     parts = [positions_of(step, rank=r, num_ranks=num_ranks, global_batch=global_batch) for r in range(num_ranks)]
     assert sorted(np.concatenate(parts)) == list(range(step * global_batch, (step + 1) * global_batch))
     assert {len(part) for part in parts} == {share}
+
+
+@given(plans, st.integers(1, 4), st.integers(1, 6), st.integers(1, 3), st.integers(0, 500))
+@settings(max_examples=100)
+def test_a_repeated_order_is_the_order_with_each_sample_so_often_and_on_one_rank(
+    plan: Plan, repeats: int, num_ranks: int, samples_of_a_rank: int, step: int
+) -> None:
+    batch = repeats * num_ranks * samples_of_a_rank
+    once = plan.samples_at(np.arange(step * batch // repeats, (step + 1) * batch // repeats))
+    order, found = Repeated(plan, repeats, batch), []
+    for rank in range(num_ranks):
+        positions = positions_of(step, rank=rank, num_ranks=num_ranks, global_batch=batch)
+        views = order.locate(positions).sample_N.reshape(repeats, -1)
+        assert (views == views[0]).all()
+        found.append(views[0])
+        for view, sample in zip(positions.reshape(repeats, -1), views, strict=True):
+            assert (order.locate(view).sample_N == sample).all()
+        first, again = positions.reshape(repeats, -1)[[0, -1], 0].tolist()
+        assert order.substitutes(first, 5).tolist() == order.substitutes(again, 5).tolist()
+    assert np.array_equal(np.stack(found, axis=1).ravel(), once)
 
 
 def test_epochs_differ_in_order() -> None:

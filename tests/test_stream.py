@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import members_of, write_tar
 
+from trainer.data import augment
 from trainer.data.augment import CenterView, PretrainView
 from trainer.data.loader import Loader
-from trainer.data.plan import Plan
+from trainer.data.plan import Order, Plan, Repeated
 from trainer.data.shards import ShardIndex, list_shards, open_index
 from trainer.data.stream import Batch, Slice, fixed_stream, train_stream
 from trainer.errors import DataError
@@ -23,17 +24,21 @@ def index(shards: Path) -> ShardIndex:
 
 def loader(index: ShardIndex, share: Slice, *, workers: int = 0, first_step: int = 0, seed: int = 3) -> Loader:
     view = PretrainView(size=16, crop_scale=(0.2, 1.0), flip_probability=0.5, seed=seed, fast=True)
-    plan = Plan(len(index), seed, num_lanes=4, block_samples=4)
+    order: Order = Plan(len(index), seed, num_lanes=4, block_samples=4)
+    if share.repeats > 1:
+        order = Repeated(order, share.repeats, share.global_batch)
     return Loader(
-        train_stream(index, plan, share, view, first_step=first_step, noise_per_sample=4), num_workers=workers
+        train_stream(index, order, share, view, first_step=first_step, noise_per_sample=4), num_workers=workers
     )
 
 
-def consumed(index: ShardIndex, *, ranks: int, micro: int, workers: int, first_step: int = 0) -> dict[int, tuple]:
+def consumed(
+    index: ShardIndex, *, ranks: int, micro: int, workers: int, first_step: int = 0, repeats: int = 1
+) -> dict[int, tuple]:
     """Position -> (key, label, pixels, noise) of all ranks over some steps."""
     found = {}
     for rank in range(ranks):
-        share = Slice(GLOBAL_BATCH, micro, rank, ranks)
+        share = Slice(GLOBAL_BATCH, micro, rank, ranks, repeats)
         batches = iter(loader(index, share, workers=workers, first_step=first_step))
         for _ in range((STEPS - first_step) * share.micro_batches_per_step):
             batch: Batch = next(batches)
@@ -46,6 +51,30 @@ def consumed(index: ShardIndex, *, ranks: int, micro: int, workers: int, first_s
 @pytest.mark.parametrize(("ranks", "micro", "workers"), [(1, 4, 2), (2, 6, 0), (2, 3, 2), (3, 2, 1), (4, 1, 2)])
 def test_the_global_batch_is_the_same_for_every_layout(index: ShardIndex, ranks: int, micro: int, workers: int) -> None:
     assert consumed(index, ranks=ranks, micro=micro, workers=workers) == consumed(index, ranks=1, micro=12, workers=0)
+
+
+@pytest.mark.parametrize(("ranks", "micro", "workers"), [(1, 4, 2), (2, 6, 0), (3, 2, 1)])
+def test_repeated_views_are_the_same_for_every_layout_and_differ_from_each_other(
+    index: ShardIndex, ranks: int, micro: int, workers: int
+) -> None:
+    found = consumed(index, ranks=ranks, micro=micro, workers=workers, repeats=2)
+    assert found == consumed(index, ranks=1, micro=12, workers=0, repeats=2)
+    for step in range(STEPS):
+        views = [found[step * GLOBAL_BATCH + i] for i in range(GLOBAL_BATCH)]
+        for first, second in zip(views[: GLOBAL_BATCH // 2], views[GLOBAL_BATCH // 2 :], strict=True):
+            assert first[:2] == second[:2]
+            assert first[2] != second[2]
+            assert first[3] != second[3]
+
+
+def test_repeated_views_cost_one_decoding(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+    decode = augment.decode_image
+    monkeypatch.setattr(
+        augment, "decode_image", lambda payload, **how: decoded.append(payload) or decode(payload, **how)
+    )
+    next(iter(loader(index, Slice(GLOBAL_BATCH, GLOBAL_BATCH, repeats=3))))
+    assert len(decoded) == len(set(decoded)) == GLOBAL_BATCH // 3
 
 
 def test_a_stream_that_starts_later_is_the_rest_of_the_stream(index: ShardIndex) -> None:
@@ -66,6 +95,9 @@ def test_a_bad_sample_is_substituted_the_same_way_everywhere(tmp_path: Path) -> 
     whole = consumed(index, ranks=1, micro=12, workers=0)
     assert consumed(index, ranks=3, micro=2, workers=2) == whole
     assert "face0005" not in {key for key, *_ in whole.values()}
+    twice = consumed(index, ranks=1, micro=12, workers=0, repeats=2)
+    assert consumed(index, ranks=3, micro=2, workers=2, repeats=2) == twice
+    assert "face0005" not in {key for key, *_ in twice.values()}
     share = Slice(GLOBAL_BATCH, 12)
     batches = iter(loader(index, share))
     seen = [next(batches) for _ in range(2)]

@@ -3,7 +3,8 @@
 Each candidate reads the same JPEGs of 256 and of 512 pixels and makes random 224 pixel crops, 64 a batch:
 
     ours       tar shards, plan, crc check, decode by the crop, uint8 batch (decode_quality fast)
-    full       the same with decode_quality full, as detection uses it
+    repeats4   the same with four crops of each decoding (aug_repeats 4)
+    full       ours with decode_quality full, as detection uses it
     webdataset shards, PIL, torchvision RandomResizedCrop and flip, float tensors, batched (the usual pipeline)
     folder     torchvision ImageFolder and DataLoader, same transforms
     decode     simplejpeg alone, fast transforms, nothing else: the ceiling
@@ -37,7 +38,7 @@ from launch.command_line import read_flags, run
 from trainer.config import refuse_unknown
 from trainer.data.augment import PretrainView
 from trainer.data.loader import Loader
-from trainer.data.plan import Plan
+from trainer.data.plan import Plan, Repeated
 from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch, Slice, train_stream
 from trainer.models.encoder import PatchEncoder
@@ -76,10 +77,11 @@ def prepare(folder: Path, side: int) -> tuple[list[bytes], Path]:
     return pictures, shard
 
 
-def ours(index: ShardIndex, *, fast: bool) -> Iterator[object]:
+def ours(index: ShardIndex, *, fast: bool, repeats: int = 1) -> Iterator[object]:
     """Stream batches as a training rank does."""
     view = PretrainView(size=SIZE, crop_scale=(0.2, 1.0), flip_probability=0.5, seed=0, fast=fast)
-    return iter(train_stream(index, Plan(len(index), 0), Slice(BATCH, BATCH), view, first_step=0, noise_per_sample=196))
+    order, share = Repeated(Plan(len(index), 0), repeats, BATCH), Slice(BATCH, BATCH, repeats=repeats)
+    return iter(train_stream(index, order, share, view, first_step=0, noise_per_sample=196))
 
 
 def usual_transforms() -> Callable[[Image.Image], torch.Tensor]:
@@ -148,6 +150,7 @@ def compare(side: int, repeats: int) -> None:
         found = rates(
             {
                 "ours": ours(index, fast=True),
+                "repeats4": ours(index, fast=True, repeats=4),
                 "full": ours(index, fast=False),
                 "webdataset": usual_webdataset(shard),
                 "folder": image_folder(folder / "tree"),

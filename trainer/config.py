@@ -139,6 +139,9 @@ class PretrainRecipe(Recipe):
     """Share of the hidden patches that a training step predicts; below 1 needs decoder_type cross."""
     norm_pix_loss: bool = True
     """Predict each patch normalised by its own mean and variance."""
+    aug_repeats: int = 1
+    """Views of each image in a batch, of one decoding (repeated augmentation); an epoch counts views. For runs that
+    wait for decoding or storage."""
     decode_quality: Literal["fast", "full"] = "fast"
     """fast: JPEGs through faster transforms, reduced where the crop allows; full: every pixel exact, as detection."""
 
@@ -150,6 +153,7 @@ class PretrainRecipe(Recipe):
         _require(self, "predict_share", 0 < self.predict_share <= 1, "must be above 0 and at most 1 (try 0.33)")
         apart = self.predict_share == 1 or self.decoder_type == "cross"
         _require(self, "predict_share", apart, "needs decoder_type cross: elsewhere hidden patches see each other")
+        _require(self, "aug_repeats", self.global_batch % self.aug_repeats == 0, f"must divide {self.global_batch=}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -376,6 +380,7 @@ class DetectorRuntime(Runtime):
 
 _AT_LEAST_ONE = {
     *("image_size", "patch_size", "encoder_depth", "mask_block", "decoder_width", "decoder_depth", "decoder_heads"),
+    "aug_repeats",
     *("lora_r", "proj_dim", "proj_hidden_dim", "cls_hidden_dim", "mixstyle_blocks", "advanced_aug_num_ops"),
     *("global_batch", "micro_batch", "num_lanes", "block_samples", "window_blocks", "cache_bytes", "prefetch"),
     *("log_every", "save_every", "heldout_every", "picture_every", "val_every", "keep_checkpoints", "stop_at_step"),

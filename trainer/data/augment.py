@@ -3,7 +3,7 @@
 The random view of pre-training is a function of (seed, position). Its crop is drawn from the file's header, before any
 pixel is decoded, so that a JPEG which the crop would shrink anyway is decoded at a half, a quarter or an eighth.
 
-Shapes: H, W input size, S output size, N positions, K draws; images are HWC uint8 RGB.
+Shapes: H, W input size, S output size, N positions, R views of one image, K draws; images are HWC uint8 RGB.
 """
 
 import math
@@ -61,8 +61,8 @@ class View(Protocol):
     def wants_landmarks(self, label: int, draws_K: NDArray[np.float32]) -> bool:
         """Whether a sample's landmarks are to be read as well."""
 
-    def __call__(self, photo: Photo, draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]) -> int:
-        """Decode one image, write the view of it and return the class of what was written.
+    def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> list[int]:
+        """Decode one image once, write so many views of it and return the class of each.
 
         Raises:
             SampleError: the bytes are no image.
@@ -80,7 +80,7 @@ class PretrainView:
         crop_scale: smallest and largest share of the image's area.
         flip_probability: chance of a mirror.
         seed: run seed.
-        fast: decode with libjpeg-turbo's faster transforms, and reduced where the crop is at least twice the view.
+        fast: decode with libjpeg-turbo's faster transforms, and reduced where all crops are at least twice the view.
             Never for detection: artefacts are the signal.
     """
 
@@ -99,23 +99,25 @@ class PretrainView:
         """Return areas, ratios, top, left and mirror, in [0, 1)."""
         return uniforms(self._seed, Purpose.AUGMENT, position_N, 2 * _CROP_ATTEMPTS + 3)
 
-    def __call__(self, photo: Photo, draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]) -> int:
-        """Decode one image and write its crop."""
+    def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> list[int]:
+        """Decode one image once and write crops of it."""
         payload = photo.payload
         size = upright_jpeg_size(payload) if self._fast else None
         shrink, image_HWC = 1, None
         if size is None:
             image_HWC = decode_image(payload, fast=self._fast, scratch=self._scratch)
             size = image_HWC.shape[0], image_HWC.shape[1]
-        top, left, height, width = crop_box(*size, draws_K.tolist(), scale=self._crop_scale)
+        boxes = [crop_box(*size, draws, scale=self._crop_scale) for draws in draws_RK.tolist()]
         if image_HWC is None:
-            shrink = self._shrink(min(height, width))
+            shrink = self._shrink(min(min(height, width) for _, _, height, width in boxes))
             image_HWC = decode_image(payload, shrink=shrink, fast=True, scratch=self._scratch)
-        rows, columns = slice(top // shrink, (top + height) // shrink), slice(left // shrink, (left + width) // shrink)
-        cv2.resize(image_HWC[rows, columns], (self.size, self.size), dst=out_SSC, interpolation=cv2.INTER_CUBIC)
-        if draws_K[-1] < self._flip_probability:
-            cv2.flip(out_SSC, 1, dst=out_SSC)
-        return photo.label
+        for (top, left, height, width), draws_K, out_SSC in zip(boxes, draws_RK, out_RSSC, strict=True):
+            rows = slice(top // shrink, (top + height) // shrink)
+            columns = slice(left // shrink, (left + width) // shrink)
+            cv2.resize(image_HWC[rows, columns], (self.size, self.size), dst=out_SSC, interpolation=cv2.INTER_CUBIC)
+            if draws_K[-1] < self._flip_probability:
+                cv2.flip(out_SSC, 1, dst=out_SSC)
+        return [photo.label] * len(boxes)
 
     def _shrink(self, shorter_side: int) -> int:
         """Return how much smaller a crop may be decoded and still not be enlarged."""
@@ -176,10 +178,20 @@ class DetectorView:
         """Where a self-morph is due."""
         return self._morphs(label, self._parts(draws_K)[1])
 
-    def __call__(self, photo: Photo, draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]) -> int:
-        """Decode one image and write the view of it."""
+    def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> list[int]:
+        """Decode one image once and write views of it."""
+        image_HWC = decode_image(photo.payload)
+        return [self._write(image_HWC, photo, *one) for one in zip(draws_RK, out_RSSC, strict=True)]
+
+    def _write(
+        self,
+        image_HWC: NDArray[np.uint8],
+        photo: Photo,
+        draws_K: NDArray[np.float32],
+        out_SSC: NDArray[np.uint8],
+    ) -> int:
         crop, morph, *distort = self._parts(draws_K)
-        image_HWC, label = decode_image(photo.payload), photo.label
+        label = photo.label
         if self._morphs(label, morph):
             image_HWC, label = selfmorph.self_morph(image_HWC, morph[1:], photo.landmarks_L2), 1
         for distortion, mine in zip(self._before, distort, strict=False):
@@ -225,8 +237,7 @@ class CenterView:
         """Never."""
         return False
 
-    def __call__(self, photo: Photo, draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]) -> int:
+    def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> list[int]:
         """Decode one image and write its centre."""
-        del draws_K
-        out_SSC[...] = self._pipeline(image=decode_image(photo.payload))["image"]
-        return photo.label
+        out_RSSC[...] = self._pipeline(image=decode_image(photo.payload))["image"]
+        return [photo.label] * len(draws_RK)

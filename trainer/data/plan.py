@@ -146,6 +146,45 @@ class Plan:
         return (((words[:, 0] << 30) ^ words[:, 1]) % bound)[inverse]
 
 
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """An order of which every batch holds each of its samples several times, for as many views of one decoding.
+
+    Of the G positions of a step the i-th, the (i + G/R)-th and so on are one sample, so that all of them fall to one
+    rank wherever ranks and R divide G. A pass over the samples takes R times as many positions.
+    """
+
+    order: Order
+    repeats: int
+    """R."""
+    global_batch: int
+    """G, a multiple of R."""
+
+    @property
+    def seed(self) -> int:
+        """Root of the order's randomness."""
+        return self.order.seed
+
+    def locate(self, position: ArrayLike) -> Located:
+        """Return the sample at each position >= 0 and its block."""
+        return self.order.locate(self._turn(np.asarray(position, dtype=np.int64)))
+
+    def substitutes(self, position: int, count: int) -> NDArray[np.int64]:
+        """Return the samples to try, in this order, where the one at a position is bad."""
+        return self.order.substitutes(int(self._turn(np.array(position))), count)
+
+    def reads_blocks(self, num_ranks: int) -> bool:
+        """Whether each of so many ranks reads whole blocks."""
+        return self.order.reads_blocks(num_ranks)
+
+    def _turn(self, position_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the positions in the order that is repeated."""
+        step_N, place_N = np.divmod(position_N, self.global_batch)
+        num_samples = self.global_batch // self.repeats
+        turned_N: NDArray[np.int64] = step_N * num_samples + place_N % num_samples
+        return turned_N
+
+
 def positions_of(step: int, *, rank: int, num_ranks: int, global_batch: int) -> NDArray[np.int64]:
     """List the positions that one rank reads in one step: every ``num_ranks``-th of the step's own.
 

@@ -4,7 +4,7 @@ webdataset supplies the container format and the composition of stages. Its URL 
 buffer stay out: the first two run code that stands in data, the third cannot be resumed
 (webdataset issues 490, 271). The source stage is ours and asks the plan.
 
-Shapes: B samples of a micro batch, S image side, N patches.
+Shapes: B samples of a micro batch, R views of one of them, S image side, N patches.
 """
 
 import itertools
@@ -39,6 +39,8 @@ class Slice:
     micro_batch: int
     rank: int = 0
     num_ranks: int = 1
+    repeats: int = 1
+    """Views of a sample in the batch; they stand side by side in one micro batch, of which this is a divisor."""
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -49,6 +51,7 @@ class Slice:
         """Return the positions of one micro batch, counted over the whole run."""
         step, part = divmod(micro_step, self.micro_batches_per_step)
         mine = positions_of(step, rank=self.rank, num_ranks=self.num_ranks, global_batch=self.global_batch)
+        mine = mine.reshape(self.repeats, -1).T.ravel()
         return mine[part * self.micro_batch : (part + 1) * self.micro_batch]
 
 
@@ -127,6 +130,7 @@ class BatchLoader:
         whole_blocks: read a sample's whole block, because the others of it are wanted soon as well.
         noise_per_sample: uniform numbers a sample, for its mask.
         purpose: of those numbers.
+        repeats: so many places in a row are one sample, which is read and decoded once.
         substitute: put another sample in the place of a bad one; otherwise it stays, black, and its failure is noted.
     """
 
@@ -140,9 +144,10 @@ class BatchLoader:
         whole_blocks: bool,
         noise_per_sample: int,
         purpose: Purpose,
+        repeats: int = 1,
         substitute: bool = True,
     ) -> None:
-        self._substitutes = substitute
+        self._substitutes, self._repeats = substitute, repeats
         self._index, self._order, self._view = index, order, view
         self._reader, self._whole_blocks = ShardReader(spans), whole_blocks
         self._noise_per_sample, self._purpose = noise_per_sample, purpose
@@ -153,29 +158,33 @@ class BatchLoader:
         Raises:
             DataError: storage failed for good, or a hundred substitutes were bad as well.
         """
-        size, position_B = self._view.size, request.position_B
+        size, position_B, repeats = self._view.size, request.position_B, self._repeats
         images_BSSC = torch.empty((len(position_B), size, size, 3), dtype=torch.uint8)
-        refs = self._index.samples(request.located.sample_N)
-        payloads = self._reader.read_all(refs, self._index.blocks(*request.located) if self._whole_blocks else None)
+        located = Located(*(array[::repeats] for array in request.located))
+        read = self._index.samples(located.sample_N)
+        payloads = self._reader.read_all(read, self._index.blocks(*located) if self._whole_blocks else None)
         bad: list[tuple[str, str]] = []
         draws_BK, rows_BSSC = self._view.draw(position_B), images_BSSC.numpy()
-        marks = self._landmarks(refs, draws_BK)
-        labels, failures = [ref.label for ref in refs], [""] * len(refs)
-        for i, payload in enumerate(payloads):
+        marks = self._landmarks(read, draws_BK)
+        keys, labels, failures = [], [], [""] * len(position_B)
+        for i, (ref, payload) in enumerate(zip(read, payloads, strict=True)):
+            mine = slice(i * repeats, (i + 1) * repeats)
             try:
-                photo = Photo(self._reader.check(refs[i], payload), refs[i].label, marks.get(i))
-                labels[i] = self._view(photo, draws_BK[i], rows_BSSC[i])
+                photo = Photo(self._reader.check(ref, payload), ref.label, marks.get(i))
+                seen = self._view(photo, draws_BK[mine], rows_BSSC[mine])
             except SampleError as error:
-                bad.append((error.reason, refs[i].key))
+                bad += [(error.reason, ref.key)] * repeats
                 if self._substitutes:
-                    refs[i], labels[i] = self._substitute(int(position_B[i]), bad, draws_BK[i], rows_BSSC[i])
+                    ref, seen = self._substitute(int(position_B[mine.start]), bad, draws_BK[mine], rows_BSSC[mine])
                 else:
-                    failures[i], rows_BSSC[i] = error.reason, 0
+                    failures[mine], rows_BSSC[mine], seen = [error.reason] * repeats, 0, [ref.label] * repeats
+            keys += [ref.key] * repeats
+            labels += seen
         return Batch(
             images_BCHW=images_BSSC.permute(0, 3, 1, 2),
             noise_BN=torch.from_numpy(uniforms(self._order.seed, self._purpose, position_B, self._noise_per_sample)),
             positions=position_B.tolist(),
-            keys=[ref.key for ref in refs],
+            keys=keys,
             labels=labels,
             bad=dict(Counter(reason for reason, _ in bad)),
             bad_keys=[key for _, key in bad],
@@ -183,17 +192,22 @@ class BatchLoader:
         )
 
     def _landmarks(self, refs: list[SampleRef], draws_BK: NDArray[np.float32]) -> dict[int, NDArray[np.float32] | None]:
-        wanted = [i for i, ref in enumerate(refs) if self._view.wants_landmarks(ref.label, draws_BK[i])]
+        parts = np.split(draws_BK, len(refs))
+        wanted = [
+            i
+            for i, (ref, draws_RK) in enumerate(zip(refs, parts, strict=True))
+            if any(self._view.wants_landmarks(ref.label, draws_K) for draws_K in draws_RK)
+        ]
         return dict(zip(wanted, self._reader.read_landmarks([refs[i] for i in wanted]), strict=True)) if wanted else {}
 
     def _substitute(
-        self, position: int, bad: list[tuple[str, str]], draws_K: NDArray[np.float32], out_SSC: NDArray[np.uint8]
-    ) -> tuple[SampleRef, int]:
+        self, position: int, bad: list[tuple[str, str]], draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]
+    ) -> tuple[SampleRef, list[int]]:
         for ref in self._index.samples(self._order.substitutes(position, _MAX_SUBSTITUTES)):
             try:
-                return ref, self._view(Photo(self._reader.read(ref), ref.label), draws_K, out_SSC)
+                return ref, self._view(Photo(self._reader.read(ref), ref.label), draws_RK, out_RSSC)
             except SampleError as error:
-                bad.append((error.reason, ref.key))
+                bad += [(error.reason, ref.key)] * self._repeats
         raise DataError(
             f"position {position}: {_MAX_SUBSTITUTES} samples in a row could not be decoded, the last one {ref.key} "
             f"in {ref.shard} ({bad[-1][0]}): verify the shards with tools/check_shards.py and mend them"
@@ -219,6 +233,7 @@ def train_stream(
         whole_blocks=order.reads_blocks(share.num_ranks),
         noise_per_sample=noise_per_sample,
         purpose=Purpose.MASK,
+        repeats=share.repeats,
     )
     return wds.DataPipeline(PlannedRequests(order, share, first_step), wds.map(load))
 

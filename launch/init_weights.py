@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer import checkpoint
-from trainer.config import DetectorRecipe
+from trainer.config import DetectorRecipe, PretrainRecipe
 from trainer.errors import CheckpointError, ConfigError
 from trainer.models.detector import STATISTICS
 from trainer.models.encoder import PatchEncoder, pretrained_weights
@@ -95,7 +95,7 @@ def check_heads(init: Init | None, encoder: PatchEncoder) -> None:
         raise ConfigError(f"the weights have {theirs} attention heads and the model {ours}: pass their own --model")
 
 
-def check_init(init: Init | None, recipe: DetectorRecipe) -> None:
+def check_init(init: Init | None, recipe: DetectorRecipe | PretrainRecipe) -> None:
     """Refuse weights that were trained otherwise than the recipe says.
 
     Raises:
@@ -109,9 +109,11 @@ def check_init(init: Init | None, recipe: DetectorRecipe) -> None:
             raise ConfigError(f"{name} is {value}, but {found}: change --init, or leave {name} out")
     if init is None:
         return
-    for name in ("model", "patch_size", "encoder_depth", "normalisation"):  # positions fit another image_size
-        theirs, ours = init.recipe.get(name), getattr(recipe, name)
-        if name in init.recipe and theirs != ours:
+    # Positions fit another image_size.
+    names = ("model", "patch_size", "encoder_depth", "normalisation", "decoder_heads")
+    for name in (name for name in names if name in init.recipe and hasattr(recipe, name)):
+        theirs, ours = init.recipe[name], getattr(recipe, name)
+        if theirs != ours:
             raise ConfigError(f"{name} is {ours!r}, but --init was trained with {theirs!r}: pass --{name} {theirs}")
 
 

@@ -15,6 +15,7 @@ import torch
 
 from launch.command_line import EXIT_REQUEUE, configure, recipes_help, run, wants_help
 from launch.data import describe_shares, find_sources, open_on_all_ranks, order_of, span_reader, tell_all_ranks
+from launch.init_weights import check_heads, check_init, read_init
 from launch.recipes import DEFAULT, RECIPES
 from launch.run_setup import (
     backend_timeout_s,
@@ -40,6 +41,7 @@ from trainer.errors import ConfigError
 from trainer.guardian import Phase
 from trainer.lease import Lease
 from trainer.models.encoder import PatchEncoder
+from trainer.models.lora import backbone_sha256
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
 from trainer.monitor import Monitor, start_logging
@@ -68,6 +70,7 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
     if runtime.micro_batch % recipe.aug_repeats:
         raise ConfigError(f"micro_batch is {runtime.micro_batch}, but must be divisible by {recipe.aug_repeats=}")
     model = build_model(recipe, runtime)
+    init_sha256 = take_weights(model, recipe, runtime)
     others = {"heldout_data": runtime.heldout_data}
     found = find_sources(recipe, runtime, others=others) if world.is_main else None
 
@@ -82,6 +85,8 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
     held_out = HeldOutView(model, recipe, runtime, index, world) if "heldout_data" in index else None
 
     engine = Engine(model, ds_config=ds_config, weight_decay=recipe.weight_decay, world=world)
+    if runtime.compile_mode != "off":
+        engine.compile(runtime.compile_mode)
     identity = checkpoint.Identity(
         recipe=as_record(recipe),
         data_fingerprint=index["data"].fingerprint,
@@ -90,6 +95,7 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
         zero_stage=engine.zero_stage,
         precision=engine.precision,
         num_ranks=world.size,
+        init=init_sha256,
     )
     lease = begin(output, identity, runtime, world)
     with noting_the_end(lease, world):
@@ -127,6 +133,32 @@ def build_model(recipe: PretrainRecipe, runtime: PretrainRuntime) -> MaskedAutoe
             fixed_pos_embed=recipe.fixed_pos_embed,
             norm_pix_loss=recipe.norm_pix_loss,
         )
+
+
+def take_weights(model: MaskedAutoencoder, recipe: PretrainRecipe, runtime: PretrainRuntime) -> str:
+    """Start from the weights of ``init`` if any are named; returns the sha256 of them.
+
+    Raises:
+        ConfigError: they are of another model.
+    """
+    init = read_init(runtime.init, pretrained=False)
+    if init is None:
+        return ""
+    said = f"init is {runtime.init!r}"
+    if not runtime.init_encoder_only:
+        if "decoder_pred.weight" not in init.decoder:
+            raise ConfigError(f"{said}, which has no decoder: add --init_encoder_only true")
+        check_init(init, recipe)
+    check_heads(init, model.encoder)
+    model.encoder.load_weights(init.weights)
+    if not runtime.init_encoder_only:
+        try:
+            model.load_decoder(init.decoder)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{said}, but {error}: set the decoder's settings to its own, or add --init_encoder_only true"
+            ) from error
+    return backbone_sha256(model)
 
 
 def mask_of(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from trainer.optim import learning_rate_at
 CPU = ROOT / "ds_configs" / "cpu_fp32.json"
 
 
-def train(folder: Path, *, ranks: int, stage: int, micro_batch: int, config: Path = CPU) -> list[dict[str, Any]]:
+def train(
+    folder: Path, *, ranks: int, stage: int, micro_batch: int, config: Path = CPU, compile_mode: str = "off"
+) -> list[dict[str, Any]]:
     folder.mkdir()
-    words = [str(config), str(micro_batch), str(folder), str(stage)]
+    words = [str(config), str(micro_batch), str(folder), str(stage), compile_mode]
     return run_worker("engine_worker.py", words, folder, ranks=ranks)
 
 
@@ -37,6 +40,17 @@ def test_all_stages_and_one_rank_and_accumulation_compute_the_same(tmp_path: Pat
             assert ranks[0]["parameters"] == ranks[1]["parameters"]
     accumulated = train(tmp_path / "accumulated", ranks=1, stage=1, micro_batch=2)[0]
     assert accumulated["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
+def test_a_compiled_model_computes_the_same(tmp_path: Path) -> None:
+    alone = train(tmp_path / "alone", ranks=1, stage=0, micro_batch=4)[0]
+    compiled = train(tmp_path / "compiled", ranks=1, stage=1, micro_batch=4, compile_mode="default")[0]
+    assert compiled["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert compiled["errors"] == pytest.approx(alone["errors"], rel=1e-3)
+    assert compiled["copy_is_equal"]
 
 
 @pytest.mark.slow

@@ -128,9 +128,9 @@ def test_loss_and_gradients_equal_the_published_implementation(norm_pix_loss: bo
     assert compared > 60
 
 
-def test_a_step_costs_2_percent_less_than_the_published_one() -> None:
+def test_a_step_costs_4_percent_less_than_the_published_one() -> None:
     mae = MaskedAutoencoder(PatchEncoder("vit_base_patch16_224", image_size=224), decoder_depth=8)
-    assert mae.flops_per_image(49, 147) / 58.7e9 == pytest.approx(0.976, abs=0.005)
+    assert mae.flops_per_image(49, 147) / 58.7e9 == pytest.approx(0.963, abs=0.003)
 
 
 @pytest.mark.parametrize("learned", [True, False])

@@ -56,6 +56,11 @@ def broken(kind: str, folder: Path) -> Path:
         ({"ds_config": "CONFLICT"}, "", "optimizer.params.lr"),
         ({"resume": "must"}, "", "resume is must"),
         ({"index_dir": "/proc/nothing"}, "", "--index_dir"),
+        ({"aug_repeats": "4", "micro_batch": "2"}, "", "recipe.aug_repeats=4"),
+        ({"aug_repeats": "3"}, "", "aug_repeats is 3"),
+        ({"heldout_mask_ratio": "0.99"}, "", "keeps 0 of 16"),
+        ({"compile_mode": "reduce-overhead"}, "", "needs a GPU"),
+        ({"init_encoder_only": "true"}, "", "init_encoder_only is True"),
     ],
 )
 def test_bad_input_is_one_clear_message_and_exit_code_2(

@@ -42,11 +42,11 @@ class Settings:
     """timm's name of the encoder."""
     image_size: int = 224
     """Side of the view [pixels]."""
-    global_batch: int = 32
+    global_batch: int = 8
     """Images in a step [images]."""
-    steps: int = 12
+    steps: int = 6
     """Steps between two saves [steps]."""
-    repeats: int = 5
+    repeats: int = 3
     """Saves of each way."""
     num_threads: int = 1
     """Threads of the training; the writer needs a core as well."""

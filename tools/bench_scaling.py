@@ -1,4 +1,4 @@
-"""Two ranks against one, by ZeRO stage: how much of a step is communication, on this machine.
+"""Two ranks against one, by ZeRO stage, on this machine: how much of a step is communication, and the memory it takes.
 
 Two processes that know nothing of each other already share caches and memory bandwidth; so they are the measure, and
 what two ranks take longer is communication (gloo over loopback). Counted first, in float32: stages 0 to 2 all-reduce
@@ -31,6 +31,7 @@ from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask
 from trainer.world import world_from_environment
 
+STATUS = Path("/proc/self/status")
 CPU_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "cpu_fp32.json"
 
 
@@ -38,13 +39,13 @@ CPU_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "cpu_fp32.j
 class Settings:
     """What the user may set."""
 
-    model: str = "vit_small_patch16_224"
+    model: str = "vit_tiny_patch16_224"
     """timm's name of the encoder."""
     image_size: int = 224
     """Side of the view [pixels]."""
-    micro_batch: int = 8
+    micro_batch: int = 4
     """Images of a rank in a step [images]."""
-    steps: int = 6
+    steps: int = 5
     """Steps that count, after two that do not [steps]."""
     repeats: int = 3
     """Runs of each kind, in turns."""
@@ -57,9 +58,10 @@ class Settings:
         check_types(self)
 
 
-def rank(settings: Settings, stage: int) -> float:
-    """Train as one rank of the environment's world; returns the median time of a step [s]."""
+def rank(settings: Settings, stage: int) -> tuple[float, float]:
+    """Train as one rank of the environment's world; returns the median time of a step [s] and its peak memory [GiB]."""
     torch.set_num_threads(1)
+    idle = memory("VmRSS")
     torch.manual_seed(0)
     world = connect(world_from_environment(), timeout_s=300)
     size, batch = settings.image_size, settings.micro_batch
@@ -80,12 +82,19 @@ def rank(settings: Settings, stage: int) -> float:
         start = time.perf_counter()
         engine.step([inputs], learning_rate=1e-4, seed=0)
         times.append(time.perf_counter() - start)
+    peak = memory("VmHWM") - idle
     disconnect()
-    return statistics.median(times[2:])
+    return statistics.median(times[2:]), peak
 
 
-def measure(words: list[str], stage: int, worlds: list[int]) -> float:
-    """Run processes side by side, each a rank of a world of this size; returns the slowest one's step [s]."""
+def memory(name: str) -> float:
+    """Return what Linux says of this process, VmRSS (now) or VmHWM (at most so far) [GiB]."""
+    words = next(line for line in STATUS.read_text().splitlines() if line.startswith(name)).split()
+    return int(words[1]) / 2**20
+
+
+def measure(words: list[str], stage: int, worlds: list[int]) -> tuple[float, float]:
+    """Run processes side by side, ranks of worlds of these sizes; returns the largest time [s] and memory [GiB]."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -103,7 +112,8 @@ def measure(words: list[str], stage: int, worlds: list[int]) -> float:
     told = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         raise SystemExit(f"a rank failed at stage {stage}: see above")
-    return max(float(text.split()[-1]) for text in told)
+    seconds, gib = zip(*(map(float, text.split()[-2:]) for text in told), strict=True)
+    return max(seconds), max(gib)
 
 
 def main(words: list[str]) -> int:
@@ -112,21 +122,22 @@ def main(words: list[str]) -> int:
     if settings is None:
         return 0
     if settings.stage is not None:
-        print(rank(settings, settings.stage))
+        print(*rank(settings, settings.stage))
         return 0
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {settings}")
-    names = ("one rank", "two apart", "two ranks", "communication", "images/s of 2 / 1")
+    names = ("one rank", "two apart", "two ranks", "communication", "images/s of 2 / 1", "GiB a rank: 1", "2")
     print("ZeRO" + "".join(f"{name:>{max(11, len(name) + 2)}}" for name in names))
     for stage in map(int, settings.stages):
         kinds = {"one": [1], "apart": [1, 1], "two": [2, 2]}
-        times: dict[str, list[float]] = {name: [] for name in kinds}
+        seen: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
         for _ in range(settings.repeats):
             for name, worlds in kinds.items():
-                times[name].append(measure(words, stage, worlds))
-        one, apart, two = (statistics.median(times[name]) for name in kinds)
+                seen[name].append(measure(words, stage, worlds))
+        one, apart, two = (statistics.median(seconds for seconds, _ in seen[name]) for name in kinds)
+        alone, shared = (statistics.median(gib for _, gib in seen[name]) for name in ("one", "two"))
         print(
             f"{stage:4}{one:9.3f} s{apart:9.3f} s{two:9.3f} s{100 * max(0.0, 1 - apart / two):13.1f} %"
-            f"{2 * one / two:18.2f}x",
+            f"{2 * one / two:18.2f}x{alone:15.2f}{shared:11.2f}",
             flush=True,
         )
     return 0

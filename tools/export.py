@@ -175,19 +175,10 @@ def build_mae(init: Init, recipe: PretrainRecipe) -> MaskedAutoencoder:
     """
     mae = build_model(recipe, PretrainRuntime())
     mae.encoder.load_weights(init.weights)
-    decoder = dict(init.decoder)
-    positions = decoder.get("decoder_pos_embed")
-    if positions is not None and positions.shape[1] == mae.encoder.num_patches + 1:  # the published form
-        if positions[:, 0].any():
-            raise ConfigError(f"source {init.description}: the class token has a position in the decoder: choose timm")
-        decoder["decoder_pos_embed"] = positions[:, 1:]
     try:
-        found = mae.load_state_dict(decoder, strict=False)
-    except RuntimeError as error:
-        raise ConfigError(f"source {init.description}: its decoder does not fit ({error}): choose timm") from error
-    lost = [*found.unexpected_keys, *(name for name in found.missing_keys if not name.startswith("encoder."))]
-    if lost:
-        raise ConfigError(f"source {init.description}: its decoder is another one, see {lost[0]}: choose timm")
+        mae.load_decoder(init.decoder)
+    except ConfigError as error:
+        raise ConfigError(f"source is {init.description!r}, but {error}: choose --format timm") from error
     return mae
 
 

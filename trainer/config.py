@@ -340,8 +340,13 @@ class Runtime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainRuntime(Runtime):
-    """What does not change the numbers of masked pre-training."""
+    """What does not change the numbers of pre-training, but for `init`, whose weights are part of its identity."""
 
+    init: str = ""
+    """Weights to start from instead of random ones: a run of pretrain.py, an official MAE .pth file, a folder of
+    transformers' ViTMAE, or encoders as finetune.py takes them. Positions of another image_size are interpolated."""
+    init_encoder_only: bool = False
+    """Leave the decoder of --init behind."""
     heldout_data: str = ""
     """Held-out shards for the held-out loss and the pictures; empty for none."""
     heldout_every: int = 500
@@ -350,12 +355,16 @@ class PretrainRuntime(Runtime):
     """Interval of reconstruction pictures [steps]."""
     heldout_samples: int = 1024
     """How many held-out images are measured; 0 for all [images]."""
+    compile_mode: Literal["off", "default", "reduce-overhead"] = "off"
+    """How torch.compile compiles the model, which takes minutes; reduce-overhead replays CUDA graphs."""
     heldout_mask_ratio: float | None = None
     """Share of patches hidden in held-out images; none: mask_ratio. One value makes runs of several ratios compare."""
 
     def __post_init__(self) -> None:
         Runtime.__post_init__(self)
         _require(self, "heldout_samples", self.heldout_samples >= 0, "must not be negative")
+        has_one = bool(self.init) or not self.init_encoder_only
+        _require(self, "init_encoder_only", has_one, "says something of --init only: name one")
         inside = self.heldout_mask_ratio is None or 0 < self.heldout_mask_ratio < 1
         _require(self, "heldout_mask_ratio", inside, "must lie strictly between 0 and 1 (try 0.75)")
 

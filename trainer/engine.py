@@ -229,6 +229,22 @@ class Engine:
         self.device = torch.device(self._engine.device)
         self._basic_grad_norm: Tensor | None = None
 
+    def compile(self, mode: str) -> None:
+        """Have torch compile the model at its first step, which then takes minutes.
+
+        Args:
+            mode: ``default``, or ``reduce-overhead``, which replays CUDA graphs.
+
+        Raises:
+            ConfigError: there is nothing to compile with, or graphs cannot hold what this stage moves.
+        """
+        if self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise ConfigError(f"compile_mode is {mode!r}, but there is no C++ compiler: install g++, or use off")
+        if mode == "reduce-overhead" and (self.device.type != "cuda" or self.zero_stage == 3):
+            where = f"here are {self.device.type} and stage {self.zero_stage}"
+            raise ConfigError(f"compile_mode is {mode!r}, which needs a GPU and ZeRO stage 0 to 2, but {where}")
+        self._engine.compile(compile_kwargs={"mode": mode})
+
     def step(
         self, micro_batches: Iterable[tuple[Tensor, ...]], *, learning_rate: float, seed: int, stop: bool = False
     ) -> StepResult:
@@ -257,9 +273,10 @@ class Engine:
         losses: list[Tensor] = []
         self._engine.train()
         for inputs in micro_batches:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             loss: Tensor = self._engine(*inputs)
             self._engine.backward(loss * (1 + 0 * loss.detach()))  # times 1, or times NaN
-            losses.append(loss.detach())
+            losses.append(loss.detach().clone())  # a replayed graph writes the next one to the same place
             if self._engine.is_gradient_accumulation_boundary():
                 mean_loss, bad, hands = self._agree(losses, stop)
             self._engine.step()

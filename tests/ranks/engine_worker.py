@@ -40,7 +40,7 @@ def same(one: Any, other: Any) -> bool:
     return vars(one) == vars(other) if hasattr(one, "__dict__") else bool(one == other)
 
 
-def main(ds_config: str, micro_batch: str, output: str, stage: str) -> None:
+def main(ds_config: str, micro_batch: str, output: str, stage: str, compile_mode: str = "off") -> None:
     torch.set_num_threads(1)
     world = connect(world_from_environment(), timeout_s=120)
     owned = owned_by_recipe(
@@ -58,6 +58,8 @@ def main(ds_config: str, micro_batch: str, output: str, stage: str) -> None:
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2, fixed_positions=True)
     model = MaskedAutoencoder(encoder, decoder_width=32, decoder_depth=2, decoder_heads=4)
     engine = Engine(model, ds_config=config, weight_decay=0.05, world=world)
+    if compile_mode != "off":
+        engine.compile(compile_mode)
 
     losses, norms = [], []
     for step in range(STEPS):

@@ -3,7 +3,7 @@
 Patches are gathered before the patch embedding, so nothing is computed for a hidden patch; positions are added by
 index. With all patches kept, the result is timm's own ``forward_features``.
 
-Shapes: B images, N patches, K kept, T = prefix + K tokens, D width, P = p*p*C values of a patch, S queries.
+Shapes: B images, N patches, K kept, T = prefix + K tokens, D width, P = p*p*C values of a patch, S queries, F = 3*D.
 """
 
 import difflib
@@ -133,9 +133,8 @@ class PatchEncoder(nn.Module):
         weights = dict(weights)
         positions = weights.get("pos_embed")
         if positions is not None and positions.shape[1] - self.vit.num_prefix_tokens != self.num_patches:
-            weights["pos_embed"] = resample_abs_pos_embed(
-                positions.float(), list(self.grid), num_prefix_tokens=self.vit.pos_embed.shape[1] - self.num_patches
-            )
+            num_placed = self.vit.pos_embed.shape[1] - self.num_patches
+            weights["pos_embed"] = interpolate_positions(positions, self.grid, num_prefix=num_placed)
         ours = self.vit.state_dict()
         missing = [name for name in ours if name not in weights]
         misfits = [n for n, value in ours.items() if n in weights and weights[n].shape != value.shape]
@@ -210,18 +209,29 @@ def make_blocks(depth: int, *, width: int, heads: int) -> nn.ModuleList:
     return nn.ModuleList(Block(width, heads, mlp_ratio=4.0, qkv_bias=True) for _ in range(depth))
 
 
-def attend_from(block: Any, tokens_BTD: Tensor, num_queries: int) -> Tensor:
+def query_key_value(block: Any, tokens_BTD: Tensor) -> Tensor:
+    """Return what a block's attention makes of each token by itself, (B, T, 3*D)."""
+    projected: Tensor = block.attn.qkv(block.norm1(tokens_BTD))
+    return projected
+
+
+def attend_from(block: Any, tokens_BTD: Tensor, num_queries: int, qkv_BTF: Tensor | None = None) -> Tensor:
     """Run a block for its last tokens only; they still attend to all.
 
     Equals ``block(tokens)[:, -num_queries:]`` without the other tokens' attention rows, projection and MLP.
+
+    Args:
+        block: timm's.
+        tokens_BTD: its input.
+        num_queries: S.
+        qkv_BTF: `query_key_value` of the tokens, where it is known already.
 
     Returns:
         tokens_BSD: the last ``num_queries`` tokens.
     """
     attention = block.attn
-    q_BhTd, k_BhTd, v_BhTd = rearrange(
-        attention.qkv(block.norm1(tokens_BTD)), "b t (three h d) -> three b h t d", three=3, h=attention.num_heads
-    )
+    qkv_BTF = query_key_value(block, tokens_BTD) if qkv_BTF is None else qkv_BTF
+    q_BhTd, k_BhTd, v_BhTd = rearrange(qkv_BTF, "b t (three h d) -> three b h t d", three=3, h=attention.num_heads)
     q_BhSd = attention.q_norm(q_BhTd[:, :, -num_queries:])
     mixed_BhSd = F.scaled_dot_product_attention(q_BhSd, attention.k_norm(k_BhTd), v_BhTd)
     mixed_BSD = attention.proj(attention.norm(rearrange(mixed_BhSd, "b h s d -> b s (h d)")))
@@ -251,23 +261,31 @@ def _attention_weights(block: Any, tokens_BTD: Tensor) -> Tensor:
     """Return a block's attention, averaged over the heads, (B, T, T); rows sum to 1."""
     attention = block.attn
     q_BhTd, k_BhTd, _ = rearrange(
-        attention.qkv(block.norm1(tokens_BTD)), "b t (three h d) -> three b h t d", three=3, h=attention.num_heads
+        query_key_value(block, tokens_BTD), "b t (three h d) -> three b h t d", three=3, h=attention.num_heads
     )
     logits_BhTT = attention.q_norm(q_BhTd) @ attention.k_norm(k_BhTd).transpose(-1, -2) * attention.scale
     weights_BTT: Tensor = logits_BhTT.softmax(dim=-1).mean(dim=1)
     return weights_BTT
 
 
-def block_flops(block: Any, num_tokens: int, num_queries: int | None = None) -> int:
+def block_flops(block: Any, num_tokens: int, num_queries: int | None = None, num_projected: int | None = None) -> int:
     """Count the forward FLOPs of a block over T tokens: 2 a weight of each linear layer and 4*T*T*D for attention.
 
-    With ``num_queries``, those of `attend_from`, which reads all tokens and goes on with so many.
+    With ``num_queries``, those of `attend_from`, which reads all tokens and goes on with so many; with
+    ``num_projected``, where `query_key_value` runs for so many only.
     """
     queries = num_tokens if num_queries is None else num_queries
+    projected = num_tokens if num_projected is None else num_projected
     linear = sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
     qkv: int = block.attn.qkv.weight.numel()
     attention: int = 4 * num_tokens * queries * block.attn.num_heads * block.attn.head_dim
-    return 2 * qkv * num_tokens + 2 * (linear - qkv) * queries + attention
+    return 2 * qkv * projected + 2 * (linear - qkv) * queries + attention
+
+
+def interpolate_positions(positions_1ND: Tensor, grid: tuple[int, int], *, num_prefix: int = 0) -> Tensor:
+    """Interpolate position embeddings of a square grid for another one; the first ``num_prefix`` stay as they are."""
+    resampled: Tensor = resample_abs_pos_embed(positions_1ND.float(), list(grid), num_prefix_tokens=num_prefix)
+    return resampled
 
 
 def sine_cosine_positions(grid: tuple[int, int], width: int) -> Tensor:

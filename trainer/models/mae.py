@@ -1,24 +1,35 @@
 """The masked autoencoder: a ViT sees a quarter of the patches, a light decoder paints the rest.
 
-With the same weights and the same mask the loss is the published one's; three things are computed less often:
+With the same weights and the same mask the loss is the published one's; four things are computed less often:
 hidden patches are never embedded, tokens are not put back in order (attention does not see order, and positions are
-added by index), and the last decoder block and the pixel layer run for hidden patches only. The cross decoder is
-another mathematics: see `trainer.models.cross_block`.
+added by index), the last decoder block and the pixel layer run for hidden patches only, and what the first decoder
+block makes of a hidden patch by itself is computed once for all images, which differ there in nothing. The cross
+decoder is another mathematics: see `trainer.models.cross_block`.
 
 Shapes: B images, C=3 channels, H, W image, N patches, K kept, M masked (of these, those to predict), P = p*p*C values
-of a patch, D encoder width, E decoder width, T tokens.
+of a patch, D encoder width, E decoder width, T seen tokens or all, F = 3*E.
 Source: He et al. 2021, arXiv 2111.06377, section 3.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from trainer.errors import ConfigError
 from trainer.losses import masked_pixel_error, normalise_patches, patch_statistics
 from trainer.models.cross_block import CrossBlock
-from trainer.models.encoder import PatchEncoder, attend_from, block_flops, make_blocks, sine_cosine_positions
+from trainer.models.encoder import (
+    PatchEncoder,
+    attend_from,
+    block_flops,
+    interpolate_positions,
+    make_blocks,
+    query_key_value,
+    sine_cosine_positions,
+)
 from trainer.models.mask_utils import patchify, take, unpatchify
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -98,6 +109,35 @@ class MaskedAutoencoder(nn.Module):
         """Return what the loss asks the decoder to predict, float32 (B, M, P)."""
         return self._target(patchify(self._normalise(images_BCHW), self.encoder.patch), masked_BM)
 
+    def load_decoder(self, weights: dict[str, Tensor]) -> None:
+        """Load all but the encoder by name, ours or the published ones; positions of another grid are interpolated.
+
+        Raises:
+            ConfigError: it is another decoder, naming what is missing, left over or of another shape.
+        """
+        weights = dict(weights)
+        positions = weights.get("decoder_pos_embed")
+        if positions is not None:
+            if math.isqrt(positions.shape[1]) ** 2 != positions.shape[1]:  # the published form: the class token's first
+                if positions[:, 0].any():
+                    raise ConfigError("the class token has a position in the decoder, which it has not here")
+                positions = positions[:, 1:]
+            if positions.shape[1] != self.encoder.num_patches:
+                positions = interpolate_positions(positions, self.encoder.grid)
+            weights["decoder_pos_embed"] = positions
+        ours = {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
+        shapes, wanted = ({name: tuple(v.shape) for name, v in part.items()} for part in (weights, ours))
+        differing = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+        if differing:
+            name = differing[0]
+            raise ConfigError(
+                f"the decoder's weights are of another one: {name} is {shapes.get(name, 'missing')} there and "
+                f"{wanted.get(name, 'missing')} here"
+            )
+        with torch.no_grad():
+            for name, value in ours.items():
+                value.copy_(weights[name])
+
     def flops_per_image(self, num_keep: int, num_masked: int) -> int:
         """Count the FLOPs of forward and backward (three times forward) of one image, for the MFU."""
         num_seen = num_keep + self.encoder.num_prefix
@@ -105,33 +145,43 @@ class MaskedAutoencoder(nn.Module):
             blocks: Iterable[Any] = self.decoder_blocks
             decoder: int = sum(block.flops(num_masked, num_seen) for block in blocks)
         else:
-            *blocks, last = self.decoder_blocks
-            decoder = sum(block_flops(block, num_seen + num_masked) for block in blocks)
-            decoder += block_flops(last, num_seen + num_masked, num_masked)
+            num_all, last = num_seen + num_masked, len(self.decoder_blocks) - 1
+            decoder = sum(
+                block_flops(block, num_all, num_masked if i == last else num_all, num_all if i else num_seen)
+                for i, block in enumerate(self.decoder_blocks)
+            )
         linear = self.decoder_embed.weight.numel() * num_seen + self.decoder_pred.weight.numel() * num_masked
         return 3 * (self.encoder.flops(num_keep) + decoder + 2 * linear)
 
     def _predict(self, patches_BNP: Tensor, keep_BK: Tensor, masked_BM: Tensor) -> Tensor:
         compute_dtype = next(self.parameters()).dtype
         seen_BTE = self.decoder_embed(self.encoder(patches_BNP.to(compute_dtype), keep_BK))
-        positions_BNE = self._decoder_positions().expand(len(keep_BK), -1, -1)
+        positions_1NE = self._decoder_positions()
         prefix_BTE, visible_BKE = seen_BTE.split([self.encoder.num_prefix, keep_BK.shape[1]], dim=1)
-        visible_BKE = visible_BKE + take(positions_BNE, keep_BK)
-        hidden_BME = self.mask_token + take(positions_BNE, masked_BM)
-        painted_BME = self._paint(torch.cat([prefix_BTE, visible_BKE], dim=1), hidden_BME)
+        visible_BKE = visible_BKE + _pick(positions_1NE, keep_BK)
+        seen_BTE = torch.cat([prefix_BTE, visible_BKE], dim=1)
+        painted_BME = self._paint(seen_BTE, self.mask_token + positions_1NE, masked_BM)
         predicted_BMP: Tensor = self.decoder_pred(self.decoder_norm(painted_BME))
         return predicted_BMP
 
-    def _paint(self, seen_BKE: Tensor, hidden_BME: Tensor) -> Tensor:
+    def _paint(self, seen_BTE: Tensor, blank_1NE: Tensor, masked_BM: Tensor) -> Tensor:
+        """Run the decoder; ``blank`` is what a hidden patch starts as, at every place."""
+        hidden_BME = _pick(blank_1NE, masked_BM)
         if self.decoder_type == "cross":
             for block in self.decoder_blocks:
-                hidden_BME = block(hidden_BME, seen_BKE)
+                hidden_BME = block(hidden_BME, seen_BTE)
             return hidden_BME
-        tokens_BTE = torch.cat([seen_BKE, hidden_BME], dim=1)
-        *blocks, last = self.decoder_blocks
-        for block in blocks:
+        first, *blocks = self.decoder_blocks
+        tokens_BTE = torch.cat([seen_BTE, hidden_BME], dim=1)
+        num_hidden, num_tokens = hidden_BME.shape[1], tokens_BTE.shape[1]
+        projected_BMF = _pick(query_key_value(first, blank_1NE), masked_BM)
+        qkv_BTF = torch.cat([query_key_value(first, seen_BTE), projected_BMF], dim=1)
+        if not blocks:
+            return attend_from(first, tokens_BTE, num_hidden, qkv_BTF)
+        tokens_BTE = attend_from(first, tokens_BTE, num_tokens, qkv_BTF)
+        for block in blocks[:-1]:
             tokens_BTE = block(tokens_BTE)
-        return attend_from(last, tokens_BTE, hidden_BME.shape[1])
+        return attend_from(blocks[-1], tokens_BTE, num_hidden)
 
     def _decoder_positions(self) -> Tensor:
         if self.position_embed is None:
@@ -151,9 +201,10 @@ class MaskedAutoencoder(nn.Module):
 
     def _device_statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Keep them out of the module's buffers: an engine in bf16 would round those."""
+        if torch.compiler.is_compiling():  # there they become constants
+            return _statistics_on(device)
         if device not in self._statistics:
-            mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-            self._statistics[device] = mean, std
+            self._statistics[device] = _statistics_on(device)
         return self._statistics[device]
 
     def _pictures(self, patches_BNP: Tensor, predicted_BMP: Tensor, masked_BM: Tensor) -> Tensor:
@@ -172,6 +223,16 @@ class MaskedAutoencoder(nn.Module):
         mean_C11, std_C11 = self._device_statistics(patches_BNP.device)
         image_BCHW = unpatchify(patches_BNP, self.encoder.patch, self.encoder.grid)
         return ((image_BCHW * std_C11 + mean_C11) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _statistics_on(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean_C11, std_C11 = (torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean_C11, std_C11
+
+
+def _pick(table_1ND: Tensor, index_BK: Tensor) -> Tensor:
+    """Give each image its rows of a table that all share, (B, K, D)."""
+    return take(table_1ND.expand(len(index_BK), -1, -1), index_BK)
 
 
 @torch.no_grad()

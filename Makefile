@@ -1,4 +1,5 @@
 # demo: train on real faces in minutes.  test, lint: what CI runs.  bench: paired timings.  faults: 100 kills.
+# curves: the fast recipe beside the published form, each on a core for 20 minutes.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -13,7 +14,7 @@ ALONE = OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/python
 LAUNCH = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/deepspeed --quiet --num_gpus 2
 TWO_AT_A_TIME = $(MAKE) --no-print-directory --output-sync -j2
 
-.PHONY: demo test lint bench faults
+.PHONY: demo test lint bench curves faults
 
 $(INSTALLED): setup.py constraints.txt
 	@test -d .venv || $(PYTHON) -m venv .venv
@@ -72,9 +73,24 @@ lint: $(INSTALLED)
 faults: $(INSTALLED)
 	TRAINER_KILLS=100 TRAINER_MUTANTS=2500 $(BIN)/python -m pytest tests/test_kills.py tests/test_mutants.py tests/test_watchdog.py tests/test_resize.py tests/test_numerics.py
 
+demo/curves/exact/finished: HOW = --decoder_depth 8 --epochs 60
+demo/curves/fast/finished: HOW = --decoder_depth 4 --decoder_type cross --predict_share 0.33 --mask_ratio 0.8 --epochs 126
+
+demo/curves/%/finished: $(SHARDS)
+	$(ALONE) launch/pretrain.py --recipe demo --output_dir demo/curves/$* --progress_bar false \
+		--encoder_depth 12 --decoder_width 128 --decoder_heads 4 --warmup_epochs 5 --micro_batch 32 --num_threads 1 $(HOW) \
+		--data 'demo/shards/train/shard-*.tar' --heldout_data 'demo/shards/heldout/shard-*.tar' \
+		--heldout_mask_ratio 0.75 --heldout_every 50 --log_every 10
+	@touch $@
+
+curves: $(INSTALLED)
+	$(TWO_AT_A_TIME) demo/curves/exact/finished demo/curves/fast/finished
+	$(BIN)/python tools/compare_runs.py --runs exact=demo/curves/exact,fast=demo/curves/fast --plot demo/curves/curves.png
+
 bench: $(INSTALLED)
 	@mkdir -p demo
 	$(BIN)/python tools/bench_step.py
+	$(BIN)/python tools/bench_step.py --memory true --micro_batch 8
 	$(BIN)/python tools/bench_scaling.py
 	$(BIN)/python tools/bench_loader.py
 	$(BIN)/python tools/bench_lora.py

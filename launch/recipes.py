@@ -3,6 +3,7 @@
 Each returns a recipe (the numbers) and a runtime (a first guess for the hardware named).
 """
 
+import dataclasses
 from typing import Any
 
 from launch.command_line import configure
@@ -64,6 +65,20 @@ def mae_vit_base() -> tuple[PretrainRecipe, PretrainRuntime]:
     return _published("vit_base_patch16_224"), _cluster(micro_batch=256)
 
 
+def mae_vit_base_fast() -> tuple[PretrainRecipe, PretrainRuntime]:
+    """ViT-B/16 with a cheaper decoder and a higher mask ratio: more images in the same time.
+
+    Source: Fu et al. 2024, arXiv 2401.14391, without its weighting of encoder blocks; the choice is this project's, see
+    Measured in README.md. Hardware: 8 GPUs of 80 GB.
+    Cost: 25 GFLOP an image and step, 2.5e19 FLOP for 800 epochs of 1.28 M images.
+    Expected: at the demo's size a lower held-out error than the published form in the same time; not measured at this.
+    """
+    recipe = dataclasses.replace(
+        _published("vit_base_patch16_224"), decoder_type="cross", predict_share=0.33, decoder_depth=4, mask_ratio=0.8
+    )
+    return recipe, _cluster(micro_batch=256)
+
+
 def mae_vit_large() -> tuple[PretrainRecipe, PretrainRuntime]:
     """ViT-L/16, the published MAE settings.
 
@@ -84,7 +99,8 @@ def mae_vit_huge() -> tuple[PretrainRecipe, PretrainRuntime]:
     return _published("vit_huge_patch14_224"), _cluster(micro_batch=64)
 
 
-RECIPES = {function.__name__: function for function in (demo, mae_vit_small, mae_vit_base, mae_vit_large, mae_vit_huge)}
+_PRETRAINING = (demo, mae_vit_small, mae_vit_base, mae_vit_base_fast, mae_vit_large, mae_vit_huge)
+RECIPES = {function.__name__: function for function in _PRETRAINING}
 DEFAULT = "mae_vit_base"
 
 

@@ -9,7 +9,7 @@ from launch.recipes import RECIPES
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mae_vit_small", "mae_vit_base", "mae_vit_large"])
+@pytest.mark.parametrize("name", ["mae_vit_small", "mae_vit_base", "mae_vit_base_fast", "mae_vit_large"])
 def test_the_stated_cost_is_the_models(name: str) -> None:
     recipe, runtime = RECIPES[name]()
     model = build_model(recipe, runtime)

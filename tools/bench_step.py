@@ -62,6 +62,7 @@ VARIANTS = {
     "cross": Variant(decoder_type="cross"),
     "cross_third": Variant(decoder_type="cross", predict_share=1 / 3),
     "cross_third_depth4": Variant(decoder_type="cross", predict_share=1 / 3, depth=4),
+    "fast": Variant(decoder_type="cross", predict_share=0.33, depth=4, mask_ratio=0.8),
     "checkpointing": Variant(grad_checkpointing=True),
     "compiled": Variant(compiled=True),
 }

@@ -98,6 +98,8 @@ def draw(curves: dict[str, Curve], path: str) -> None:
     for name, curve in curves.items():
         axis.plot(curve.seconds, curve.errors, marker="o", markersize=3, label=name)
     axis.set(xlabel="seconds of training", ylabel="held-out masked error", yscale="log")
+    axis.yaxis.set_major_formatter("{x:.2f}")
+    axis.yaxis.set_minor_formatter("{x:.2f}")
     axis.grid(visible=True, which="both", alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)

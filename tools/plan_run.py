@@ -262,7 +262,7 @@ def make_plan(settings: Settings, recipe: Recipe, runtime: Runtime) -> Plan:
         sent=sent,
         link=link,
         decode_s=node_images / (settings.decode_per_core * settings.cores),
-        storage_s=node_images * settings.image_kb / (1000 * settings.storage_mb_s),
+        storage_s=node_images / views_of_a_file(recipe) * settings.image_kb / (1000 * settings.storage_mb_s),
     )
     frozen = not (isinstance(recipe, DetectorRecipe) and recipe.backbone_is_frozen)
     saved = planning.checkpoint_of(model.weights, zero, settings.nodes, settings.gpus, with_frozen=frozen)
@@ -316,10 +316,14 @@ def build(recipe: Recipe, *, grad_checkpointing: bool, precision: str) -> Any:
 
 
 def saved_bytes(model: Any, recipe: Recipe) -> int:
-    """Count what the forward pass of one image leaves for the backward pass, by running it on torch's fake tensors."""
+    """Count what the forward pass leaves of each image for the backward pass, by running it on torch's fake tensors.
+
+    What it leaves of all together, such as the first decoder block's view of hidden patches, does not count.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        return kept_bytes(model, example(model, recipe, TRACED_IMAGES)) // TRACED_IMAGES
+        few, more = (kept_bytes(model, example(model, recipe, n)) for n in (TRACED_IMAGES, 2 * TRACED_IMAGES))
+        return (more - few) // TRACED_IMAGES
 
 
 def example(model: Any, recipe: Recipe, images: int) -> tuple[torch.Tensor, ...]:
@@ -413,6 +417,7 @@ def describe_time(plan: Plan) -> list[str]:
     settings, step = plan.settings, plan.step
     images_s = plan.recipe.global_batch / step.total
     per_node = images_s / settings.nodes
+    read = per_node / views_of_a_file(plan.recipe)
     gradients, parameters = (size / GB for size in plan.sent)
     return [
         f"\nstep {1000 * step.total:.1f} ms; the bottleneck is {step.bottleneck}",
@@ -421,8 +426,8 @@ def describe_time(plan: Plan) -> list[str]:
         f"{1000 * step.exposed:.1f} of it waited for; a GPU sends {gradients:.3g} GB of gradients and "
         f"{parameters:.3g} GB of parameters",
         f"  loading      {1000 * step.decode:.1f} ms to decode, {1000 * step.storage:.1f} ms to read",
-        f"  rate         {images_s:,.0f} images/s, {images_s / plan.ranks:,.0f} a GPU; each host reads {per_node:,.0f} "
-        f"images/s, {per_node * settings.image_kb / 1000:,.0f} MB/s, and decodes on "
+        f"  rate         {images_s:,.0f} images/s, {images_s / plan.ranks:,.0f} a GPU; each host reads {read:,.0f} "
+        f"images/s, {read * settings.image_kb / 1000:,.0f} MB/s, and decodes on "
         f"{math.ceil(per_node / settings.decode_per_core)} cores",
         f"  whole run    {duration(plan.steps * step.total)} without failures, "
         f"{plan.steps * step.total * plan.ranks / HOUR:,.0f} GPU hours; the set has "
@@ -456,6 +461,11 @@ def describe_failures(plan: Plan) -> list[str]:
 def duration(seconds: float) -> str:
     """Write a time in days, or in hours if it is short."""
     return f"{seconds / DAY:.2f} days" if seconds >= DAY else f"{seconds / HOUR:.2f} hours"
+
+
+def views_of_a_file(recipe: Recipe) -> int:
+    """Return how many images of a batch one file gives; decoding counts as if each were decoded by itself."""
+    return recipe.aug_repeats if isinstance(recipe, PretrainRecipe) else 1
 
 
 def describe_assumptions(plan: Plan) -> list[str]:

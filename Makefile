@@ -61,8 +61,9 @@ demo: $(INSTALLED)
 		--models '$(subst $(SPACE),;,$(foreach name,$(DETECTORS),$(name)=demo/detect/$(name)))' \
 		--baselines demo/detect/baselines.json
 
+# Two files at a time, in their order: tests/cluster comes first and mostly waits.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -39,7 +39,8 @@ setup(
         "remote": ["s3fs>=2024.6", "aiohttp>=3.9"],  # for gs:// install gcsfs
         "export": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2", "transformers>=5.23"],  # tools/export.py
         "test": [
-            *("pytest>=8", "hypothesis>=6", "transformers>=5.23", "pyeer==0.5.6", "pytorch-metric-learning>=2.9"),
+            *("pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "transformers>=5.23", "pyeer==0.5.6"),
+            "pytorch-metric-learning>=2.9",
             *("scikit-learn>=1.5", "onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2"),
             *("s3fs>=2024.6", "aiohttp>=3.9", "boto3", "moto>=5", "flask", "flask-cors", "rangehttpserver"),
         ],

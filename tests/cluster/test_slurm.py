@@ -51,7 +51,8 @@ def test_a_job_interrupted_three_times_consumes_what_an_undisturbed_one_does(
     cluster: Lab, shards: Path, tmp_path: Path
 ) -> None:
     output, whole = tmp_path / "out", tmp_path / "whole"
-    job = submit(cluster, flags_of(shards, output, 150), nodes=2)
+    steps = 500  # it must last longer than the 30 s after which SLURM looks at time limits again
+    job = submit(cluster, flags_of(shards, output, steps), nodes=2)
 
     wait_for_steps(output, 5)
     began = time.monotonic()
@@ -82,7 +83,7 @@ def test_a_job_interrupted_three_times_consumes_what_an_undisturbed_one_does(
     assert len(re.findall(r"=== .* attempt \d: 2 ranks on hosta,hostb", log_of(output))) == 4
     assert log_of(output).count("rendezvous    2 ranks on 2 hosts") == 4  # the doctor was there each time
     assert list((output / "tensorboard").glob("events*"))
-    whole_job = submit(cluster, flags_of(shards, whole, 150), nodes=2, TRAINER_DOCTOR="0")
+    whole_job = submit(cluster, flags_of(shards, whole, steps), nodes=2, TRAINER_DOCTOR="0")
     wait_for(lambda: state(cluster, whole_job)["JobState"] == "COMPLETED", lambda: log_of(whole)[-3000:])
     assert ledger(output) == ledger(whole)
     assert losses(output) == losses(whole)

@@ -47,7 +47,7 @@ class Settings:
     """Images of a rank in a step [images]."""
     steps: int = 5
     """Steps that count, after two that do not [steps]."""
-    repeats: int = 3
+    repeats: int = 1
     """Runs of each kind, in turns."""
     stages: tuple[str, ...] = ("0", "1", "2", "3")
     """ZeRO stages."""

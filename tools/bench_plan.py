@@ -22,7 +22,7 @@ import numpy as np
 from launch.command_line import read_flags, run
 from trainer.config import refuse_unknown
 from trainer.data.plan import Plan, positions_of
-from trainer.data.shards import INDEX_VERSION, ShardIndex
+from trainer.data.shards import INDEX_VERSION, SHARD_COLUMNS, ShardIndex
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -35,10 +35,9 @@ PROBE_BATCHES = 64
 def write_index(folder: Path, num_samples: int) -> list[str]:
     """Write an index with the lengths of a real one; returns the names of its shards."""
     num_shards = num_samples // SAMPLES_A_SHARD
-    lengths = {"offset.i64": 8, "size.i64": 8, "crc32.u32": 4, "label.i32": 4, "key_end.i64": 8}
-    for name, width in lengths.items():
+    for name, dtype in SHARD_COLUMNS.items():
         with (folder / name).open("wb") as file:
-            file.truncate(num_samples * width)
+            file.truncate(num_samples * np.dtype(dtype).itemsize)
     (folder / "keys.utf8").write_bytes(b"k")
     np.arange(1, num_shards + 1).astype(np.int64).__mul__(SAMPLES_A_SHARD).tofile(folder / "shard_end.i64")
     header = {"version": INDEX_VERSION, "fingerprint": "synthetic", "num_samples": num_samples}

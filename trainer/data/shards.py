@@ -55,7 +55,7 @@ LANDMARKS = "landmarks"
 
 _MAX_GROUP_CHARS = 200
 _BYTES_WORTH_A_PROCESS = 1 << 30
-_SHARD_COLUMNS: dict[str, type[np.generic]] = {
+SHARD_COLUMNS: dict[str, type[np.generic]] = {
     "offset.i64": np.int64,
     "size.i64": np.int64,
     "crc32.u32": np.uint32,
@@ -64,6 +64,7 @@ _SHARD_COLUMNS: dict[str, type[np.generic]] = {
     "marks_size.i32": np.int32,
     "key_end.i64": np.int64,
 }
+"""Files of an index with a number for each sample."""
 _KEYS = "keys.utf8"
 # The rule of webdataset.tariterators.base_plus_ext: the key ends at the first dot of the file name.
 _KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)
@@ -208,8 +209,8 @@ def _read_shard(location: str) -> _ShardContents:
             values.append(sample.groups.get(name))
     if not rows:
         raise DataError(f"shard {location}: it holds no sample: remove the file, or write it anew")
-    values_of = dict(zip(_SHARD_COLUMNS, (*zip(*rows, strict=True), key_ends), strict=True))
-    columns = {name: np.array(values_of[name], dtype=dtype) for name, dtype in _SHARD_COLUMNS.items()}
+    values_of = dict(zip(SHARD_COLUMNS, (*zip(*rows, strict=True), key_ends), strict=True))
+    columns = {name: np.array(values_of[name], dtype=dtype) for name, dtype in SHARD_COLUMNS.items()}
     coded = {name: _coded(values) for name, values in groups.items()}
     return _ShardContents(columns, b"".join(keys), coded, digest.hexdigest())
 
@@ -261,7 +262,7 @@ class ShardIndex:
         if header["num_shards"] != len(shards) or self._num_samples == 0:
             raise DataError(f"index {folder} describes {header['num_shards']} shards instead of {len(shards)}")
         self._shard_end = self._map("shard_end.i64", np.int64, len(shards))
-        self._columns = {name: self._map(name, dtype, len(self)) for name, dtype in _SHARD_COLUMNS.items()}
+        self._columns = {name: self._map(name, dtype, len(self)) for name, dtype in SHARD_COLUMNS.items()}
         self._keys = np.memmap(folder / _KEYS, dtype=np.uint8, mode="r")
 
     def __len__(self) -> int:
@@ -315,7 +316,7 @@ class ShardIndex:
         keys = [
             self._keys[a:b].tobytes().decode("utf-8", "surrogateescape") for a, b in zip(start_N, end_N, strict=True)
         ]
-        numbers = (self._columns[name][sample_N].tolist() for name in _SHARD_COLUMNS if name != "key_end.i64")
+        numbers = (self._columns[name][sample_N].tolist() for name in SHARD_COLUMNS if name != "key_end.i64")
         return [
             SampleRef(key, self.shards[shard], *row) for key, shard, *row in zip(keys, shard_N, *numbers, strict=True)
         ]
@@ -438,7 +439,7 @@ class _Writer:
         self._codes: dict[str, dict[str, int]] = {name: {} for name in GROUP_FIELDS}
 
     def write(self, shards: list[str], num_processes: int, on_shard: Callable[[int, int], None] | None) -> None:
-        names = ["shard_end.i64", *_SHARD_COLUMNS, _KEYS, *(f"group-{name}.i32" for name in GROUP_FIELDS)]
+        names = ["shard_end.i64", *SHARD_COLUMNS, _KEYS, *(f"group-{name}.i32" for name in GROUP_FIELDS)]
         files = {name: (self._draft / name).open("wb") for name in names}
         try:
             for shard, contents in zip(shards, _read_shards(shards, num_processes), strict=True):

@@ -77,7 +77,7 @@ faults: $(INSTALLED)
 demo/curves/exact/finished: HOW = --decoder_depth 8 --epochs 60
 demo/curves/fast/finished: HOW = --decoder_depth 4 --decoder_type cross --predict_share 0.33 --mask_ratio 0.8 --epochs 126
 
-demo/curves/%/finished: $(SHARDS)
+demo/curves/%/finished: $(filter demo/shards/%,$(SHARDS))
 	$(ALONE) launch/pretrain.py --recipe demo --output_dir demo/curves/$* --progress_bar false \
 		--encoder_depth 12 --decoder_width 128 --decoder_heads 4 --warmup_epochs 5 --micro_batch 32 --num_threads 1 $(HOW) \
 		--data 'demo/shards/train/shard-*.tar' --heldout_data 'demo/shards/heldout/shard-*.tar' \

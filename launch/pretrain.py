@@ -120,7 +120,7 @@ def build_model(recipe: PretrainRecipe, runtime: PretrainRuntime) -> MaskedAutoe
             fixed_positions=recipe.fixed_pos_embed,
             grad_checkpointing=runtime.grad_checkpointing,
         )
-        for ratio in (recipe.mask_ratio, runtime.heldout_mask_ratio or recipe.mask_ratio):
+        for ratio in (recipe.mask_ratio, heldout_mask_ratio(recipe, runtime)):
             num_kept(encoder.num_patches, ratio)  # refuses one that leaves no patch
         return MaskedAutoencoder(
             encoder,
@@ -175,6 +175,11 @@ def mask_of(
     )
 
 
+def heldout_mask_ratio(recipe: PretrainRecipe, runtime: PretrainRuntime) -> float:
+    """Return the share of patches that is hidden in held-out images."""
+    return runtime.heldout_mask_ratio or recipe.mask_ratio
+
+
 def order_with_repeats(recipe: PretrainRecipe, index: ShardIndex, sources: list[Source]) -> Order:
     """Choose what the run visits when, each sample ``aug_repeats`` times in its batch."""
     if recipe.aug_repeats == 1:
@@ -205,8 +210,7 @@ class HeldOutView:
         num_images = len(self._chosen)
         self._index, self._recipe, self._runtime = index, recipe, runtime
         self._num_patches = model.encoder.num_patches
-        ratio = runtime.heldout_mask_ratio or recipe.mask_ratio
-        self.draw_mask = mask_of(recipe, model.encoder, mask_ratio=ratio)
+        self.draw_mask = mask_of(recipe, model.encoder, mask_ratio=heldout_mask_ratio(recipe, runtime))
         mine = heldout.share_of(num_images, rank=world.rank, num_ranks=world.size)
         self._data = heldout.HeldOut(lambda: self._read("heldout_data", [self._chosen[i] for i in mine]), num_images)
         self.mean_face = world.on_main(lambda: self._measure_mean_face(model))

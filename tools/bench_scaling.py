@@ -29,9 +29,9 @@ from trainer.engine import Engine, connect, disconnect
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask
+from trainer.monitor import peak_resident_gib
 from trainer.world import world_from_environment
 
-STATUS = Path("/proc/self/status")
 CPU_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "cpu_fp32.json"
 
 
@@ -61,7 +61,8 @@ class Settings:
 def rank(settings: Settings, stage: int) -> tuple[float, float]:
     """Train as one rank of the environment's world; returns the median time of a step [s] and its peak memory [GiB]."""
     torch.set_num_threads(1)
-    idle = memory("VmRSS")
+    forget_peak()
+    idle = peak_resident_gib()
     torch.manual_seed(0)
     world = connect(world_from_environment(), timeout_s=300)
     size, batch = settings.image_size, settings.micro_batch
@@ -82,15 +83,14 @@ def rank(settings: Settings, stage: int) -> tuple[float, float]:
         start = time.perf_counter()
         engine.step([inputs], learning_rate=1e-4, seed=0)
         times.append(time.perf_counter() - start)
-    peak = memory("VmHWM") - idle
+    peak = peak_resident_gib() - idle
     disconnect()
     return statistics.median(times[2:]), peak
 
 
-def memory(name: str) -> float:
-    """Return what Linux says of this process, VmRSS (now) or VmHWM (at most so far) [GiB]."""
-    words = next(line for line in STATUS.read_text().splitlines() if line.startswith(name)).split()
-    return int(words[1]) / 2**20
+def forget_peak() -> None:
+    """Let `peak_resident_gib` begin anew, at what the process holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(words: list[str], stage: int, worlds: list[int]) -> tuple[float, float]:

@@ -32,14 +32,14 @@ from torch import nn
 from transformers import ViTMAEForPreTraining
 
 from launch.command_line import configure_tool, run
-from tools.bench_scaling import memory
+from tools.bench_scaling import forget_peak
 from trainer.config import check_types
 from trainer.errors import ConfigError
 from trainer.export import Subject, write_vitmae
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
-from trainer.monitor import peak_flops
+from trainer.monitor import peak_flops, peak_resident_gib
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,14 +227,15 @@ def peak_memory(settings: Settings) -> Iterator[str]:
 def peak_of(settings: Settings, name: str) -> float:
     """Take two steps and return the highest memory that they took [GiB]."""
     torch.set_num_threads(settings.num_threads)
-    idle = memory("VmRSS")
+    forget_peak()
+    idle = peak_resident_gib()
     contender = Contender(settings, name)
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets VmHWM: the peer was converted from our own model
+    forget_peak()  # the peer was converted from our own model
     for _ in range(2):
         contender.step()
-    return torch.cuda.max_memory_allocated() / 2**30 if settings.device == "cuda" else memory("VmHWM") - idle
+    return torch.cuda.max_memory_allocated() / 2**30 if settings.device == "cuda" else peak_resident_gib() - idle
 
 
 def main(words: list[str]) -> int:

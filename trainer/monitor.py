@@ -224,6 +224,11 @@ def _memory_gib() -> float:
     """Peak memory of this process: the GPU's where there is one, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    return peak_resident_gib()
+
+
+def peak_resident_gib() -> float:
+    """Return the most host memory that this process has held so far; NaN where the system does not say."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 2**20

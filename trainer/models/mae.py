@@ -147,7 +147,12 @@ class MaskedAutoencoder(nn.Module):
         else:
             num_all, last = num_seen + num_masked, len(self.decoder_blocks) - 1
             decoder = sum(
-                block_flops(block, num_all, num_masked if i == last else num_all, num_all if i else num_seen)
+                block_flops(
+                    block,
+                    num_all,
+                    num_queries=num_masked if i == last else None,
+                    num_projected=num_seen if i == 0 else None,
+                )
                 for i, block in enumerate(self.decoder_blocks)
             )
         linear = self.decoder_embed.weight.numel() * num_seen + self.decoder_pred.weight.numel() * num_masked

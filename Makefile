@@ -14,7 +14,10 @@ ALONE = OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/python
 LAUNCH = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/deepspeed --quiet --num_gpus 2
 TWO_AT_A_TIME = $(MAKE) --no-print-directory --output-sync -j2
 
-.PHONY: demo test lint bench curves faults
+.PHONY: install demo test lint bench curves faults
+
+install: $(INSTALLED)
+	@echo 'Installed into .venv; next: source .venv/bin/activate'
 
 $(INSTALLED): setup.py constraints.txt
 	@test -d .venv || $(PYTHON) -m venv .venv

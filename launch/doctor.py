@@ -5,6 +5,9 @@
 
 It takes the words of the training, so a mistake in them is found here as well. Lines begin with ok, warn or FAIL; with
 any FAIL the exit code is 2. Nothing is left behind.
+
+Examples:
+    python launch/doctor.py --recipe mae_vit_base --data 'shards/train/*.tar'
 """
 
 import argparse

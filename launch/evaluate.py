@@ -8,6 +8,9 @@ those that were fitted on a detector's validation data; nothing is fitted on tes
     [timestamp]_report.html   one self-contained page: DET curves, tables, histograms, hardest images
 
 Usage: python launch/evaluate.py --models 'lora=runs/lora;full=runs/full' --test_sets 'frll=frll/*.tar;mad=mad/*.tar'
+
+Examples:
+    python launch/evaluate.py --models 'lora=runs/detector' --test_sets 'test=detect/test/*.tar'
 """
 
 import csv

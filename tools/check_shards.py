@@ -7,6 +7,10 @@ occur twice (by sha256 of their bytes). Exit code 0 means sound, 1 that somethin
 names, and leaves the old ones alone.
 
 Usage: python tools/check_shards.py --data 'shards/*.tar' [--repair FOLDER] [--name value]
+
+Examples:
+    python tools/check_shards.py --data 'shards/train/*.tar'
+    python tools/check_shards.py --data 'shards/train/*.tar' --repair shards/repaired
 """
 
 import hashlib

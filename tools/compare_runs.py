@@ -2,6 +2,9 @@
 
 Usage: python tools/compare_runs.py --runs exact=runs/exact,fast=runs/fast [--plot curves.png]
 
+Examples:
+    python tools/compare_runs.py --runs exact=runs/exact,fast=runs/fast --plot curves.png
+
 The first run is the reference. Seconds are those of optimizer steps (step_s of metrics.jsonl), without start, saving,
 measuring and drawing. Runs must have seen the same held-out images: give both the same --heldout_data.
 """

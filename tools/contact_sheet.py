@@ -4,6 +4,9 @@ An image that the trainer could not use shows as a grey tile with the reason.
 
 Usage: python tools/contact_sheet.py --data 'shards/*.tar' --output sheet.png [--name value]
 
+Examples:
+    python tools/contact_sheet.py --data 'shards/train/*.tar' --output sheet.png
+
 Shapes: H, W image size; HWC uint8 RGB.
 """
 

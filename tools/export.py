@@ -11,6 +11,10 @@ of a timm model.
     --format onnx      a detector, or else an encoder: from uint8 RGB images, normalised inside the graph
 
 Usage: python tools/export.py --source RUN_OR_FILE --format timm --output FOLDER [--image_size N] [--licence TEXT]
+
+Examples:
+    python tools/export.py --source runs/base --format timm --output exported/encoder
+    python tools/export.py --source runs/detector --format merged --output exported/merged
 """
 
 import hashlib

@@ -16,6 +16,9 @@ Source: Ferrara et al. 2014, "The magic passport", IJCB; splicing: Makrushin et 
 
 Usage: python tools/make_morphs.py --source FACES.csv --landmarks POINTS.npz --output_dir FOLDER [--name value]
        python tools/make_morphs.py --source 'SHARDS/*.tar' --output_dir FOLDER [--name value]
+
+Examples:
+    python tools/make_morphs.py --source people.csv --landmarks landmarks.npz --output_dir morphs
 """
 
 import csv

@@ -11,6 +11,10 @@ would be larger than the raw pixels is stored as PNG instead.
 Shapes: H, W image size; HWC uint8 RGB.
 
 Usage: python tools/make_shards.py --source FOLDER_OR_CSV --output_dir FOLDER [--name value]
+
+Examples:
+    python tools/make_shards.py --source faces --output_dir shards/train
+    python tools/make_shards.py --source splits/train.csv --output_dir detect/train
 """
 
 import contextlib

@@ -4,6 +4,9 @@
 credit to AT&T Laboratories Cambridge. Nothing is copied: the manifests point at the installed files.
 
 Usage: python tools/orl_faces.py FOLDER
+
+Examples:
+    python tools/orl_faces.py demo/orl
 """
 
 import csv

@@ -7,6 +7,9 @@ person as bona fides, and whole and spliced morphs as attacks. There are two tes
     splice   spliced morphs against spliced blends of one person: both were blended, only one shows two people
 
 Usage: python tools/orl_morphs.py FOLDER   (writes FOLDER/train.csv, val.csv, test-whole.csv, test-splice.csv)
+
+Examples:
+    python tools/orl_morphs.py demo/detect
 """
 
 import csv

@@ -6,6 +6,9 @@ Usage: python tools/plan_run.py --recipe mae_vit_large --nodes 8 --gpus 8 --hard
 The model is the launchers' own, built without memory; its parameters, FLOPs and saved activations are counted from it.
 --ds_config decides stage, precision and communication (default ds_configs/zero1_bf16.json). Without --micro_batch the
 largest up to the recipe's is taken that divides the global batch.
+
+Examples:
+    python tools/plan_run.py --recipe mae_vit_large --nodes 8 --gpus 8 --hardware h100 --images 300000000
 """
 
 import dataclasses

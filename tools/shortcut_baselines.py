@@ -8,6 +8,10 @@ were processed. So these baselines stand beside every detector in the demo's rep
     small-pixels      the image at an eighth of its size: who, not how
 
 Usage: python tools/shortcut_baselines.py --data 'train/*.tar' --test_sets 'NAME=a/*.tar;...' --output FILE.json
+
+Examples:
+    python tools/shortcut_baselines.py --data 'detect/train/*.tar' --test_sets 'test=detect/test/*.tar' \\
+        --output baselines.json
 """
 
 import json

@@ -9,6 +9,9 @@ path, identity and optional identity_2; or --identity_pattern on each path. Path
 or below the source folder. Name people alike in all the sets that you join: '1' and '001' are two people here.
 
 Usage: python tools/splits.py --source FOLDER_OR_CSV --output_dir FOLDER [--name value]
+
+Examples:
+    python tools/splits.py --source people.csv --output_dir splits
 """
 
 import csv

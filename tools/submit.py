@@ -1,12 +1,15 @@
-r"""Write a SLURM job for a training and submit it: ``python tools/submit.py --nodes 8 --gpus 8 --recipe NAME ...``.
+r"""Write a SLURM job for a training and submit it.
 
 The words after the settings of the job are those of the training and are checked here, with the sizes that the job will
 have, so that nothing waits a night in a queue to be refused. Then SLURM itself is asked (``sbatch --test-only``).
 
+Examples:
     python tools/submit.py --nodes 8 --gpus 8 --time 48:00:00 --recipe mae_vit_large --micro_batch 64 \
-        --data '/data/shards/*.tar' --output_dir /runs/large
-    python tools/submit.py --nodes 1 --gpus 8 --sweep 'mask_ratio 0.6 0.75 0.9' --recipe mae_vit_base ...
-    python tools/submit.py --script finetune --nodes 1 --gpus 1 --recipe lora ... --dry_run
+        --data shards/train --output_dir runs/large --dry_run
+    python tools/submit.py --nodes 1 --gpus 8 --sweep 'mask_ratio 0.6 0.75 0.9' --recipe mae_vit_base \
+        --data shards/train --output_dir runs/sweep --dry_run
+    python tools/submit.py --script finetune --nodes 1 --gpus 1 --recipe lora --init runs/base --data detect/train \
+        --val_data detect/val --output_dir runs/lora --dry_run
 
 The job is kept as OUTPUT/logs/[time]_submit.sbatch; it calls launch/slurm/ and holds every word, so it can be submitted
 again as it is: a run goes on where it stands.

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, forks, launch, metrics, run_worker, words_of, write_tar
+from conftest import ROOT, TINY, environment, forks, launch, metrics, run_worker, words_of, write_tar
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -340,6 +341,24 @@ def test_an_evaluation_writes_figures_scores_and_a_page_that_needs_nothing_else(
     parser = Balanced()
     parser.feed(page)
     assert parser.stack == []
+
+
+@pytest.mark.slow
+def test_the_command_as_typed_with_its_defaults_scores_every_image_once(sets: Path, lora: Path, tmp_path: Path) -> None:
+    words = ["--models", f"lora={lora}", "--test_sets", f"plain={sets / 'test' / '*.tar'}"]
+    command = [sys.executable, str(ROOT / "launch" / "evaluate.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {
+        kind: next((tmp_path / "results").glob(f"*_{kind}")) for kind in ("eval.json", "scores.csv", "report.html")
+    }
+    assert all(str(path.relative_to(tmp_path)) in done.stdout for path in found.values())
+    rows = list(csv.DictReader(found["scores.csv"].read_text().splitlines()))
+    assert [row["key"] for row in rows] == [f"f{number:04d}" for number in range(200, 240)]
+    pooled = json.loads(found["eval.json"].read_text())["results"][0]["summary"]["pooled"]
+    assert (pooled["num_bona_fide"], pooled["num_morphs"]) == (20, 20)
+    alone = judge(lora, f"plain={sets / 'test' / '*.tar'}", tmp_path / "alone")
+    assert next(alone.parent.glob("*_scores.csv")).read_text() == found["scores.csv"].read_text()
 
 
 @pytest.mark.slow

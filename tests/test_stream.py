@@ -1,17 +1,21 @@
 """What the optimizer consumes depends on the plan alone: not on workers, micro batch or world size."""
 
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import members_of, write_tar
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainer.data import augment
 from trainer.data.augment import CenterView, PretrainView
 from trainer.data.loader import Loader
 from trainer.data.plan import Order, Plan, Repeated
 from trainer.data.shards import ShardIndex, list_shards, open_index
-from trainer.data.stream import Batch, Slice, fixed_stream, train_stream
+from trainer.data.stream import Batch, ChosenRequests, Slice, Stream, fixed_stream, train_stream
 from trainer.errors import DataError
 
 GLOBAL_BATCH, STEPS = 12, 8
@@ -119,3 +123,57 @@ def test_the_fixed_stream_gives_the_chosen_samples_once(index: ShardIndex) -> No
     assert [key for batch in batches for key in batch.keys] == ["face0005", "face0003", "face0060"]
     again = list(Loader(stream))
     assert all(torch.equal(a.noise_BN, b.noise_BN) for a, b in zip(batches, again, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+def test_any_number_of_workers_delivers_the_fixed_streams_batches(index: ShardIndex, workers: int) -> None:
+    """The figures of evaluation, validation and held-out loss are made of these batches, with ranks' filling too."""
+    chosen = [*range(0, 64, 3), 0]
+    stream = fixed_stream(index, chosen, CenterView(size=16), batch=5, noise_per_sample=4)
+    alone, shared = list(Loader(stream)), list(Loader(stream, num_workers=workers))
+    assert [batch.positions for batch in shared] == [batch.positions for batch in alone]
+    for ours, theirs in zip(shared, alone, strict=True):
+        assert ours.keys == theirs.keys
+        assert torch.equal(ours.images_BCHW, theirs.images_BCHW)
+        assert torch.equal(ours.noise_BN, theirs.noise_BN)
+
+
+@given(num_samples=st.integers(0, 40), batch=st.integers(1, 9), workers=st.integers(1, 12), data=st.data())
+def test_workers_divide_a_finite_stream_so_that_taking_from_them_in_turn_gives_it_once(
+    num_samples: int, batch: int, workers: int, data: st.DataObject
+) -> None:
+    samples = data.draw(st.permutations(range(num_samples)))
+    requests = ChosenRequests(samples, batch)
+    parts = []
+    for worker in range(workers):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "trainer.data.stream.get_worker_info", lambda w=worker: SimpleNamespace(id=w, num_workers=workers)
+            )
+            parts.append([request.position_B.tolist() for request in requests()])
+    in_turn = [part for turn in itertools.zip_longest(*parts) for part in turn if part is not None]
+    assert [sample for part in in_turn for sample in part] == samples
+    assert in_turn == [part.tolist() for part in requests.expected_positions()]
+
+
+@pytest.mark.parametrize("fault", ["twice", "missing", "short"])
+def test_the_loader_notices_a_sample_that_comes_twice_or_not_at_all(
+    index: ShardIndex, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = fixed_stream(index, list(range(9)), CenterView(size=16), batch=2, noise_per_sample=1)
+    whole = list(Loader(stream))
+    wrong = {"twice": [whole[0], *whole], "missing": [whole[0], *whole[2:]], "short": whole[:-1]}[fault]
+    monkeypatch.setattr(type(stream), "__iter__", lambda self: iter(wrong))
+    with pytest.raises(RuntimeError, match=r"the loader delivered .* had to come"):
+        list(Loader(stream))
+
+
+def test_the_loader_compares_an_endless_stream_too(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = loader(index, Slice(GLOBAL_BATCH, 4), first_step=2)
+    batches = list(itertools.islice(right, 6))
+    monkeypatch.setattr(Stream, "__iter__", lambda self: iter(batches[:2] + batches[1:]))
+    arrived = iter(loader(index, Slice(GLOBAL_BATCH, 4), first_step=2))
+    assert [next(arrived).positions for _ in range(2)] == [batch.positions for batch in batches[:2]]
+    with pytest.raises(RuntimeError, match="4 samples from position 28 where 4 samples from position 32 had to come"):
+        next(arrived)

@@ -5,9 +5,9 @@ import signal
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from trainer.data.stream import Batch, Guarded
+from trainer.data.stream import Batch, Guarded, Stream
 from trainer.errors import TrainerError
 
 _PR_SET_PDEATHSIG = 1
@@ -17,9 +17,8 @@ _PR_SET_PDEATHSIG = 1
 class Loader:
     """Iterates over the batches of a stream, loaded by ``num_workers`` processes."""
 
-    def __init__(
-        self, stream: "IterableDataset[Batch]", *, num_workers: int = 0, prefetch: int = 2, pin_memory: bool = False
-    ) -> None:
+    def __init__(self, stream: Stream, *, num_workers: int = 0, prefetch: int = 2, pin_memory: bool = False) -> None:
+        self._stream = stream
         self._loader: DataLoader[Batch | TrainerError] = DataLoader(
             Guarded(stream),
             batch_size=None,
@@ -34,11 +33,27 @@ class Loader:
 
         Raises:
             DataError: what a worker met, with the sample's key and shard.
+            RuntimeError: a sample arrived twice, in another order, or not at all: a fault of this program.
         """
+        expected = self._stream.expected_positions()
         for item in self._loader:
             if isinstance(item, TrainerError):
                 raise item
+            _compare(next(expected, None), item.positions)
             yield item
+        _compare(next(expected, None), None)
+
+
+def _compare(expected: list[int] | None, delivered: list[int] | None) -> None:
+    if expected != delivered:
+        raise RuntimeError(
+            f"the loader delivered {_describe(delivered)} where {_describe(expected)} had to come, so figures would be "
+            "wrong: this is a fault of the trainer, please report it; --num_workers 0 may avoid it"
+        )
+
+
+def _describe(positions: list[int] | None) -> str:
+    return "the end of the data" if positions is None else f"{len(positions)} samples from position {positions[0]}"
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -94,9 +94,8 @@ class PlannedRequests:
         self._first_micro_step = first_step * share.micro_batches_per_step
 
     def __call__(self) -> Iterator[Request]:
-        """Interleave the workers by micro batch: the DataLoader takes from them in turn, so order is kept."""
-        worker = get_worker_info()
-        start, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        """Yield this worker's micro batches."""
+        start, _, stride = _share_of_worker()
         micro_steps = itertools.count(self._first_micro_step + start, stride)
         while True:
             positions = [self._share.positions(next(micro_steps)) for _ in range(_PLANNED_AT_ONCE)]
@@ -104,6 +103,10 @@ class PlannedRequests:
             parts = zip(*(np.split(array, _PLANNED_AT_ONCE) for array in located), strict=True)
             for position_B, part in zip(positions, parts, strict=True):
                 yield Request(position_B, Located(*part))
+
+    def expected_positions(self) -> Iterator[NDArray[np.int64]]:
+        """Yield the positions of every batch of the whole stream, in the order in which they must arrive."""
+        return map(self._share.positions, itertools.count(self._first_micro_step))
 
 
 class ChosenRequests:
@@ -113,10 +116,37 @@ class ChosenRequests:
         self._samples, self._batch = np.array(samples, dtype=np.int64), batch
 
     def __call__(self) -> Iterator[Request]:
-        """Yield batches, the last one perhaps shorter."""
-        for start in range(0, len(self._samples), self._batch):
-            sample_B = self._samples[start : start + self._batch]
+        """Yield this worker's batches, the last one of all perhaps shorter."""
+        for sample_B in itertools.islice(self.expected_positions(), *_share_of_worker()):
             yield Request(sample_B, Located(sample_B, sample_B, sample_B))
+
+    def expected_positions(self) -> Iterator[NDArray[np.int64]]:
+        """Yield the positions of every batch of the whole stream, in the order in which they must arrive."""
+        for start in range(0, len(self._samples), self._batch):
+            yield self._samples[start : start + self._batch]
+
+
+def _share_of_worker() -> tuple[int, int | None, int]:
+    """Return the slice of the stream's batches that falls to this loader worker.
+
+    The DataLoader takes from its workers in turn, so that giving each every ``num_workers``-th batch keeps the order.
+    """
+    worker = get_worker_info()
+    return (worker.id, None, worker.num_workers) if worker else (0, None, 1)
+
+
+class Stream(torch.utils.data.IterableDataset[Batch]):
+    """Requests and what loads them; knows which positions must arrive, so that the receiver can compare."""
+
+    def __init__(self, requests: PlannedRequests | ChosenRequests, load: "BatchLoader") -> None:
+        self._requests, self._pipeline = requests, wds.DataPipeline(requests, wds.map(load))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._pipeline)
+
+    def expected_positions(self) -> Iterator[list[int]]:
+        """Yield the positions of every batch, in order, whatever the number of workers; endless if the stream is."""
+        return (position_B.tolist() for position_B in self._requests.expected_positions())
 
 
 class BatchLoader:
@@ -223,7 +253,7 @@ def train_stream(
     first_step: int,
     noise_per_sample: int,
     spans: SpanReader | None = None,
-) -> wds.DataPipeline:
+) -> Stream:
     """Compose the endless stream of one rank's micro batches from ``first_step`` on."""
     load = BatchLoader(
         index,
@@ -235,7 +265,7 @@ def train_stream(
         purpose=Purpose.MASK,
         repeats=share.repeats,
     )
-    return wds.DataPipeline(PlannedRequests(order, share, first_step), wds.map(load))
+    return Stream(PlannedRequests(order, share, first_step), load)
 
 
 def fixed_stream(
@@ -247,7 +277,7 @@ def fixed_stream(
     noise_per_sample: int,
     spans: SpanReader | None = None,
     substitute: bool = True,
-) -> wds.DataPipeline:
+) -> Stream:
     """Compose one pass over chosen samples in their own order, with masks that never change.
 
     The seed of masks and substitutes is 0 whatever the run's seed, so that held-out figures of runs compare.
@@ -262,13 +292,13 @@ def fixed_stream(
         purpose=Purpose.HELD_OUT_MASK,
         substitute=substitute,
     )
-    return wds.DataPipeline(ChosenRequests(samples, batch), wds.map(load))
+    return Stream(ChosenRequests(samples, batch), load)
 
 
 class Guarded(torch.utils.data.IterableDataset[Batch | TrainerError]):
     """Passes a worker's failure on as a value, so that its message reaches the user without worker tracebacks."""
 
-    def __init__(self, stream: wds.DataPipeline) -> None:
+    def __init__(self, stream: Stream) -> None:
         self._stream = stream
 
     def __iter__(self) -> Iterator[Batch | TrainerError]:

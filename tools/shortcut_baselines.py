@@ -1,4 +1,4 @@
-"""How far does one get without looking at the face? Logistic regressions on features that only see the processing.
+r"""How far does one get without looking at the face? Logistic regressions on features that only see the processing.
 
 Morphing blurs: it resamples and averages. Detectors can learn that alone and look good on tests where only the morphs
 were processed. So these baselines stand beside every detector in the demo's report:
@@ -10,7 +10,7 @@ were processed. So these baselines stand beside every detector in the demo's rep
 Usage: python tools/shortcut_baselines.py --data 'train/*.tar' --test_sets 'NAME=a/*.tar;...' --output FILE.json
 
 Examples:
-    python tools/shortcut_baselines.py --data 'detect/train/*.tar' --test_sets 'test=detect/test/*.tar' \\
+    python tools/shortcut_baselines.py --data 'detect/train/*.tar' --test_sets 'test=detect/test/*.tar' \
         --output baselines.json
 """
 

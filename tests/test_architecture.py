@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = (
     *("errors", "files", "world", "seeds", "config", "data.labels"),
     *("data.storage", "data.tar", "data.shards", "data.plan", "data.sampler", "data.mixture", "data.overlap"),
-    *("data.decode", "data.selfmorph", "data.augment", "data.distort", "data.stream", "data.loader"),
+    *("data.icc", "data.decode", "data.selfmorph", "data.augment", "data.distort", "data.stream", "data.loader"),
     *("losses", "models.mask_utils", "models.encoder", "models.cross_block", "models.mae", "models.vitmae"),
     *("models.heads", "models.classifier", "models.mixstyle", "models.lora", "models.detector"),
     *("optim", "zero_files", "engine", "lease", "checkpoint", "monitor"),

@@ -474,7 +474,7 @@ def test_a_failed_download_is_indexed_and_refused_when_decoded(tmp_path: Path, p
     assert ShardReader().read(index.sample(1)) == jpeg(1)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "TGA", "PCX", "EPS", "PDF"])
+@pytest.mark.parametrize("kind", ["GIF", "AVIF", "BMP", "TIFF", "PPM", "ICO", "TGA", "PCX", "EPS", "PDF"])
 def test_other_formats_named_jpg_are_refused(kind: str) -> None:
     payload = encoded(Image.new("RGB", (32, 32), (200, 100, 50)), kind)
     assert reason_of(payload) == "not_an_image"

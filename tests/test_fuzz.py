@@ -4,6 +4,7 @@ A failure names its seed, from which `tar_mutant` or `image_mutant` makes that o
 """
 
 import faulthandler
+import io
 import signal
 import struct
 import zlib
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import display_p3
 from PIL import Image
 from test_faults import (
     BLOCK,
@@ -35,7 +37,7 @@ from test_faults import (
     with_segments,
 )
 
-from trainer.data.decode import decode_image, upright_jpeg_size
+from trainer.data.decode import colour_profile, decode_image, upright_jpeg_size
 from trainer.data.shards import samples_of
 from trainer.data.tar import Member, walk_tar
 from trainer.errors import DataError, SampleError
@@ -406,6 +408,28 @@ def test_a_mutated_image_is_refused_with_a_reason_or_decoded(kind: str) -> None:
         assert num_refused == 0  # however damaged they are
     else:
         assert 0 < num_refused < INPUTS_PER_KIND
+
+
+def test_a_mutated_webp_or_colour_profile_is_refused_with_a_reason_or_decoded() -> None:
+    image = Image.fromarray(np.arange(1200, dtype=np.uint8).reshape(20, 20, 3))
+    files = []
+    for kind, options in (("WEBP", {}), ("WEBP", {"lossless": True}), ("JPEG", {}), ("PNG", {})):
+        file = io.BytesIO()
+        image.save(file, kind, icc_profile=display_p3(), **options)
+        files.append(file.getvalue())
+    blind, outcomes = [f for name, f in BLIND.items() if name != "overwrite"], set()
+    with little_memory(128 * MIB):
+        for number in range(INPUTS_PER_KIND // 3):
+            rng = np.random.default_rng([300, number])
+            mutant = blind[number % len(blind)](rng, files[int(rng.integers(len(files)))])
+            with one_input("webp", number):
+                try:
+                    check_image(decode_image(mutant, srgb=True, max_pixels=MAX_PIXELS), None, 1)
+                    outcomes.add("decoded")
+                except SampleError as error:
+                    outcomes.add(error.reason)
+                colour_profile(mutant)
+    assert {"decoded", "corrupt"} <= outcomes <= REASONS | {"decoded"}
 
 
 def test_the_mutants_number_ten_thousand() -> None:

@@ -1,7 +1,7 @@
-"""Image bytes -> uint8 RGB, safely: only JPEG and PNG, bounded before any pixel is decoded, upright.
+"""Image bytes -> uint8 RGB, safely: only JPEG, PNG and WebP, bounded before any pixel is decoded, upright.
 
 Every refusal is a `SampleError` with one of these reasons: ``empty``, ``not_an_image``, ``too_large``, ``too_small``,
-``corrupt``.
+``corrupt``. Of an animation, or a JPEG with several pictures (MPO), the first picture counts.
 
 Shapes: H, W image size; HWC uint8 RGB.
 """
@@ -15,12 +15,15 @@ import zlib
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from trainer.data.icc import profile_name, to_srgb
 from trainer.errors import SampleError
 
 MAX_PIXELS = 50_000_000
 MIN_SIDE = 8
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""What `decode_image` reads, as Pillow names it."""
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _APP1, _START_OF_SCAN, _END = 0xE1, 0xDA, 0xD9
 _ORIENTATION = 0x0112
@@ -43,6 +46,20 @@ class Scratch:
         return self._memory
 
 
+def suffix_of(head: bytes) -> str | None:
+    """Return jpg, png or webp for a file that `decode_image` may read, from its first 12 bytes; None for any other."""
+    if head.startswith(_JPEG):
+        return "jpg"
+    if head.startswith(_PNG):
+        return "png"
+    return "webp" if head[:4] == b"RIFF" and head[8:12] == b"WEBP" else None
+
+
+def colour_profile(payload: bytes) -> str | None:
+    """Return the name of an image's ICC profile; None where it has none, or is no image."""
+    return profile_name(_icc_profile(payload))
+
+
 def upright_jpeg_size(payload: bytes) -> tuple[int, int] | None:
     """Return height and width of a JPEG that `decode_image` need not turn; None for every other file."""
     try:
@@ -60,6 +77,7 @@ def decode_image(
     shrink: int = 1,
     fast: bool = False,
     scratch: Scratch | None = None,
+    srgb: bool = False,
     max_pixels: int = MAX_PIXELS,
     min_side: int = MIN_SIDE,
 ) -> NDArray[np.uint8]:
@@ -69,10 +87,11 @@ def decode_image(
     alpha (on black) and 16-bit images converted to RGB.
 
     Args:
-        payload: the bytes of a JPEG or PNG file.
+        payload: the bytes of a JPEG, PNG or WebP file.
         shrink: 1, 2, 4 or 8: a JPEG is decoded at this part of its size, rounded up; other files are not.
         fast: take libjpeg-turbo's faster, less exact transforms. Never for detection: artefacts are the signal.
         scratch: may lend the memory of the result, which then lasts until the next image only.
+        srgb: convert an image with another ICC profile to sRGB; otherwise its numbers stay as they are stored.
         max_pixels: larger images are refused before decoding [pixels].
         min_side: images with a shorter side are refused [pixels].
 
@@ -84,12 +103,15 @@ def decode_image(
     """
     if not payload:
         raise SampleError("empty", "the image has no bytes")
-    if not payload.startswith((_JPEG, _PNG)):
-        raise SampleError("not_an_image", "neither JPEG nor PNG")
-    image_HWC = (
-        _decode_jpeg(payload, shrink, fast, scratch, max_pixels, min_side) if payload.startswith(_JPEG) else None
-    )
-    return _decode_any(payload, shrink, max_pixels, min_side) if image_HWC is None else image_HWC
+    suffix = suffix_of(payload[:12])
+    if suffix is None:
+        raise SampleError("not_an_image", "neither JPEG nor PNG nor WebP")
+    image_HWC = _decode_jpeg(payload, shrink, fast, scratch, max_pixels, min_side) if suffix == "jpg" else None
+    if image_HWC is None:
+        return _decode_any(payload, shrink, srgb, max_pixels, min_side)
+    if srgb and (profile := _icc_profile(payload)):
+        return np.asarray(to_srgb(Image.fromarray(image_HWC), profile))
+    return image_HWC
 
 
 def _decode_jpeg(
@@ -164,29 +186,66 @@ def _upright(image_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8
     return np.ascontiguousarray(pixel_HW)[..., None].view(np.uint8)
 
 
-def _decode_any(payload: bytes, shrink: int, max_pixels: int, min_side: int) -> NDArray[np.uint8]:
+def _decode_any(payload: bytes, shrink: int, srgb: bool, max_pixels: int, min_side: int) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # oddities of metadata, and Pillow's own bomb warning: we have a limit
-            with Image.open(io.BytesIO(payload), formats=("JPEG", "PNG")) as image:
+            if suffix_of(payload[:12]) == "webp":  # Pillow allocates the canvas when it opens one
+                _check_size(*_webp_size(payload), max_pixels, min_side)
+            with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
                 _check_size(image.width, image.height, max_pixels, min_side)
                 image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))  # of JPEGs only
-                return _upright(_to_rgb(image), _orientation(image))
+                return _upright(np.asarray(to_rgb(image, srgb=srgb)), _orientation(image))
     except Image.DecompressionBombError as error:
         raise SampleError("too_large", str(error)) from error
+    except UnidentifiedImageError as error:  # its own message shows an address in memory
+        raise SampleError("corrupt", "the image is damaged (its header cannot be read)") from error
     except _PILLOW_ERRORS as error:
         raise SampleError("corrupt", f"the image is damaged ({error})") from error
 
 
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+def _icc_profile(payload: bytes) -> bytes | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if suffix_of(payload[:12]) == "webp":
+                _check_size(*_webp_size(payload), MAX_PIXELS, 1)
+            with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
+                profile = image.info.get("icc_profile")
+    except (*_PILLOW_ERRORS, SampleError, Image.DecompressionBombError):
+        return None  # broken metadata do not spoil the picture
+    return profile if isinstance(profile, bytes) and profile else None
+
+
+def _webp_size(payload: bytes) -> tuple[int, int]:
+    """Return width and height as the first chunk of a WebP file states them [pixels].
+
+    Source: RFC 9649, sections 2.5 to 2.7.
+    """
+    kind, body = payload[12:16], payload[20:30]
+    if len(body) == 10:
+        if kind == b"VP8X":
+            return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
+        if kind == b"VP8L" and body[0] == 0x2F:
+            bits = int.from_bytes(body[1:5], "little")
+            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        if kind == b"VP8 " and body[3:6] == b"\x9d\x01\x2a":
+            return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+    raise SampleError("corrupt", "the image is damaged (its WebP header cannot be read)")
+
+
+def to_rgb(image: Image.Image, *, srgb: bool) -> Image.Image:
+    """Convert an image of any mode of JPEG, PNG or WebP to RGB: alpha on black, 16 bits scaled to 8."""
     image.load()
+    profile = image.info.get("icc_profile") if srgb else None
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # convert() would clip 16 bits instead of scaling them
-        grey_HW = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey_HW[..., None], 3, axis=2)
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "P") and (image.mode != "P" or "transparency" in image.info):
         opaque = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(opaque, image.convert("RGBA"))
-    return np.asarray(image.convert("RGB"))
+    if profile and image.mode == "CMYK":
+        return to_srgb(image, profile).convert("RGB")
+    return to_srgb(image.convert("RGB"), profile)
 
 
 def _check_size(width: int, height: int, max_pixels: int, min_side: int) -> None:

@@ -45,7 +45,7 @@ from trainer.files import sync_files
 logger = logging.getLogger(__name__)
 
 INDEX_VERSION = 3
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 NO_LABEL = -1
 GROUP_FIELDS = ("source", "attack", "identity", "identity_2")
 """Fields of a sample's json that the index keeps, where they are short texts or integers."""

@@ -8,6 +8,8 @@ types and ranges are checked by `trainer.config` before any work.
 import contextlib
 import dataclasses
 import difflib
+import json
+import logging
 import os
 import signal
 import sys
@@ -21,10 +23,12 @@ import fire
 from fire.core import FireExit
 from fire.decorators import SetParseFn
 
-from trainer.config import Recipe, Runtime, help_text, refuse_unknown, resolve, with_flags
+from trainer.config import Recipe, Runtime, help_text, keep_legacy_values, refuse_unknown, resolve, with_flags
 from trainer.errors import ConfigError, SupersededError, TrainerError
 from trainer.guardian import Phase
 from trainer.watchdog import explain_loss, mark
+
+logger = logging.getLogger(__name__)
 
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 85
@@ -84,7 +88,21 @@ def configure(words: list[str], recipes: Recipes[R, T], default: str) -> tuple[R
         raise ConfigError(
             f"recipe is {name!r}, but must be one of {', '.join(recipes)}" + "".join(f" (try {n})" for n in near)
         )
-    return resolve(*recipes[name](), flags)
+    recipe, runtime = resolve(*recipes[name](), flags)
+    return _as_it_began(recipe, Path(runtime.output_dir, "recipe.json"), flags), runtime
+
+
+def _as_it_began(recipe: R, record: Path, flags: Mapping[str, str]) -> R:
+    """Keep what an update brought away from a run that began before it, unless the command line asks for it."""
+    try:
+        recorded = dict(json.loads(record.read_text())["recipe"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return recipe  # no run, or one that `run_setup.check_output` refuses
+    recipe, kept = keep_legacy_values(recipe, recorded, flags)
+    if kept and _is_main():
+        told = ", ".join(f"{name} {value!r}" for name, value in kept.items())
+        logger.warning("this run began before an update of the defaults and goes on as it began, with %s", told)
+    return recipe
 
 
 def configure_tool(words: list[str], settings: S, doc: str, *, required: tuple[str, ...]) -> S | None:

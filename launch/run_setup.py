@@ -16,7 +16,7 @@ import torch
 
 from trainer import checkpoint
 from trainer import lease as leases
-from trainer.config import Recipe, Runtime, as_record, differing_fields
+from trainer.config import Recipe, Runtime, as_record, complete_record, differing_fields
 from trainer.engine import Engine, default_device, fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.errors import CheckpointError, ConfigError, SupersededError, TrainerError
 from trainer.lease import Lease
@@ -89,7 +89,8 @@ def check_output(output: Path, recipe: Recipe, resume: str) -> None:
         raise ConfigError(f"resume is never, but output_dir {output} holds a run: name a new folder")
     try:
         theirs = json.loads(record.read_text())["recipe"]
-        differing = differing_fields(as_record(recipe), theirs)
+        ours = as_record(recipe)
+        differing = differing_fields(ours, complete_record(theirs, ours))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{record} is unreadable ({error!r}): restore it, or name a new output_dir") from error
     if differing:

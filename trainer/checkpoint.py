@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trainer.config import differing_fields
+from trainer.config import complete_record, differing_fields
 from trainer.errors import CheckpointError, DataError, TrainerError
 from trainer.files import describe_files, files_below, sync_files, sync_folder, write_synced
 from trainer.lease import Lease
@@ -90,6 +90,10 @@ class Identity:
     init: str = ""
     """sha256 of the weights that training started from, where these were given; frozen ones are not saved."""
 
+
+LEGACY_FIELDS: dict[str, dict[str, Any]] = {"progress": {}, "identity": {}}
+"""Fields of `Progress` and `Identity` that the first manifests of this format did not have -> what was true of those
+runs. Whoever adds a field adds a line: without it every older checkpoint counts as damaged."""
 
 WriteState = Callable[[Path], list[Path]]
 """Writes this rank's files below a folder and returns their paths."""
@@ -303,22 +307,30 @@ def verify(path: Path) -> dict[str, Any]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
-        files, version = manifest["files"], manifest["format_version"]
-        all((int(entry["bytes"]), str(entry["sha256"])) for entry in files.values())
-        progress, _ = _typed(Progress, manifest["progress"]), _typed(Identity, manifest["identity"])
-        if progress.step < 0 or progress.data_step < progress.step:
-            raise ValueError(f"step {progress.step} with data step {progress.data_step}")
-        if _NAME.fullmatch(path.name) and _step_of(path) != progress.step:
-            raise ValueError(f"it is of step {progress.step}")
+        version = manifest["format_version"]
+        if version == FORMAT_VERSION:
+            for part, legacy in LEGACY_FIELDS.items():
+                manifest[part] = legacy | manifest[part]
+            _check_manifest(path, manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {path}: {_MANIFEST} is unreadable ({error!r}): remove this folder"
         ) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"checkpoint {path} has format {version}, but this is {FORMAT_VERSION}: use the old code")
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in manifest["files"]):
         raise CheckpointError(f"checkpoint {path}: {_MANIFEST} names files outside its folder: remove this folder")
     return manifest
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise some error if a part is missing, of a wrong type, or of another step."""
+    all((int(entry["bytes"]), str(entry["sha256"])) for entry in manifest["files"].values())
+    progress, _ = _typed(Progress, manifest["progress"]), _typed(Identity, manifest["identity"])
+    if progress.step < 0 or progress.data_step < progress.step:
+        raise ValueError(f"step {progress.step} with data step {progress.data_step}")
+    if _NAME.fullmatch(path.name) and _step_of(path) != progress.step:
+        raise ValueError(f"it is of step {progress.step}")
 
 
 def _typed(kind: type[T], values: dict[str, Any]) -> T:
@@ -345,7 +357,7 @@ def check_identity(
         CheckpointError: data, plan or recipe differ, naming both values.
     """
     theirs, ours = manifest["identity"], dataclasses.asdict(identity)
-    differing = differing_fields(ours["recipe"], theirs["recipe"])
+    differing = differing_fields(ours["recipe"], complete_record(theirs["recipe"], ours["recipe"]))
     if differing:
         raise CheckpointError(
             f"checkpoint {path} belongs to another recipe, differing in {'; '.join(differing)}: "

@@ -399,6 +399,16 @@ _AT_LEAST_ONE = {
 R = TypeVar("R", bound=Recipe)
 T = TypeVar("T", bound=Runtime)
 
+LEGACY_VALUES: dict[str, Any] = {
+    # Recipe fields that release 0.1 did not have from its beginning, oldest first.
+    "decoder_type": "self",
+    "predict_share": 1.0,
+    "aug_repeats": 1,
+}
+"""Recipe field -> the value, as JSON gives it, under which a run begun before the field existed behaved, or a run begun
+before its default changed. Whoever adds a field, or changes a default that changes numbers, adds a line: without it no
+such run can go on."""
+
 
 def resolve(recipe: R, runtime: T, flags: Mapping[str, str]) -> tuple[R, T]:
     """Apply flags, given as text, to the two configurations.
@@ -441,6 +451,35 @@ def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list
     ]
 
 
+def complete_record(record: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Give those of the named fields that a recorded recipe lacks the values under which it behaved."""
+    return {name: value for name, value in LEGACY_VALUES.items() if name in names} | dict(record)
+
+
+def keep_legacy_values(recipe: R, recorded: Mapping[str, Any], explicit: Collection[str]) -> tuple[R, dict[str, Any]]:
+    """Keep what an update brought away from a run begun before it, so that its command line still resumes it.
+
+    Args:
+        recipe: what the command line asks for today.
+        recorded: the recipe that the run has recorded.
+        explicit: the settings that the command line names; they are never changed.
+
+    Returns:
+        recipe: with the legacy value of every other field that the run lacks, or records with that value.
+        kept: those that differed, with their values.
+
+    Raises:
+        ConfigError: a setting contradicts a legacy value.
+    """
+    asked = as_record(recipe)
+    kept = {
+        name: value
+        for name, value in LEGACY_VALUES.items()
+        if name in asked.keys() - set(explicit) and recorded.get(name, value) == value != asked[name]
+    }
+    return dataclasses.replace(recipe, **{name: _tuple_of(value) for name, value in kept.items()}), kept
+
+
 def help_text(config: type, title: str) -> str:
     """Describe every setting of a configuration with its meaning, default and unit."""
     lines, docs = [f"\n{title}:"], _field_docs(config)
@@ -457,7 +496,7 @@ def as_record(config: Any) -> dict[str, Any]:
 
 
 def from_record(config: type[C], record: Mapping[str, Any]) -> C:
-    """Read what `as_record` wrote; what an older version did not know has its default.
+    """Read what `as_record` wrote; what an older version did not know has its value of `LEGACY_VALUES`, or its default.
 
     Raises:
         ConfigError: a newer version knew a name that this one does not.
@@ -468,8 +507,14 @@ def from_record(config: type[C], record: Mapping[str, Any]) -> C:
             f"the recorded recipe has {unknown[0]}, which this version does not know: use the version that wrote it, "
             "see the versions beside it"
         )
-    made: C = config(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
+    whole = complete_record(record, _names(config))
+    made: C = config(**{name: _tuple_of(value) for name, value in whole.items()})
     return made
+
+
+def _tuple_of(value: Any) -> Any:
+    """JSON knows lists only, and a frozen configuration has tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _names(config: type) -> set[str]:

@@ -1,9 +1,11 @@
 """Files that are whole or absent, and what proves it: drafts, syncs, hashes."""
 
+import contextlib
 import hashlib
 import os
+import stat
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from trainer.errors import DataError
 
 _HASHERS = 4
+_PRIVATE = 0o600
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -18,6 +21,19 @@ def write_atomically(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     write_synced(draft, text)
     draft.replace(path)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_draft(path: Path) -> Iterator[Path]:
+    """Lend the name of a draft beside a file. It becomes the file where the block succeeds, and goes where it fails."""
+    draft = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        yield draft
+        sync_files([draft])
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
@@ -30,10 +46,25 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def sync_files(paths: Iterable[Path]) -> None:
-    """Bring files that were just written to stable storage."""
+    """Bring files that were just written to stable storage, with the mode that the umask gives to every new file.
+
+    Some libraries (tempfile, safetensors) make files that only their owner can read, whatever the umask.
+    """
     for path in paths:
         with path.open("rb") as file:
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) == _PRIVATE:
+                os.fchmod(file.fileno(), _mode_of_new_files(path.parent))
             os.fsync(file.fileno())
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """Ask by making one: to read the umask is to change it, for all threads."""
+    probe = folder / f".mode.tmp-{uuid.uuid4().hex[:8]}"
+    try:
+        probe.touch()
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

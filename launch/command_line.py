@@ -1,6 +1,6 @@
-"""From the words of a command line to a validated recipe, and from an error to one message and an exit code.
+"""From a command line to a validated recipe, and from an error to one message and an exit code.
 
-fire takes the words apart. It would call the function first and complain about unknown flags afterwards, turn
+fire takes the command line apart. It would call the function first and complain about unknown flags afterwards, turn
 ``2024_01`` into a number and keep only the last of several ``--override``; so it is asked for raw text only, and names,
 types and ranges are checked by `trainer.config` before any work.
 """
@@ -11,19 +11,22 @@ import difflib
 import json
 import logging
 import os
+import platform
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import fire
 from fire.core import FireExit
 from fire.decorators import SetParseFn
 
-from trainer.config import Recipe, Runtime, help_text, keep_legacy_values, refuse_unknown, resolve, with_flags
+from trainer.config import Bare, Recipe, Runtime, help_text, keep_legacy_values, refuse_unknown, resolve, with_flags
 from trainer.errors import ConfigError, SupersededError, TrainerError
 from trainer.guardian import Phase
 from trainer.watchdog import explain_loss, mark
@@ -35,6 +38,7 @@ EXIT_REQUEUE = 85
 EXIT_PEER_LOST = 86
 EXIT_SUPERSEDED = 87
 _MAIN_SPEAKS_FIRST_S = 15.0
+_HELP, _VERSION = frozenset({"--help", "-h"}), frozenset({"--version", "-V"})
 
 S = TypeVar("S", bound=Any)
 R = TypeVar("R", bound=Recipe)
@@ -70,26 +74,75 @@ def run(command: Callable[[], int]) -> NoReturn:
     os._exit(code)  # a rank that failed must not wait in the clean-up of a group that lost its members
 
 
-def wants_help(words: list[str]) -> bool:
-    """Whether the user asks what there is; fire would answer with a page about itself."""
-    return bool({"--help", "-h", "help"} & set(words))
+@dataclass(frozen=True, slots=True)
+class CommandLine(Generic[R, T]):
+    """What the command line of a training says."""
+
+    recipe: R
+    runtime: T
+    given: frozenset[str]
+    """Settings that were given by name; the others are the recipe's or defaults."""
+    dry_run: bool
+    """Show what would run, and leave."""
 
 
-def configure(words: list[str], recipes: Recipes[R, T], default: str) -> tuple[R, T]:
+def answered(argv: Sequence[str], help_of: Callable[[list[str]], str]) -> bool:
+    """Print what ``--help`` or ``--version`` ask for, on one rank; False if neither stands there.
+
+    Args:
+        argv: the command line.
+        help_of: gives the help, knowing the rest of the command line.
+    """
+    if _HELP & set(argv) or argv[:1] == ["help"]:
+        text = help_of([word for word in argv if word not in _HELP and word != "help"])
+    elif _VERSION & set(argv):
+        text = version_text()
+    else:
+        return False
+    if _is_main():
+        print(text)
+    return True
+
+
+def version_text() -> str:
+    """Name this project's version and those of the libraries that decide what a run computes."""
+    found = []
+    for name in ("face-mae-trainer", "torch", "deepspeed", "timm"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join([*found, f"Python {platform.python_version()}"])
+
+
+def configure(argv: Sequence[str], recipes: Recipes[R, T], default: str) -> tuple[R, T]:
     """Read flags, overrides and the recipe's name into validated configurations.
 
     Raises:
-        ConfigError: an unknown word, name or value.
+        ConfigError: an unknown argument, name or value.
     """
-    flags = read_flags(words)
+    line = read_command(argv, recipes, default)
+    return line.recipe, line.runtime
+
+
+def read_command(argv: Sequence[str], recipes: Recipes[R, T], default: str) -> CommandLine[R, T]:
+    """Read the command line of a training.
+
+    Raises:
+        ConfigError: an unknown argument, name or value.
+    """
+    flags = read_flags(argv)
+    dry_run = with_flags(_Asked(), flags).dry_run
+    flags.pop("dry_run", None)
     name = flags.pop("recipe", default)
     if name not in recipes:
         near = difflib.get_close_matches(name, recipes, n=1, cutoff=0.3)
         raise ConfigError(
             f"recipe is {name!r}, but must be one of {', '.join(recipes)}" + "".join(f" (try {n})" for n in near)
         )
+    if {"epochs", "max_steps"} <= flags.keys():
+        raise ConfigError("epochs and max_steps are both given, but each sets the length of the schedule: keep one")
     recipe, runtime = resolve(*recipes[name](), flags)
-    return _as_it_began(recipe, Path(runtime.output_dir, "recipe.json"), flags), runtime
+    recipe = _as_it_began(recipe, Path(runtime.output_dir, "recipe.json"), flags)
+    return CommandLine(recipe, runtime, frozenset(flags), dry_run)
 
 
 def _as_it_began(recipe: R, record: Path, flags: Mapping[str, str]) -> R:
@@ -105,16 +158,20 @@ def _as_it_began(recipe: R, record: Path, flags: Mapping[str, str]) -> R:
     return recipe
 
 
-def configure_tool(words: list[str], settings: S, doc: str, *, required: tuple[str, ...]) -> S | None:
-    """Read the flags of a tool into its settings, or print its help and return None.
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    dry_run: bool = False
+
+
+def configure_tool(argv: Sequence[str], settings: S, doc: str, *, required: tuple[str, ...] = ()) -> S | None:
+    """Read the flags of a tool into its settings, or print its help or version and return None.
 
     Raises:
-        ConfigError: an unknown word, name or value, or a required setting is empty.
+        ConfigError: an unknown argument, name or value, or a required setting is empty.
     """
-    if wants_help(words):
-        print(doc, help_text(type(settings), "Settings"))
+    if answered(argv, lambda _: f"{doc} {help_text(type(settings), 'Settings')}"):
         return None
-    flags = read_flags(words)
+    flags = read_flags(argv)
     refuse_unknown(flags, [entry.name for entry in dataclasses.fields(settings)])
     configured = with_flags(settings, flags)
     for name in required:
@@ -123,16 +180,16 @@ def configure_tool(words: list[str], settings: S, doc: str, *, required: tuple[s
     return configured
 
 
-def read_flags(words: list[str]) -> dict[str, str]:
+def read_flags(argv: Sequence[str]) -> dict[str, str]:
     """Collect ``--name value``, ``--name=value`` and ``--override name=value`` as text.
 
-    What the deepspeed launcher adds (``--local_rank=N``, ``--deepspeed``) is dropped; ``--deepspeed_config`` is
-    ``--ds_config``.
+    What the deepspeed launcher adds (``--local_rank=N``, ``--deepspeed``) is dropped; ``--deepspeed_config FILE`` and
+    ``--deepspeed FILE`` are ``--ds_config FILE``.
 
     Raises:
-        ConfigError: a word belongs to no flag, or a setting is given twice with different values.
+        ConfigError: an argument belongs to no setting, or a setting is given twice with different values.
     """
-    overrides, rest = _split_overrides(words)
+    overrides, rest = _split_overrides(argv)
     if "--" in rest:
         raise ConfigError("a lone -- stands on the command line: write every setting as --name value")
     flags: dict[str, str] = {}
@@ -146,27 +203,54 @@ def read_flags(words: list[str]) -> dict[str, str]:
             raise ConfigError(f"{loose[0]!r} belongs to no setting: {remedy}")
         flags.update(named)
 
+    pairs = _pairs(rest)
     with contextlib.redirect_stdout(sys.stderr):  # whatever fire has to say is not our output
         try:
-            fire.Fire(collect, command=rest, name="launch")
+            fire.Fire(collect, command=_with_values(rest), name="launch")
         except FireExit as error:
             raise ConfigError(
-                f"the words {' '.join(rest)!r} cannot be read: write every setting as --name value"
+                f"the command line {' '.join(rest)!r} cannot be read: write every setting as --name value"
             ) from error
+    flags |= {name: value for name, value in pairs if isinstance(value, Bare)}
+    pairs += overrides
+    flags |= dict(overrides)
     flags.pop("local_rank", None)
-    flags.pop("deepspeed", None)
-    if "deepspeed_config" in flags:
-        overrides.append(("ds_config", flags.pop("deepspeed_config")))
-    for name, value in overrides:
+    for name in ("deepspeed", "deepspeed_config"):
+        file = flags.pop(name, None)
+        if file is not None and not (name == "deepspeed" and isinstance(file, Bare)):
+            flags["ds_config"] = file
+            pairs.append(("ds_config", file))
+    for name, value in pairs:
         if flags.get(name, value) != value:
-            raise ConfigError(f"{name} is given twice, as {flags[name]!r} and {value!r}: keep one")
-        flags[name] = value
+            raise ConfigError(f"{name} is given twice, as {value!r} and {flags[name]!r}: keep one")
     return flags
 
 
-def _split_overrides(words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+def _with_values(argv: Sequence[str]) -> list[str]:
+    """Give every setting a value: fire takes a bare ``--norm_pix_loss`` for the opposite of ``--rm_pix_loss``."""
+    following = [*argv[1:], "--"]
+    return [
+        f"{word}=true" if word.startswith("--") and "=" not in word and after.startswith("--") else word
+        for word, after in zip(argv, following, strict=False)
+    ]
+
+
+def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Split ``--name value``, ``--name=value`` and ``--name``; of several settings of one name fire keeps the last."""
+    found = []
+    for word, after in zip(argv, [*argv[1:], "--"], strict=False):
+        if not word.startswith("--"):
+            continue
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            value = Bare("true") if after.startswith("--") else after
+        found.append((name.replace("-", "_"), value))
+    return found
+
+
+def _split_overrides(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
     overrides, rest = [], []
-    queue = iter(words)
+    queue = iter(argv)
     for word in queue:
         if word == "--override" or word.startswith("--override="):
             pair = word.partition("=")[2] if "=" in word else next(queue, "")
@@ -193,9 +277,14 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def recipes_help(recipes: Recipes[R, T], default: str) -> str:
-    """Describe the recipes and every setting."""
-    script = Path(sys.argv[0]).name
+def recipes_help(recipes: Recipes[R, T], default: str, argv: Sequence[str] = ()) -> str:
+    """Describe the recipes and every setting, with the values that the command line would run with.
+
+    Raises:
+        ConfigError: the command line is wrong.
+    """
+    line = read_command(argv, recipes, default)
+    chosen, script = read_flags(argv).get("recipe", default), Path(sys.argv[0]).name
     lines = [
         f"usage: deepspeed launch/{script} --recipe NAME --data 'shards/*.tar' [--name value] [--override name=value]",
         f"\nRecipes (default {default}); flags change single settings of them:",
@@ -203,7 +292,11 @@ def recipes_help(recipes: Recipes[R, T], default: str) -> str:
     for name, function in recipes.items():
         text = "\n        ".join(line.strip() for line in (function.__doc__ or "").strip().splitlines() if line.strip())
         lines.append(f"  --recipe {name}\n        {text}")
-    lines.append("\nAlso: --override name=value (repeatable), --deepspeed_config FILE (same as --ds_config)")
-    recipe, runtime = recipes[default]()
-    lines += [help_text(type(recipe), "Recipe (changes the numbers)"), help_text(type(runtime), "Runtime (does not)")]
+    lines += [
+        "\nAlso: --dry_run (show settings, steps, memory and cost, and leave), --version, --override name=value",
+        "(repeatable), --deepspeed_config FILE or --deepspeed FILE (same as --ds_config)",
+        f"\nThe values below are those of --recipe {chosen} and of this command line.",
+        help_text(line.recipe, "Recipe (changes the numbers)"),
+        help_text(line.runtime, "Runtime (does not)"),
+    ]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from launch.command_line import EXIT_REQUEUE, configure, recipes_help, run, wants_help
+from launch.command_line import EXIT_REQUEUE, answered, read_command, recipes_help, run
 from launch.data import describe_shares, find_sources, open_on_all_ranks, order_of, span_reader, tell_all_ranks
 from launch.detectors import build_detector, preprocessing_of, training_view
 from launch.init_weights import describe, read_init
@@ -51,12 +51,12 @@ from trainer.world import world_from_environment
 logger = logging.getLogger(__name__)
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Return the exit code: 0 finished, 85 stopped by a signal after saving."""
-    if wants_help(words):
-        print(recipes_help(DETECTOR_RECIPES, DETECTOR_DEFAULT))
+    if answered(argv, functools.partial(recipes_help, DETECTOR_RECIPES, DETECTOR_DEFAULT)):
         return 0
-    return 0 if finetune(*configure(words, DETECTOR_RECIPES, DETECTOR_DEFAULT)) else EXIT_REQUEUE
+    line = read_command(argv, DETECTOR_RECIPES, DETECTOR_DEFAULT)
+    return 0 if finetune(line.recipe, line.runtime) else EXIT_REQUEUE
 
 
 def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from launch.command_line import EXIT_REQUEUE, configure, recipes_help, run, wants_help
+from launch.command_line import EXIT_REQUEUE, answered, read_command, recipes_help, run
 from launch.data import describe_shares, find_sources, open_on_all_ranks, order_of, span_reader, tell_all_ranks
 from launch.init_weights import check_heads, check_init, read_init
 from launch.recipes import DEFAULT, RECIPES
@@ -54,12 +54,12 @@ _MEAN_FACE_IMAGES = 2048
 _PICTURES = 8
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Return the exit code: 0 finished, 85 stopped by a signal after saving."""
-    if wants_help(words):
-        print(recipes_help(RECIPES, DEFAULT))
+    if answered(argv, functools.partial(recipes_help, RECIPES, DEFAULT)):
         return 0
-    return 0 if pretrain(*configure(words, RECIPES, DEFAULT)) else EXIT_REQUEUE
+    line = read_command(argv, RECIPES, DEFAULT)
+    return 0 if pretrain(line.recipe, line.runtime) else EXIT_REQUEUE
 
 
 def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
@@ -68,7 +68,9 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
     use_devices(world, runtime)
     ds_config = engine_settings(recipe, runtime, world)
     if runtime.micro_batch % recipe.aug_repeats:
-        raise ConfigError(f"micro_batch is {runtime.micro_batch}, but must be divisible by {recipe.aug_repeats=}")
+        raise ConfigError(
+            f"micro_batch is {runtime.micro_batch}, but must be divisible by aug_repeats ({recipe.aug_repeats})"
+        )
     model = build_model(recipe, runtime)
     init_sha256 = take_weights(model, recipe, runtime)
     others = {"heldout_data": runtime.heldout_data}

@@ -90,12 +90,12 @@ class Training:
         """Join the parts and run the loop."""
         engine, recipe, runtime, world = self.engine, self.recipe, self.runtime, self.engine.world
         output, images = Path(runtime.output_dir), len(self.index)
-        total_steps = max(1, round(recipe.epochs * images / recipe.global_batch))
+        total_steps = recipe.num_steps(images)
         last_step = min(total_steps, runtime.stop_at_step or total_steps)
         share = Slice(recipe.global_batch, runtime.micro_batch, world.rank, world.size, self.repeats)
         logger.info(
             "%d steps of %d images over %d ranks (%g epochs of %d images), from step %d, %s, ZeRO stage %d",
-            *(total_steps, recipe.global_batch, world.size, recipe.epochs, images, progress.step),
+            *(total_steps, recipe.global_batch, world.size, recipe.num_epochs(images), images, progress.step),
             *(engine.precision, engine.zero_stage),
         )
         stream = train_stream(
@@ -146,7 +146,7 @@ class Training:
                     learning_rate_at,
                     peak=recipe.peak_learning_rate,
                     floor=recipe.min_learning_rate,
-                    warmup_steps=round(recipe.warmup_epochs * images / recipe.global_batch),
+                    warmup_steps=recipe.num_warmup_steps(images),
                     total_steps=total_steps,
                 ),
                 seed_at=lambda step: step_seed(recipe.seed, step, world.rank),

@@ -1,9 +1,12 @@
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
-from launch.command_line import configure, read_flags
-from launch.recipes import DEFAULT, RECIPES
+from launch.command_line import answered, configure, read_command, read_flags, recipes_help
+from launch.recipes import DEFAULT, DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
+from trainer import foreign_names
 from trainer.config import (
     DetectorRecipe,
     DetectorRuntime,
@@ -11,6 +14,7 @@ from trainer.config import (
     PretrainRuntime,
     as_record,
     differing_fields,
+    expand_home,
     from_record,
     help_text,
 )
@@ -50,11 +54,103 @@ def test_every_repeated_override_counts() -> None:
         ("--grad_checkpointing perhaps", "true or false"),
         ("--decoder_width 100", "decoder_width is 100"),
         ("-- --seed 1", "lone --"),
+        ("--seed 1 --seed 2", "seed is given twice, as '1' and '2'"),
+        ("--output_dir --seed 1", "output_dir has no value"),
+        ("--epochs", "epochs has no value"),
+        ("--epochs 3 --max_steps 7", "epochs and max_steps are both given"),
+        ("--warmup_epochs 900", r"must be from 0 to epochs \(800\): set both"),
+        ("--deepspeed a.json --ds_config b.json", "ds_config is given twice"),
+        ("--lr 1e-3", "--lr: here it is --learning_rate or --base_learning_rate"),
+        ("--blr 1e-3", "here it is --base_learning_rate"),
+        ("--batch_size 8", "here it is --global_batch or --micro_batch"),
+        ("--input_size 8", "here it is --image_size"),
+        ("--bf16", "--ds_config ds_configs/zero1_bf16.json"),
+        ("--config a.yaml", "--recipe NAME"),
+        ("--output a", "here it is --output_dir"),
+        ("--num_train_epochs 3", "here it is --epochs"),
+        ("--no_progress_bar", "write --progress_bar false"),
+        ("--val_data a.tar", "here it is --heldout_data"),
+        ("--num_gpus 2", "before the script"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(words: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         configure(words.split(), RECIPES, DEFAULT)
+
+
+def test_a_boolean_needs_no_value_whatever_its_name() -> None:
+    line = ["--norm_pix_loss", "--grad_checkpointing", "--seed", "4", "--oversubscribe"]
+    recipe, runtime = configure([*line, "--recipe=demo"], RECIPES, DEFAULT)
+    assert recipe.norm_pix_loss
+    assert runtime.grad_checkpointing
+    assert runtime.oversubscribe
+    assert recipe.seed == 4
+
+
+def test_the_length_of_the_schedule_can_be_given_in_steps() -> None:
+    recipe, _ = configure(["--recipe", "demo", "--max_steps", "50"], RECIPES, DEFAULT)
+    assert recipe.num_steps(320) == 50
+    assert recipe.num_warmup_steps(320) == 6  # the demo's share: 3 of 25 epochs
+    assert recipe.num_epochs(320) == 5  # of 10 steps of 32
+    plain, _ = configure(["--recipe", "demo"], RECIPES, DEFAULT)
+    assert (plain.num_steps(320), plain.num_warmup_steps(320), plain.num_epochs(320)) == (250, 30, 25)
+
+
+def test_the_hugging_face_way_of_naming_a_deepspeed_file_is_understood() -> None:
+    assert read_flags(["--deepspeed", "my.json", "--seed", "1"]) == {"ds_config": "my.json", "seed": "1"}
+    assert read_flags(["--deepspeed=my.json"]) == {"ds_config": "my.json"}
+    assert read_flags(["--deepspeed", "--seed", "1"]) == {"seed": "1"}
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_may_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    words = "--output_dir ~/run --data ~/a/*.tar@0.7,~/b/c~d/*.tar@0.3 --ds_config=~/my.json --index_dir ~"
+    _, runtime = configure([*words.split(), "--init", "~nobody_/x"], RECIPES, DEFAULT)
+    assert (runtime.output_dir, runtime.ds_config, runtime.index_dir) == (
+        "/home/me/run",
+        "/home/me/my.json",
+        "/home/me",
+    )
+    assert runtime.data == "/home/me/a/*.tar@0.7,/home/me/b/c~d/*.tar@0.3"
+    assert runtime.init == "~nobody_/x"
+    assert expand_home("a=~/x;b=~/y") == "a=/home/me/x;b=/home/me/y"
+
+
+def test_names_of_other_trainers_lead_to_settings_that_exist() -> None:
+    commands = [
+        {entry.name for config in (recipe, runtime) for entry in dataclasses.fields(config)}
+        for recipe, runtime in ((PretrainRecipe, PretrainRuntime), (DetectorRecipe, DetectorRuntime))
+    ]
+    others = {"source", "models", "test_sets", "output"}  # of the tools
+    for theirs, ours in foreign_names.OURS.items():
+        assert set(ours) <= commands[0] | commands[1] | others, theirs
+        assert not all(theirs in known for known in commands), f"{theirs} is a setting of ours"
+    for theirs in foreign_names.ADVICE:
+        assert not any(theirs in known for known in commands), f"{theirs} is a setting of ours"
+
+
+def test_no_message_shows_a_name_of_the_code() -> None:
+    for folder in ("trainer", "launch", "tools"):
+        for path in Path(folder).rglob("*.py"):
+            shown = re.findall(r"\{[a-z_]+\.[a-z_.]+=[^\s]{0,5}\}", path.read_text())
+            assert not shown, f"{path} prints {shown}"
+
+
+def test_the_command_line_says_which_settings_were_given_and_whether_to_run() -> None:
+    line = read_command(["--recipe", "demo", "--seed=3", "--override", "mask_ratio=0.5", "--dry_run"], RECIPES, DEFAULT)
+    assert line.given == {"seed", "mask_ratio"}
+    assert line.dry_run
+    assert not read_command(["--dry_run", "false"], RECIPES, DEFAULT).dry_run
+
+
+def test_help_shows_the_values_that_this_command_line_would_run_with(capsys: pytest.CaptureFixture[str]) -> None:
+    text = recipes_help(DETECTOR_RECIPES, DETECTOR_DEFAULT, ["--recipe", "full", "--global_batch", "64"])
+    for setting, value in {"epochs": "20", "drop_path": "0.1", "global_batch": "64", "use_lora": "false"}.items():
+        assert re.search(rf"--{setting} [^\n]*\n[^\n]* Value: {value}(\.0)?$", text, re.M), setting
+    assert answered(["--version"], lambda _: "")
+    assert "face-mae-trainer 0." in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="mask_ratio is 2"):
+        recipes_help(RECIPES, DEFAULT, ["--mask_ratio", "2"])
 
 
 def test_flags_are_unique_and_every_field_has_help() -> None:
@@ -71,7 +167,7 @@ def test_help_lists_every_recipe_and_setting_with_its_default(capsys: pytest.Cap
     assert main(["--local_rank=0", "--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"--recipe {name}\n" in text for name in RECIPES)
-    assert "--mask_ratio float\n        Share of patches hidden, strictly between 0 and 1. Default: 0.75" in text
+    assert "--mask_ratio float\n        Share of patches hidden, strictly between 0 and 1. Value: 0.75" in text
     assert "  --save_timeout_s int\n        Saving, measuring or drawing longer ends the job, likewise; 0 for" in text
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from launch.command_line import read_flags, run, wants_help
+from launch.command_line import answered, read_flags, run
 from launch.detectors import assemble_detector
 from launch.pretrain import build_model, flops_of
 from launch.recipes import DETECTOR_RECIPES, RECIPES
@@ -175,7 +175,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """Optimizer steps of the run, as launch/training.py counts them."""
-        return max(1, round(self.recipe.epochs * self.settings.images / self.recipe.global_batch))
+        return self.recipe.num_steps(self.settings.images)
 
     @property
     def memory_limit(self) -> float:
@@ -199,8 +199,7 @@ class Plan:
 
 def main(words: list[str]) -> int:
     """Print the plan; returns the exit code."""
-    if wants_help(words):
-        print(__doc__, help_text(Settings, "Settings"))
+    if answered(words, lambda _: f"{__doc__} {help_text(Settings, 'Settings')}"):
         return 0
     plan = make_plan(*configure(words))
     print("\n".join([*describe_run(plan), *describe_memory(plan), *describe_time(plan), *describe_failures(plan)]))
@@ -374,7 +373,8 @@ def describe_run(plan: Plan) -> list[str]:
         f"{trained / 1e6:.3g} M train; {model.flops / 1e9:.1f} GFLOP an image and step",
         f"  batch        {recipe.global_batch} = {plan.ranks} GPUs x {plan.runtime.micro_batch} images "
         f"(--micro_batch {plan.runtime.micro_batch}) x {accumulation} accumulated",
-        f"  schedule     {recipe.epochs:g} epochs of {settings.images:,} images = {plan.steps:,} steps",
+        f"  schedule     {recipe.num_epochs(settings.images):g} epochs of {settings.images:,} images = "
+        f"{plan.steps:,} steps",
     ]
 
 

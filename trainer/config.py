@@ -7,16 +7,18 @@ docstring under a field is its help text; its unit stands in brackets at the end
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from trainer import foreign_names
 from trainer.errors import ConfigError
 
 C = TypeVar("C", bound=Any)
@@ -44,6 +46,8 @@ class Recipe:
     """Samples in one optimizer step, over all ranks and accumulation steps [images]."""
     epochs: float = 800.0
     """Length of the schedule, in passes over the training set [epochs]."""
+    max_steps: int | None = None
+    """Length of the schedule instead of epochs; the warm-up keeps its share, warmup_epochs / epochs [steps]."""
     warmup_epochs: float = 40.0
     """Linear warm-up from zero [epochs]."""
     base_learning_rate: float = 1.5e-4
@@ -90,7 +94,12 @@ class Recipe:
         _require_at_least_one(self)
         _require(self, "seed", 0 <= self.seed < 2**63, "must be an integer from 0 to 2**63 - 1")
         _require(self, "epochs", self.epochs > 0, "must be above 0")
-        _require(self, "warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"must be from 0 to {self.epochs=}")
+        _require(
+            self,
+            "warmup_epochs",
+            0 <= self.warmup_epochs <= self.epochs,
+            f"must be from 0 to epochs ({self.epochs:g}): set both",
+        )
         for name in ("base_learning_rate", "learning_rate"):
             _require(self, name, (value := getattr(self, name)) is None or value > 0, "must be above 0 (try 1.5e-4)")
         for name in ("min_learning_rate", "weight_decay", "clip_grad_norm"):
@@ -103,7 +112,26 @@ class Recipe:
         _require(self, "on_spike", looks, "needs a spike_threshold above 0 (try 20)")
         _require(self, "flip_probability", 0 <= self.flip_probability <= 1, "must be from 0 to 1")
         ordered = 0 < self.crop_scale_min <= self.crop_scale_max <= 1
-        _require(self, "crop_scale_min", ordered, f"must be above 0 and at most {self.crop_scale_max=} <= 1")
+        _require(
+            self,
+            "crop_scale_min",
+            ordered,
+            f"must be above 0 and at most crop_scale_max ({self.crop_scale_max:g}), which must be at most 1",
+        )
+
+    def num_steps(self, num_samples: int) -> int:
+        """Return the length of the schedule over so many training samples [steps]."""
+        return self.max_steps or max(1, round(self.epochs * num_samples / self.global_batch))
+
+    def num_epochs(self, num_samples: int) -> float:
+        """Return the length of the schedule in passes over so many training samples [epochs]."""
+        return self.epochs if self.max_steps is None else self.max_steps * self.global_batch / num_samples
+
+    def num_warmup_steps(self, num_samples: int) -> int:
+        """Return the part of the schedule in which the learning rate rises [steps]."""
+        if self.max_steps is not None:
+            return round(self.max_steps * self.warmup_epochs / self.epochs)
+        return round(self.warmup_epochs * num_samples / self.global_batch)
 
     @property
     def peak_learning_rate(self) -> float:
@@ -149,11 +177,16 @@ class PretrainRecipe(Recipe):
         Recipe.__post_init__(self)
         _require(self, "mask_ratio", 0 < self.mask_ratio < 1, "must lie strictly between 0 and 1 (try 0.75)")
         divides = self.decoder_width % self.decoder_heads == 0 and self.decoder_width % 4 == 0
-        _require(self, "decoder_width", divides, f"must be divisible by {self.decoder_heads=} and by 4")
+        _require(self, "decoder_width", divides, f"must be divisible by decoder_heads ({self.decoder_heads}) and by 4")
         _require(self, "predict_share", 0 < self.predict_share <= 1, "must be above 0 and at most 1 (try 0.33)")
         apart = self.predict_share == 1 or self.decoder_type == "cross"
         _require(self, "predict_share", apart, "needs decoder_type cross: elsewhere hidden patches see each other")
-        _require(self, "aug_repeats", self.global_batch % self.aug_repeats == 0, f"must divide {self.global_batch=}")
+        _require(
+            self,
+            "aug_repeats",
+            self.global_batch % self.aug_repeats == 0,
+            f"must divide global_batch ({self.global_batch})",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -393,6 +426,7 @@ _AT_LEAST_ONE = {
     *("lora_r", "proj_dim", "proj_hidden_dim", "cls_hidden_dim", "mixstyle_blocks", "advanced_aug_num_ops"),
     *("global_batch", "micro_batch", "num_lanes", "block_samples", "window_blocks", "cache_bytes", "prefetch"),
     *("log_every", "save_every", "heldout_every", "picture_every", "val_every", "keep_checkpoints", "stop_at_step"),
+    "max_steps",
     *("num_threads", "max_bad_steps", "spike_patience", "start_timeout_s"),
 }
 
@@ -404,6 +438,7 @@ LEGACY_VALUES: dict[str, Any] = {
     "decoder_type": "self",
     "predict_share": 1.0,
     "aug_repeats": 1,
+    "max_steps": None,
 }
 """Recipe field -> the value, as JSON gives it, under which a run begun before the field existed behaved, or a run begun
 before its default changed. Whoever adds a field, or changes a default that changes numbers, adds a line: without it no
@@ -424,9 +459,7 @@ def refuse_unknown(flags: Mapping[str, str], known: Collection[str]) -> None:
     """Raise `ConfigError` with the nearest valid names if a flag is unknown."""
     for name in flags:
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join('--' + n for n in near)}?" if near else "--help lists all settings"
-            raise ConfigError(f"unknown setting --{name}: {hint}")
+            raise ConfigError(f"unknown setting --{name}: {foreign_names.hint(name, known)}")
 
 
 def with_flags(config: C, flags: Mapping[str, str]) -> C:
@@ -480,13 +513,21 @@ def keep_legacy_values(recipe: R, recorded: Mapping[str, Any], explicit: Collect
     return dataclasses.replace(recipe, **{name: _tuple_of(value) for name, value in kept.items()}), kept
 
 
-def help_text(config: type, title: str) -> str:
-    """Describe every setting of a configuration with its meaning, default and unit."""
-    lines, docs = [f"\n{title}:"], _field_docs(config)
+def help_text(config: Any, title: str) -> str:
+    """Describe every setting with its meaning, unit and default; of a configuration instead of a class, its value."""
+    is_class = isinstance(config, type)
+    lines, docs = [f"\n{title}:"], _field_docs(config if is_class else type(config))
     for entry in dataclasses.fields(config):
-        default = "none" if entry.default is None else entry.default
-        lines.append(f"  --{entry.name} {_type_name(entry)}\n        {docs[entry.name]} Default: {default}")
+        shown = f"Default: {_shown(entry.default)}" if is_class else f"Value: {_shown(getattr(config, entry.name))}"
+        lines.append(f"  --{entry.name} {_type_name(entry)}\n        {docs[entry.name]} {shown}")
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    """Write a value as the command line takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "[]"
+    return {"True": "true", "False": "false", "None": "none", "": "''"}.get(str(value), str(value))
 
 
 def as_record(config: Any) -> dict[str, Any]:
@@ -517,6 +558,27 @@ def _tuple_of(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+class Bare(str):
+    """The text of a setting after which no value stands: right for a boolean only."""
+
+    __slots__ = ()
+
+
+def expand_home(text: str) -> str:
+    """Write out ~ and ~user where a path may begin: at the front, and in lists and after names.
+
+    A shell does it for bare words only: not in quotes, which patterns need, nor after an equals sign.
+    """
+
+    def home(found: "re.Match[str]") -> str:
+        try:
+            return str(Path(found[0]).expanduser())
+        except RuntimeError:  # nobody is called so
+            return found[0]
+
+    return re.sub(r"(?<![^,;=])~[^/,;@]*(?=$|[/,;@])", home, text)
+
+
 def _names(config: type) -> set[str]:
     return {entry.name for entry in dataclasses.fields(config)}
 
@@ -537,12 +599,14 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _parse(name: str, text: str, hint: Any) -> Any:
-    """Read one value from text; numbers and booleans as Python and YAML people write them."""
+    """Read one value from text; numbers and booleans as Python and YAML people write them, ~ as a shell does."""
     if typing.get_origin(hint) is tuple:
         words = (word.strip().strip("'\"") for word in text.strip().strip("[]()").split(","))
         return tuple(_parse(name, word, typing.get_args(hint)[0]) for word in words if word)
     options = _options(hint)
     lowered = text.strip().lower()
+    if isinstance(text, Bare) and bool not in options:
+        raise ConfigError(f"{name} has no value: write --{name} VALUE")
     if type(None) in options and lowered in ("none", "null"):
         return None
     if bool in options:
@@ -557,7 +621,7 @@ def _parse(name: str, text: str, hint: Any) -> Any:
                 return number(text)
             except ValueError:
                 raise ConfigError(f"{name} is {text!r}, but must be {noun}") from None
-    return text
+    return expand_home(text)
 
 
 def check_types(config: Any) -> None:

@@ -41,6 +41,7 @@ from trainer.checkpoint import newest_manifest
 from trainer.config import DetectorRecipe, PretrainRecipe, PretrainRuntime, Recipe, Runtime
 from trainer.data.mixture import read_sources
 from trainer.data.storage import reading
+from trainer.ds_config import compiled_optimizer
 from trainer.engine import connect, default_device, disconnect
 from trainer.errors import ConfigError, TrainerError
 from trainer.models.encoder import PatchEncoder
@@ -151,15 +152,9 @@ def facts_of(world: World, recipe: Recipe, runtime: Runtime, shards: Sequence[st
         "shared_memory": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         "batches": world.local_size * runtime.num_workers * (runtime.prefetch + 1) * pixels,
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "compiles": compiles(recipe, runtime, world),
+        "compiles": compiled_optimizer(engine_settings(recipe, runtime, world)),
         "read": read_some(shards),
     }
-
-
-def compiles(recipe: Recipe, runtime: Runtime, world: World) -> str:
-    """Name the optimizer if DeepSpeed would compile it at the start of a training; torch's needs no compiler."""
-    optimizer = engine_settings(recipe, runtime, world)["optimizer"]
-    return "" if optimizer.get("params", {}).get("torch_adam") else str(optimizer["type"])
 
 
 def read_some(shards: Sequence[str]) -> dict[str, Any]:

@@ -22,27 +22,20 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.utils.logging import logger as deepspeed_logger
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from trainer import zero_files
+from trainer.ds_config import check_names, compiled_optimizer
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.optim import parameter_groups
 from trainer.world import World, join, meet
 
 logger = logging.getLogger(__name__)
 
-_REFUSED_BLOCKS = {
-    "scheduler": "the recipe owns the schedule (warmup_epochs, min_learning_rate)",
-    "elasticity": "DeepSpeed removed it in 0.19.8; any world size that divides the global batch works without it",
-    "nebula": "DeepSpeed removed it in 0.19.8; checkpoints are committed by trainer/checkpoint.py",
-    "data_efficiency": "the data plane is trainer/data",
-    "curriculum_learning": "the data plane is trainer/data",
-}
-
-
-_REFUSED_VALUES = {("bf16", "check_grad_overflow"): False, ("zero_optimization", "compute_grad_norm"): False}
-"""With these DeepSpeed would move the optimizer by gradients that are not finite."""
+_PRINTING = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger", "flops_profiler")
+"""Settings of the JSON that ask DeepSpeed to speak; otherwise only its warnings are shown."""
 
 
 def default_device() -> torch.device:
@@ -91,25 +84,17 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file.
 
     Raises:
-        ConfigError: the file is missing, is not a JSON object, or holds a block that cannot work here.
+        ConfigError: the file is missing, is not a JSON object, or sets something that does nothing here.
     """
     try:
-        config: Any = json.loads(path.read_text(), object_pairs_hook=_unique_names)
+        config: Any = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_names)
     except OSError as error:
         raise ConfigError(f"ds_config {path} cannot be read ({error.strerror}): name a file of ds_configs/") from error
     except ValueError as error:
         raise ConfigError(f"ds_config {path} is not valid JSON ({error}): compare it with ds_configs/") from error
     if not isinstance(config, dict):
         raise ConfigError(f"ds_config {path} holds a {type(config).__name__}, but must be one JSON object")
-    for block, reason in _REFUSED_BLOCKS.items():
-        if block in config:
-            raise ConfigError(f"ds_config {path} sets {block!r}, which is not used here: {reason}; remove the block")
-    for (block, name), value in _REFUSED_VALUES.items():
-        if isinstance(config.get(block), dict) and config[block].get(name) is value:
-            raise ConfigError(
-                f"ds_config {path} sets {block}.{name} to {json.dumps(value)}, which lets gradients that are not "
-                "finite move the weights: remove the setting"
-            )
+    check_names(config, f"ds_config {path}")
     return config
 
 
@@ -124,7 +109,8 @@ def fill_ds_config(config: Mapping[str, Any], owned: Mapping[str, Any]) -> dict[
         filled: a new configuration without any "auto".
 
     Raises:
-        ConfigError: the JSON sets another value explicitly, or leaves an "auto" that the recipe does not own.
+        ConfigError: the JSON sets another value explicitly, leaves an "auto" that the recipe does not own, or holds a
+            value that DeepSpeed refuses.
     """
     filled: dict[str, Any] = json.loads(json.dumps(config))
     filled.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True, "fused": True}})
@@ -143,8 +129,30 @@ def fill_ds_config(config: Mapping[str, Any], owned: Mapping[str, Any]) -> dict[
         block[last] = value
     left = [name for name, value in _leaves(filled) if value == "auto"]
     if left:
-        raise ConfigError(f'ds_config leaves {", ".join(left)} "auto", but the recipe does not own it: write a value')
+        raise ConfigError(
+            f'ds_config leaves {", ".join(left)} "auto", but the recipe does not own it: remove the line, or write a '
+            "value"
+        )
+    _check_values(filled)
     return filled
+
+
+def _check_values(config: dict[str, Any]) -> None:
+    """Let DeepSpeed read the configuration before any work, as one rank would."""
+    alone = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    deepspeed_logger.setLevel(logging.WARNING)
+    try:
+        deepspeed.DeepSpeedConfig(config | {"train_batch_size": alone})
+    except Exception as error:  # it fails in any way on values of a wrong type
+        raise ConfigError(f"DeepSpeed refuses the ds_config: {_reason(error)}; compare it with ds_configs/") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Say on one line what is wrong: pydantic's texts have several lines for each setting, and a link."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    found = [(".".join(map(str, entry["loc"])), entry["msg"], entry["input"]) for entry in error.errors()]
+    return "; ".join(f"{where} is {given!r}: {message}" if where else message for where, message, given in found)
 
 
 def owned_by_recipe(
@@ -212,15 +220,13 @@ class Engine:
             ConfigError: DeepSpeed refuses the configuration.
         """
         self.world, self._save_frozen = world, save_frozen
-        self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
-        self.precision = next((p for p in ("bf16", "fp16") if ds_config.get(p, {}).get("enabled")), "fp32")
         self._accumulation: int = ds_config["gradient_accumulation_steps"]
         groups = parameter_groups(model, weight_decay, layer_decay=layer_decay)
         self._lr_scales = [group["lr_scale"] for group in groups]
-        try:
-            self._engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
-        except (deepspeed.DeepSpeedConfigError, AssertionError, NotImplementedError, ValueError) as error:
-            raise ConfigError(f"DeepSpeed refuses the ds_config: {error}; compare it with ds_configs/") from error
+        self._engine = _initialize(model, groups, ds_config, tells=world.is_main)
+        self.zero_stage = int(self._engine.zero_optimization_stage())
+        bf16, fp16 = self._engine.bfloat16_enabled(), self._engine.fp16_enabled()
+        self.precision = "bf16" if bf16 else "fp16" if fp16 else "fp32"
         # DeepSpeed copies a script beside the state, on rank 0 while others already sync; a checkpoint holds no code.
         self._engine._copy_recovery_script = lambda save_path: None
         # Steps are skipped at stage 0 by dropping the gradients, and DeepSpeed's clipping fails where there are none.
@@ -228,6 +234,7 @@ class Engine:
         self._engine.clip_fp32_gradients = lambda: clip() if any(True for _ in _gradients(module)) else None
         self.device = torch.device(self._engine.device)
         self._basic_grad_norm: Tensor | None = None
+        self._replays_graphs = False
 
     def compile(self, mode: str) -> None:
         """Have torch compile the model at its first step, which then takes minutes.
@@ -243,6 +250,7 @@ class Engine:
         if mode == "reduce-overhead" and (self.device.type != "cuda" or self.zero_stage == 3):
             where = f"here are {self.device.type} and stage {self.zero_stage}"
             raise ConfigError(f"compile_mode is {mode!r}, which needs a GPU and ZeRO stage 0 to 2, but {where}")
+        self._replays_graphs = mode == "reduce-overhead"
         self._engine.compile(compile_kwargs={"mode": mode})
 
     def step(
@@ -273,7 +281,8 @@ class Engine:
         losses: list[Tensor] = []
         self._engine.train()
         for inputs in micro_batches:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            if self._replays_graphs:  # elsewhere the call would only import torch's compiler, seconds of every start
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             loss: Tensor = self._engine(*inputs)
             self._engine.backward(loss * (1 + 0 * loss.detach()))  # times 1, or times NaN
             losses.append(loss.detach().clone())  # a replayed graph writes the next one to the same place
@@ -427,6 +436,29 @@ class Engine:
             if parameter.requires_grad:
                 state[name] = zero_files.whole(parameter).float().cpu().clone()
         return state
+
+
+def _initialize(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[str, Any], *, tells: bool) -> Any:
+    """Build DeepSpeed's engine; what it compiles is said before, because that takes minutes of silence."""
+    compiled = compiled_optimizer(ds_config)
+    remedy = 'write {"torch_adam": true, "fused": true} into the params of its optimizer'
+    if compiled and tells:
+        told = "DeepSpeed compiles the optimizer %s of this ds_config now, which takes minutes the first time (or %s)"
+        logger.info(told, compiled, remedy)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
+    except (deepspeed.DeepSpeedConfigError, AssertionError, NotImplementedError, ValueError) as error:
+        raise ConfigError(f"DeepSpeed refuses the ds_config: {_reason(error)}; compare it with ds_configs/") from error
+    except Exception as error:  # compilers, ninja, nvcc and their loaders fail in many ways
+        if not compiled:
+            raise
+        raise ConfigError(
+            f"DeepSpeed cannot compile the optimizer {compiled} of this ds_config ({error}): {remedy}, or install what "
+            "is missing"
+        ) from error
+    if any(ds_config.get(name) for name in _PRINTING) and not ds_config.get("log_level"):
+        deepspeed_logger.setLevel(logging.INFO)
+    return engine
 
 
 class _Collector(CheckpointEngine):  # type: ignore[misc]

@@ -1,0 +1,219 @@
+"""Which settings of a DeepSpeed JSON do something here. Everything else is refused by name, with what to do instead.
+
+DeepSpeed ignores top-level names that it does not know, and reads others for features that this trainer does not use.
+A file that seems to ask for something and gets nothing is worse than an error.
+"""
+
+import difflib
+import importlib.util
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from trainer.errors import ConfigError
+
+_STAGE3_NAMES = (
+    *("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters"),
+    *("max_reuse_distance", "module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential"),
+)
+_OFFLOAD = frozenset({"device", "pin_memory"})
+_MONITORS = {"tensorboard": "tensorboard", "csv_monitor": "", "wandb": "wandb", "comet": "comet_ml"}
+"""Block -> the package that it needs."""
+
+HONOURED: dict[str, frozenset[str]] = {
+    "": frozenset(
+        {
+            *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+            *("gradient_clipping", "gradient_allreduce_op", "communication_data_type", "optimizer", "bf16", "fp16"),
+            *("data_types", "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+            *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger"),
+            *("log_level", "disable_python_gc", *_MONITORS),
+        }
+    ),
+    "optimizer": frozenset({"type", "params"}),
+    "optimizer.params": frozenset({"lr", "betas", "weight_decay", "eps", "torch_adam", "fused", "foreach"})
+    | {"adam_w_mode", "amsgrad", "bias_correction", "fp32_optimizer_states"},
+    "bf16": frozenset({"enabled", "check_grad_overflow", "immediate_grad_update"}),
+    "fp16": frozenset({"enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window"})
+    | {"hysteresis", "consecutive_hysteresis", "min_loss_scale"},
+    "data_types": frozenset({"grad_accum_dtype"}),
+    "zero_optimization": frozenset(
+        {
+            *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions"),
+            *("allgather_bucket_size", "use_multi_rank_bucket_allreduce", "overlap_comm", "offload_param"),
+            *("offload_optimizer", "sub_group_size", "round_robin_gradients", "ignore_unused_parameters"),
+            *("memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
+            *("compute_grad_norm", *_STAGE3_NAMES, *(f"stage3_{name}" for name in _STAGE3_NAMES)),
+        }
+    ),
+    "zero_optimization.offload_param": _OFFLOAD,
+    "zero_optimization.offload_optimizer": _OFFLOAD,
+    "flops_profiler": frozenset(
+        {"enabled", "profile_step", "module_depth", "top_modules", "detailed", "output_file"} | {"recompute_fwd_factor"}
+    ),
+    "comms_logger": frozenset({"enabled", "prof_all", "prof_ops", "verbose", "debug"}),
+    "tensorboard": frozenset({"enabled", "output_path", "job_name"}),
+    "csv_monitor": frozenset({"enabled", "output_path", "job_name"}),
+    "wandb": frozenset({"enabled", "group", "team", "project"}),
+    "comet": frozenset({"enabled", "samples_log_interval", "project", "workspace", "api_key"})
+    | {"experiment_name", "experiment_key", "online", "mode"},
+}
+"""Block -> the names that do in it what they say; "" is the file itself."""
+
+_REMOVED = "DeepSpeed removed it in 0.19.8"
+_PRECISION = "it changes the numbers, and a checkpoint would not tell: bf16, fp16 or neither are recorded"
+_OWN_SAVING = "checkpoints are written by trainer/checkpoint.py (save_every, keep_checkpoints)"
+_OWN_LOADER = "batches come from trainer/data (num_workers, prefetch)"
+_PARALLEL = "ranks divide the batch and the optimizer's state only (zero_optimization)"
+_NVME = "offload to NVMe is not used here, only to the CPU"
+_EVEN_MEAN = "gradients are averaged over the ranks in communication_data_type"
+
+REFUSED: dict[str, str] = {
+    "scheduler": "the recipe owns the schedule (warmup_epochs, min_learning_rate)",
+    "elasticity": f"{_REMOVED}; any world size that divides the global batch works without it",
+    "nebula": f"{_REMOVED}; {_OWN_SAVING}",
+    "checkpoint": f"{_OWN_SAVING}, and another number of ranks resumes without load_universal",
+    "data_states": _OWN_SAVING,
+    "datastates_ckpt": _OWN_SAVING,
+    "data_efficiency": "the data plane is trainer/data",
+    "curriculum_learning": "the data plane is trainer/data",
+    "dataloader_drop_last": _OWN_LOADER,
+    "torch_autocast": f'{_PRECISION}; write "bf16": {{"enabled": true}}',
+    "bfloat16": f'{_PRECISION}; write "bf16" for "bfloat16"',
+    "amp": f'{_REMOVED}; write "bf16": {{"enabled": true}}',
+    "activation_checkpointing": "set --grad_checkpointing true",
+    "autotuning": "it starts scripts of its own; tools/plan_run.py names the micro batch and the stage",
+    "hybrid_engine": "it generates text",
+    "compile": "set --compile_mode default",
+    "pipeline": _PARALLEL,
+    "tensor_parallel": _PARALLEL,
+    "expert_parallel": _PARALLEL,
+    "sequence_parallel_size": _PARALLEL,
+    "seq_parallel_communication_data_type": _PARALLEL,
+    "use_data_before_expert_parallelism": _PARALLEL,
+    "vocabulary_size": "there is no vocabulary",
+    "aio": _NVME,
+    "prescale_gradients": _EVEN_MEAN,
+    "gradient_predivide_factor": _EVEN_MEAN,
+    "managed_gradient_accumulation": "the trainer counts micro batches as DeepSpeed does",
+    "disable_allgather": "DeepSpeed reads it and does nothing with it",
+    "dump_state": "recipe.json records the settings",
+    "timers": "metrics.jsonl holds step_s and images_per_s",
+    "weight_quantization": "weights are trained in full precision",
+    "optimizer.legacy_fusion": "it belongs to optimizers that are not used here",
+    "bf16.bf16_master_weights_and_grads": _PRECISION,
+    "bf16.bf16_optimizer_states": _PRECISION,
+    "fp16.fp16_master_weights_and_grads": _PRECISION,
+    "data_types.param_dtype": _PRECISION,
+    "data_types.buffer_dtype": _PRECISION,
+    "data_types.keep_in_fp32_modules": _PRECISION,
+    "zero_optimization.zero_quantized_weights": _PRECISION,
+    "zero_optimization.zero_quantized_nontrainable_weights": _PRECISION,
+    "zero_optimization.zero_quantized_gradients": _PRECISION,
+    "zero_optimization.zenflow": "it moves the optimizer by gradients of older steps",
+    "zero_optimization.elastic_checkpoint": "another number of ranks resumes without it",
+    "zero_optimization.pipeline_loading_checkpoint": _OWN_SAVING,
+    "zero_optimization.load_from_fp32_weights": _OWN_SAVING,
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "tools/export.py writes whole weights at any stage",
+    "zero_optimization.gather_16bit_weights_on_model_save": "tools/export.py writes whole weights at any stage",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "tools/export.py writes whole weights at any stage",
+    "zero_optimization.cpu_offload": 'write "offload_optimizer": {"device": "cpu"}',
+    "zero_optimization.cpu_offload_param": 'write "offload_param": {"device": "cpu"}',
+    "zero_optimization.cpu_offload_use_pin_memory": 'write "pin_memory": true into offload_optimizer',
+    "zero_optimization.legacy_stage1": _REMOVED,
+    "zero_optimization.parameter_alignment": "it was not tried with the conversion to other numbers of ranks",
+    "zero_optimization.zero_hpz_partition_size": "it was not tried with the conversion to other numbers of ranks",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": "the optimizer is AdamW",
+    "zero_optimization.leaf_module": "the encoders have no modules of experts",
+    "zero_optimization.offload_optimizer.super_offload": "it was not tried with this trainer's checks of gradients",
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": "it belongs to super_offload",
+    "zero_optimization.offload_optimizer.ratio": "the whole state is offloaded, or none of it",
+    **{
+        f"zero_optimization.{block}.{name}": _NVME
+        for block in ("offload_param", "offload_optimizer")
+        for name in ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pipeline_read", "pipeline_write")
+    },
+    "zero_optimization.offload_optimizer.fast_init": _NVME,
+    **dict.fromkeys(
+        (
+            *("compression_training", "quantize_training", "sparse_gradients", "eigenvalue", "sparse_attention"),
+            *("graph_harvesting", "progressive_layer_drop", "zero_optimization.mics_shard_size"),
+            *("zero_optimization.mics_hierarchical_params_gather", "zero_optimization.zeropp_loco_param"),
+        ),
+        _REMOVED,
+    ),
+}
+"""Dotted name -> why it is not used, or what to write instead."""
+
+_NOT_FINITE = "gradients that are not finite would move the weights"
+_NOT_RECORDED = "the recipe does not own it, so that a checkpoint would not tell"
+_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "optimizer.type": (("AdamW", "Adam", "adamw", "adam"), "the recipe's weight_decay and betas are those of AdamW"),
+    "optimizer.params.adam_w_mode": ((True,), "the recipe's weight_decay is that of AdamW"),
+    "optimizer.params.eps": ((1e-8,), _NOT_RECORDED),
+    "optimizer.params.amsgrad": ((False,), _NOT_RECORDED),
+    "optimizer.params.bias_correction": ((True,), _NOT_RECORDED),
+    "optimizer.params.fp32_optimizer_states": ((True,), _NOT_RECORDED),
+    "gradient_allreduce_op": (("mean",), "the loss is the mean over the global batch"),
+    "bf16.check_grad_overflow": ((True,), _NOT_FINITE),
+    "zero_optimization.compute_grad_norm": ((True,), _NOT_FINITE),
+    "zero_optimization.stage": ((0, 1, 2, 3), "there are no others"),
+    "zero_optimization.offload_param.device": (("none", "cpu"), _NVME),
+    "zero_optimization.offload_optimizer.device": (("none", "cpu"), _NVME),
+}
+"""Dotted name -> the values that it may have, and why no others."""
+
+
+def check_names(config: Mapping[str, Any], said: str) -> None:
+    """Refuse what does nothing here, or something that no checkpoint would tell of.
+
+    Args:
+        config: a DeepSpeed configuration.
+        said: how messages name the file.
+
+    Raises:
+        ConfigError: naming the setting, and what to do; of an unknown name the nearest that are known.
+    """
+    _check_block("", config, said)
+    for name, (values, reason) in _ONLY.items():
+        value = _value_at(config, name)
+        if value not in (None, "auto") and not any(type(value) is type(fit) and value == fit for fit in values):
+            fitting = " or ".join(json.dumps(fit) for fit in dict.fromkeys(values))
+            raise ConfigError(
+                f"{said} sets {name} to {json.dumps(value)}, but {reason}: remove the line, or write {fitting}"
+            )
+    for block, package in _MONITORS.items():
+        if package and _value_at(config, f"{block}.enabled") and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{said} enables {block}, but {package} is not installed: pip install {package}")
+
+
+def compiled_optimizer(config: Mapping[str, Any]) -> str:
+    """Name the optimizer that DeepSpeed compiles at the start of a training; empty where it takes torch's."""
+    optimizer = config.get("optimizer", {})
+    return "" if optimizer.get("params", {}).get("torch_adam") else str(optimizer.get("type", ""))
+
+
+def _check_block(block: str, config: Mapping[str, Any], said: str) -> None:
+    for name, value in config.items():
+        path = f"{block}.{name}" if block else name
+        if path in REFUSED:
+            raise ConfigError(f"{said} sets {path!r}, which is not used here: {REFUSED[path]}; remove it")
+        if name not in HONOURED[block]:
+            raise ConfigError(f"{said} sets {path!r}, which DeepSpeed does not know: {_nearest(name, HONOURED[block])}")
+        if path in HONOURED:
+            if not isinstance(value, Mapping):
+                example = '; write {"stage": 1}' if path == "zero_optimization" else ""
+                raise ConfigError(f"{said} sets {path} to {json.dumps(value)}, but it must be a JSON object{example}")
+            _check_block(path, value, said)
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else "remove it; ds_configs/ holds examples"
+
+
+def _value_at(config: Mapping[str, Any], path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value

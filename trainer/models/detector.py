@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.errors import ConfigError
 from trainer.losses import margin_loss, weighted_cross_entropy
 from trainer.models.classifier import MorphClassifier
 from trainer.models.encoder import PatchEncoder
@@ -52,12 +53,17 @@ class MorphDetector(nn.Module):
         normalisation: see `STATISTICS`.
         head: what follows the encoder.
         mixstyle: layers that stand behind the first blocks of the encoder.
+
+    Raises:
+        ConfigError: the pooling wants a class token, and the encoder has none.
     """
 
     def __init__(
         self, encoder: PatchEncoder, *, normalisation: str, head: HeadOptions, mixstyle: list[MixStyle] | None = None
     ) -> None:
         super().__init__()
+        if head.pooling == "cls" and encoder.vit.cls_token is None:
+            raise ConfigError("pooling is 'cls', but this model has no class token: set --pooling avg")
         self.encoder, self.options = encoder, head
         self.head = build_head(encoder.width, head)
         self.mixstyle = nn.ModuleList(mixstyle or [])

@@ -1,18 +1,22 @@
 """Any timm ViT, run on a subset of its patches. The only importer of timm's models.
 
 Patches are gathered before the patch embedding, so nothing is computed for a hidden patch; positions are added by
-index. With all patches kept, the result is timm's own ``forward_features``.
+index. With all patches kept, the result is timm's own ``forward_features``; a model of which it would be something else
+is refused by name.
 
 Shapes: B images, N patches, K kept, T = prefix + K tokens, D width, P = p*p*C values of a patch, S queries, F = 3*D.
 """
 
 import difflib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
 from einops import rearrange
+from timm.layers.attention import Attention
+from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -21,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.errors import ConfigError
 from trainer.models.mask_utils import take
+
+_PLAIN = "vit_base_patch16_224"
 
 
 class PatchEncoder(nn.Module):
@@ -300,28 +306,70 @@ def sine_cosine_positions(grid: tuple[int, int], width: int) -> Tensor:
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[None].float()
 
 
-def _create(model_name: str, *, image_size: int, **options: float | None) -> VisionTransformer:
-    if not timm.is_model(model_name):
-        names = timm.list_models("*vit*")
-        near = difflib.get_close_matches(model_name, names, n=3, cutoff=0.4) or ["vit_base_patch16_224"]
-        raise ConfigError(
-            f"model is {model_name!r}, which timm {timm.__version__} does not know: try {', '.join(near)}"
-        )
+def _create(model_name: str, *, image_size: int, **options: float | None) -> Any:
+    _refuse_other_models(model_name)
     chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    try:
-        vit = timm.create_model(model_name, pretrained=False, img_size=image_size, num_classes=0, **chosen)
-    except (TypeError, AssertionError, ValueError, AttributeError) as error:
-        raise ConfigError(f"model {model_name!r} is no plain ViT ({error}): try vit_base_patch16_224") from error
-    if (
-        not isinstance(vit, VisionTransformer)
-        or vit.pos_embed is None
-        or not isinstance(getattr(vit.patch_embed, "proj", None), nn.Conv2d)
-    ):
-        raise ConfigError(f"model {model_name!r} is no ViT with absolute positions: try vit_base_patch16_224")
-    patch = vit.patch_embed.patch_size[0]
-    if image_size % patch:
+    patch = int(options.get("patch_size") or _on_meta(model_name).patch_embed.patch_size[0])
+    if image_size < patch or image_size % patch:
         fitting = max(patch, round(image_size / patch) * patch)
         raise ConfigError(
             f"image_size is {image_size}, but must be divisible by the patch size {patch}: try --image_size {fitting}"
         )
+    try:
+        vit: Any = timm.create_model(model_name, pretrained=False, img_size=image_size, num_classes=0, **chosen)
+    except (TypeError, AssertionError, ValueError, AttributeError, RuntimeError) as error:
+        told = ", ".join(f"{name} {value}" for name, value in chosen.items())
+        raise ConfigError(f"timm cannot build model {model_name!r} with {told} ({error}): leave that out") from error
     return vit
+
+
+def _refuse_other_models(model_name: str) -> None:
+    """Raise `ConfigError` for a name that timm does not know, or whose model would not run here exactly as in timm."""
+    if not timm.is_model(model_name):
+        names = timm.list_models("*vit*")
+        near = difflib.get_close_matches(model_name, names, n=3, cutoff=0.4) or [_PLAIN]
+        raise ConfigError(
+            f"model is {model_name!r}, which timm {timm.__version__} does not know: try {', '.join(near)}"
+        )
+    base, _, tag = model_name.partition(".")
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{base}.*")] if tag else []
+    if tag and tag not in tags:
+        raise ConfigError(
+            f"model is {model_name!r}, but timm knows no weights {tag!r} of {base} (it knows "
+            f"{', '.join(tags) or 'none'}): try --model {base}"
+        )
+    try:
+        other = _difference(_on_meta(model_name))
+    except (TypeError, AssertionError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        other = f"timm does not build it of one block ({error})"
+    if other:
+        raise ConfigError(f"model {model_name!r} is no plain ViT, {other}: choose one such as {_PLAIN}")
+
+
+@functools.cache
+def _on_meta(model_name: str) -> Any:
+    """Build the first block of a model and all around it as timm defines it, without memory or random numbers."""
+    with torch.device("meta"):
+        return timm.create_model(model_name, pretrained=False, num_classes=0, depth=1)
+
+
+def _difference(vit: Any) -> str:
+    """Name what `PatchEncoder` would compute otherwise than timm's model does; empty for nothing."""
+    if hasattr(vit, "dist_token"):
+        return "it has a distillation token, which we would leave out"
+    if type(vit) is not VisionTransformer:
+        return f"timm's class for it is {type(vit).__name__} and not VisionTransformer"
+    if vit.pos_embed is None:
+        return "it has no absolute positions, which tell patches apart"
+    embed = vit.patch_embed
+    if type(embed) is not PatchEmbed:
+        return f"{type(embed).__name__} embeds its patches, not one convolution, so that none can be left out before"
+    if not embed.patch_size[0] == embed.patch_size[1] == embed.proj.kernel_size[0] == embed.proj.stride[0]:
+        return f"its patches of {embed.patch_size} pixels are not square or overlap"
+    if not isinstance(vit.patch_drop, nn.Identity):
+        return "it drops patches of its own choice"
+    for block in vit.blocks:
+        if type(block) is not Block or type(block.attn) is not Attention:
+            kinds = type(block).__name__, type(getattr(block, "attn", None)).__name__
+            return f"its blocks are {kinds[0]} with {kinds[1]}, not Block with Attention"
+    return ""

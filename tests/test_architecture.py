@@ -6,7 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = (
     *("errors", "files", "world", "seeds", "foreign_names", "config", "data.labels"),
-    *("data.storage", "data.tar", "data.shards", "data.plan", "data.sampler", "data.mixture", "data.overlap"),
+    *("data.storage", "data.tar", "data.members", "data.shards"),
+    *("data.plan", "data.sampler", "data.mixture", "data.overlap"),
     *("data.icc", "data.decode", "data.selfmorph", "data.augment", "data.distort", "data.stream", "data.loader"),
     *("losses", "models.mask_utils", "models.encoder", "models.cross_block", "models.mae", "models.vitmae"),
     *("models.heads", "models.classifier", "models.mixstyle", "models.lora", "models.detector"),

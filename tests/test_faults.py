@@ -21,7 +21,8 @@ from conftest import jpeg, write_tar
 from PIL import Image, ImageOps
 
 from trainer.data.decode import decode_image
-from trainer.data.shards import NO_LABEL, ShardReader, open_index
+from trainer.data.members import NO_LABEL
+from trainer.data.shards import ShardReader, open_index
 from trainer.data.tar import Member, walk_tar
 from trainer.errors import DataError, SampleError
 
@@ -383,7 +384,7 @@ def test_nothing_in_a_tar_is_executed(tmp_path: Path) -> None:
     suffixes = ["pyd", "pickle", "pkl", "pth", "x.pyd", "pyd.gz", "npy", "json", "txt.gz", "__worker__.pyd"]
     members = [(f"face.{suffix}", evil) for suffix in suffixes]
     members += [("face.jpg", jpeg(1)), ("other.PYD", evil), ("other.PTH", evil), ("other.jpg", evil)]
-    members += [("__evil__.pyd", evil), ("evil", evil)]
+    members += [("__evil__", evil), ("__evil__/x.pyd", evil), ("evil", evil)]
     index = open_index([write_tar(tmp_path / "a.tar", members)], index_dir=tmp_path / "index")
     payloads = [ShardReader().read(index.sample(i)) for i in range(len(index))]
     assert decode_image(payloads[0]).shape == (40, 36, 3)
@@ -430,11 +431,12 @@ def test_a_mistake_of_the_program_is_not_called_a_failure_of_the_storage(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "text", ["-1", "+1", "1_0", "1.0", "0x1", "", " ", "1 2", "9999999999", "\u0661", "\uff11", "\u00b2", "1\0", "1e3"]
+    "text", ["-1", "+1", "1_0", "0x1", "", " ", "1 2", "9999999999", "\u0661", "\uff11", "\u00b2", "1\0", "1e3", "23.5"]
 )
-def test_a_class_is_written_in_plain_digits(tmp_path: Path, text: str) -> None:
-    with pytest.raises(DataError, match="class number"):
-        open_index([write_tar(tmp_path / "a.tar", [("a.jpg", jpeg(1)), ("a.cls", text.encode())])])
+def test_a_class_that_means_nothing_is_no_label_and_is_counted(tmp_path: Path, text: str) -> None:
+    index = open_index([write_tar(tmp_path / "a.tar", [("a.jpg", jpeg(1)), ("a.cls", text.encode())])])
+    assert index.labels.tolist() == [NO_LABEL]
+    assert index.tally.unusable["label"] == 1
 
 
 @pytest.mark.parametrize(
@@ -446,9 +448,13 @@ def test_a_class_is_written_in_plain_digits(tmp_path: Path, text: str) -> None:
         ("json", b'{"label": 2147483647}', 2**31 - 1),
         ("json", b'{"label": 2147483648}', NO_LABEL),
         ("json", b'{"label": -1}', NO_LABEL),
-        ("json", b'{"label": 1.0}', NO_LABEL),
-        ("json", b'{"label": "7"}', NO_LABEL),
-        ("json", b'{"label": true}', NO_LABEL),
+        ("cls", b"1.0", 1),
+        ("cls", b"bonafide", 0),
+        ("json", b'{"label": 1.0}', 1),
+        ("json", b'{"label": "7"}', 7),
+        ("json", b'{"label": true}', 1),
+        ("json", b'{"label": "Morph"}', 1),
+        ("json", b'{"label": 0.5}', NO_LABEL),
         ("json", b'{"label": ' + b"9" * 5000 + b"}", NO_LABEL),
         ("json", b"[" * 60_000, NO_LABEL),
         ("json", b'\xff{"label": 7}', NO_LABEL),

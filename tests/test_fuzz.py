@@ -38,7 +38,7 @@ from test_faults import (
 )
 
 from trainer.data.decode import colour_profile, decode_image, upright_jpeg_size
-from trainer.data.shards import samples_of
+from trainer.data.members import samples_of
 from trainer.data.tar import Member, walk_tar
 from trainer.errors import DataError, SampleError
 

@@ -3,7 +3,9 @@ import gzip
 import io
 import json
 import lzma
+import os
 import pickle
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -12,7 +14,8 @@ import pytest
 import webdataset as wds
 from conftest import jpeg, members_of, write_tar
 
-from trainer.data.shards import ShardIndex, ShardReader, list_shards, open_index
+from trainer.data.overlap import prints_of
+from trainer.data.shards import ShardIndex, ShardReader, describe_index, list_shards, open_index
 from trainer.data.tar import walk_tar
 from trainer.errors import ConfigError, DataError, SampleError
 
@@ -127,6 +130,89 @@ def test_of_two_jobs_that_build_one_index_the_slower_takes_the_fasters(shards: P
     assert [path.name for path in shards.iterdir() if path.name.startswith(".index")] == [slower.folder.name]
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_two_sets_with_the_same_names_share_an_index_dir_and_never_mix(tmp_path: Path, beside: bool) -> None:
+    index_dir, sets = None if beside else tmp_path / "index", {}
+    for name, numbers in (("train", range(8)), ("val", range(20, 31))):
+        members = []
+        for number in numbers:
+            text = json.dumps({"identity": f"{name}-{number}", "label": number % 2}).encode()
+            members += [(f"{number}.jpg", jpeg(number)), (f"{number}.json", text)]
+        sets[name] = [write_tar(tmp_path / name / "shard-000000.tar", members)]
+    first = {name: open_index(paths, index_dir=index_dir) for name, paths in sets.items()}
+    again = {name: open_index(paths, index_dir=index_dir) for name, paths in reversed(sets.items())}
+    for indices in (first, again):
+        for name, count in (("train", 8), ("val", 11)):
+            index = indices[name]
+            assert len(index) == count
+            assert all(value.startswith(f"{name}-") for value in index.groups("identity")[0])
+            assert len(prints_of(index).people_N) == count
+            assert index.folder == first[name].folder
+    assert prints_of(first["train"]).shared_with(prints_of(again["val"])) == ""
+    before = first["val"].folder.stat().st_ino
+    assert open_index(sets["val"], index_dir=index_dir).folder.stat().st_ino == before  # neither is built again
+
+
+def test_a_link_that_points_elsewhere_has_another_index(tmp_path: Path) -> None:
+    for name, numbers in (("a", range(4)), ("b", range(4, 8))):
+        write_tar(tmp_path / name / "s.tar", members_of(numbers))
+    (tmp_path / "now").symlink_to("a")
+    first = open_index([tmp_path / "now" / "s.tar"], index_dir=tmp_path / "index")
+    (tmp_path / "now").unlink()
+    (tmp_path / "now").symlink_to("b")
+    second = open_index([tmp_path / "now" / "s.tar"], index_dir=tmp_path / "index")
+    assert (first.sample(0).key, second.sample(0).key) == ("face0000", "face0004")
+
+
+def test_a_shard_that_was_replaced_with_all_its_dates_is_noticed(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", [("a.jpg", jpeg(1)), ("a.cls", b"0")])
+    assert open_index([path]).labels.tolist() == [0]
+    status = path.stat()
+    write_tar(path, [("a.jpg", jpeg(1)), ("a.cls", b"1")])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    assert open_index([path]).labels.tolist() == [1]
+
+
+def test_an_open_index_stays_what_it_was_when_another_job_builds_it_anew(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", [("a.jpg", jpeg(1)), ("a.json", b'{"identity": "ann"}')])
+    index = open_index([path])
+    write_tar(path, [("b.jpg", jpeg(2)), ("b.json", b'{"identity": "bob"}')])
+    assert open_index([path]).groups("identity")[0] == ["bob"]
+    assert (index.sample(0).key, index.groups("identity")[0]) == ("a", ["ann"])
+    with pytest.raises(DataError, match="built anew while"):
+        pickle.loads(pickle.dumps(index))
+
+
+def test_a_folder_that_moved_with_its_index_is_indexed_anew(shards: Path, tmp_path: Path) -> None:
+    paths = list_shards(str(shards), setting="--data")
+    open_index(paths)
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    write_tar(copy / "s-001.tar", members_of(range(70, 100)))
+    assert open_index(list_shards(str(copy), setting="--data")).sample(20).key == "face0070"
+    assert open_index(paths).sample(20).key == "face0020"
+
+
+def test_the_description_of_a_set_names_classes_people_and_what_is_left_out(tmp_path: Path) -> None:
+    members = [("__key__", b"x"), ("README", b"x"), ("._0.jpg", b"x")]
+    for number, label in enumerate((b"0", b"1", b"1", b"23.5")):
+        text = json.dumps({"identity": "ann", "identity_2": f"p{number}"}).encode()
+        members += [(f"{number}.jpg", jpeg(number)), (f"{number}.cls", label), (f"{number}.json", text)]
+    members += [("4.jpg", jpeg(4)), ("4.txt", b"a caption")]
+    index = open_index([write_tar(tmp_path / "s.tar", members)])
+    text = describe_index(index)
+    assert "5 samples in 1 shards" in text
+    assert "labels: 0: 1, 1: 2, 2 without" in text
+    assert "5 people are named" in text
+    for said in ("names of the container (__x__) (such as __key__)", "hidden files (such as ._0.jpg)", "1 .txt"):
+        assert said in text
+    assert "1 samples have an unusable label (such as 3: cls '23.5')" in text
+    tally = index.tally
+    assert tally.num_members == len(members) == tally.num_used + sum(tally.left_out.values())
+    assert sum(tally.labels.values()) == tally.num_samples == len(index)
+
+
 def test_index_and_reader_travel_to_workers(shards: Path) -> None:
     index = open_index(list_shards(str(shards), setting="--data"))
     reader = ShardReader()
@@ -187,10 +273,9 @@ def test_no_cut_goes_unnoticed(tmp_path: Path, length: int) -> None:
     ("members", "message"),
     [
         ([("a.json", b"{}")], "no image member"),
-        ([("a.jpg", b"1"), ("a.png", b"2")], "two images"),
+        ([("a.jpg", b"1"), ("a.png", b"2")], "2 images"),
         ([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.json", b"{}")], "not neighbours"),
         ([("a.jpg", b"1"), ("a.jpg", b"2")], "two members"),
-        ([("a.jpg", b"1"), ("a.cls", b"morph")], "class number"),
     ],
 )
 def test_samples_that_webdataset_would_mix_up_are_refused(tmp_path: Path, members, message: str) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from launch.command_line import read_flags, run
 from trainer.config import refuse_unknown
+from trainer.data.members import Tally
 from trainer.data.plan import Plan, positions_of
 from trainer.data.shards import INDEX_VERSION, SHARD_COLUMNS, ShardIndex
 
@@ -41,7 +42,8 @@ def write_index(folder: Path, num_samples: int) -> list[str]:
     (folder / "keys.utf8").write_bytes(b"k")
     np.arange(1, num_shards + 1).astype(np.int64).__mul__(SAMPLES_A_SHARD).tofile(folder / "shard_end.i64")
     header = {"version": INDEX_VERSION, "fingerprint": "synthetic", "num_samples": num_samples}
-    header |= {"num_shards": num_shards, "group_fields": []}
+    np.zeros(num_shards, dtype=np.uint64).tofile(folder / "shard_tag.u64")
+    header |= {"num_shards": num_shards, "group_fields": [], "num_people": 0, "tally": Tally().as_record()}
     (folder / "index.json").write_text(json.dumps(header))
     return [f"/data/train/shard-{i:06d}.tar" for i in range(num_shards)]
 

@@ -32,7 +32,8 @@ from tqdm.auto import tqdm
 from launch.command_line import configure_tool, run
 from trainer.config import check_types
 from trainer.data.decode import decode_image
-from trainer.data.shards import GROUP_FIELDS, Sample, list_shards, samples_of
+from trainer.data.members import GROUP_FIELDS, Sample, samples_of
+from trainer.data.shards import list_shards
 from trainer.data.storage import is_url
 from trainer.data.tar import MAX_MEMBER_BYTES, Member, walk_tar
 from trainer.errors import ConfigError, DataError, SampleError

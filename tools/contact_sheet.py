@@ -23,7 +23,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from launch.command_line import configure_tool, run
 from trainer.config import check_types
 from trainer.data.decode import decode_image
-from trainer.data.shards import NO_LABEL, ShardReader, list_shards, open_index
+from trainer.data.members import NO_LABEL
+from trainer.data.shards import ShardReader, list_shards, open_index
 from trainer.errors import ConfigError, SampleError
 
 _SIDE = 160

@@ -44,7 +44,7 @@ from launch.command_line import configure_tool, run
 from tools.landmarks import landmarks_of, read_landmarks
 from trainer.config import check_types
 from trainer.data.decode import MIN_SIDE, decode_image
-from trainer.data.shards import LANDMARKS
+from trainer.data.members import LANDMARKS
 from trainer.errors import ConfigError, DataError, SampleError
 
 READ_SUFFIXES = {".jpg", ".jpeg", ".png", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"}

@@ -1,8 +1,24 @@
-"""What can go wrong for a user. Every message names the setting or file, its value, and ends with a remedy."""
+"""What can go wrong for a user. Every message names the setting or file, its value, and ends with a remedy.
+
+No message shows what follows the ``?`` of a web address, or its password: signed addresses are keys.
+"""
+
+import re
+
+_QUERY = re.compile(r"""(https?://[^\s?#'"<>]*)\?(?:(?!,\w+:)[^\s'"<>])*[^\s'"<>:;,.)\]]""")
+_USER = re.compile(r"""(\w://)[^\s/@'"]+@""")
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with ``?...`` for the queries of web addresses, and without names and passwords in addresses."""
+    return _USER.sub(r"\1", _QUERY.sub(r"\1?...", text))
 
 
 class TrainerError(Exception):
     """A mistake that the user can mend: shown as one message without a traceback, exit code 2."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_secrets(message))
 
 
 class ConfigError(TrainerError):

@@ -1,19 +1,23 @@
 """Shards: which files, which samples, and how one sample's bytes are read back.
 
-A shard is a plain tar in webdataset's layout: neighbouring members that share a name up to the first dot are one
-sample. The first use of a set of shards walks every byte once, strictly, and keeps what it found in an *index*: flat
-arrays that are memory-mapped, so a billion samples cost no memory and open at once.
+A shard is a plain tar in webdataset's layout (`trainer.data.members`). The first use of a set of shards walks every
+byte once, strictly, and keeps what it found in an *index*: flat arrays that are memory-mapped, so a billion samples
+cost no memory and open at once.
+
+An index belongs to its shards where they lie, and to the choice of the image member: its folder is named by them, and
+it holds their lengths and versions. Sets with equal file names may share one ``--index_dir``.
 
 Layout of an index folder::
 
-    index.json      version, fingerprint, counts, and the group fields that occur
+    index.json      version, fingerprint, counts (samples, labels, people, left out), and the group fields that occur
     shards.json     name, length, version and sha256 of every shard; read only where the index is checked
-    shard_end.i64   one entry a shard: how many samples stand up to its end
+    shard_end.i64 shard_tag.u64   one entry a shard: how many samples stand up to its end, and the start of its sha256
     offset.i64 size.i64 crc32.u32 label.i32 key_end.i64 keys.utf8         one entry a sample, in shard order
     marks_offset.i64 marks_size.i32                                       its json, where that holds landmarks
     group-FIELD.i32 group-FIELD.json                                       code of the field's value, and the values
 
-The fingerprint depends on the bytes of the shards and their order, not on where they lie.
+The fingerprint depends on the bytes of the shards, their order and the choice of the image member, not on where they
+lie.
 """
 
 import errno
@@ -29,7 +33,8 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,24 +42,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.storage import Span, SpanReader, find, is_url, stamp
-from trainer.data.tar import Member, walk_tar
+from trainer.data.members import GROUP_FIELDS, LANDMARKS, MAX_JSON_BYTES, NO_LABEL, Tally, samples_of
+from trainer.data.storage import Span, SpanReader, find, is_url, place_of, stamp
+from trainer.data.tar import walk_tar
 from trainer.errors import ConfigError, DataError, SampleError
 from trainer.files import sync_files
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = 3
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-NO_LABEL = -1
-GROUP_FIELDS = ("source", "attack", "identity", "identity_2")
-"""Fields of a sample's json that the index keeps, where they are short texts or integers."""
+INDEX_VERSION = 4
 NO_GROUP = -1
-LANDMARKS = "landmarks"
-"""Field of a sample's json: [[x, y], ...] in pixels of its image."""
 
-_MAX_GROUP_CHARS = 200
 _BYTES_WORTH_A_PROCESS = 1 << 30
+_LABELS_NAMED = 20
 SHARD_COLUMNS: dict[str, type[np.generic]] = {
     "offset.i64": np.int64,
     "size.i64": np.int64,
@@ -66,8 +66,6 @@ SHARD_COLUMNS: dict[str, type[np.generic]] = {
 }
 """Files of an index with a number for each sample."""
 _KEYS = "keys.utf8"
-# The rule of webdataset.tariterators.base_plus_ext: the key ends at the first dot of the file name.
-_KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)
 
 
 # ---------------------------------------------------------------------------------------------- which files
@@ -97,94 +95,6 @@ def list_shards(patterns: str, *, setting: str) -> list[str]:
 
 
 @dataclass(slots=True)
-class Sample:
-    """The members of one sample, as far as the trainer cares."""
-
-    key: str
-    suffixes: set[str] = field(default_factory=set)
-    image: Member | None = None
-    label: int = NO_LABEL
-    marks: tuple[int, int] = (0, 0)
-    """Offset and size of its json, where that holds landmarks."""
-    groups: dict[str, str] = field(default_factory=dict)
-    """Values of the `GROUP_FIELDS` that its json holds."""
-
-
-def samples_of(location: str, members: Iterator[Member]) -> Iterator[Sample]:
-    """Group neighbouring members as webdataset does.
-
-    Args:
-        location: the shard, for messages.
-        members: what `walk_tar` found, small members with their bytes.
-
-    Raises:
-        DataError: a sample has no image or two, a key comes back later, or a label is no class number.
-    """
-    current: Sample | None = None
-    seen: set[str] = set()
-    for member in members:
-        match = _KEY_AND_SUFFIX.fullmatch(member.name)
-        if match is None or member.name.startswith("__"):  # names without a suffix, hidden files, meta data
-            continue
-        key, suffix = match[1], match[2].lower()
-        if current is None or key != current.key:
-            if current is not None:
-                yield _checked(location, current)
-            if key in seen:
-                raise DataError(f"shard {location}: the members of sample {key!r} are not neighbours: write it sorted")
-            seen.add(key)
-            current = Sample(key)
-        if suffix in current.suffixes:
-            raise DataError(f"shard {location}: sample {key!r} has two members .{suffix}: write the shard anew")
-        current.suffixes.add(suffix)
-        _take_member(location, current, suffix, member)
-    if current is not None:
-        yield _checked(location, current)
-
-
-def _checked(location: str, sample: Sample) -> Sample:
-    if sample.image is None:
-        raise DataError(
-            f"shard {location}: sample {sample.key!r} has no image member (.{', .'.join(IMAGE_SUFFIXES)}), "
-            f"only .{', .'.join(sorted(sample.suffixes))}: write the shard anew with tools/make_shards.py"
-        )
-    return sample
-
-
-def _take_member(location: str, sample: Sample, suffix: str, member: Member) -> None:
-    if suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
-        if sample.image is not None:
-            raise DataError(f"shard {location}: sample {sample.key!r} has two images: keep one image a sample")
-        sample.image = member
-    elif suffix == "cls":
-        text = (member.payload or b"").decode("ascii", "replace").strip()
-        if not re.fullmatch(r"[0-9]{1,9}", text):
-            raise DataError(f"shard {location}: member {member.name!r} holds {text[:20]!r}, but must be a class number")
-        sample.label = int(text)
-    elif suffix == "json" and member.payload is not None:
-        _take_json(sample, member)
-
-
-def _take_json(sample: Sample, member: Member) -> None:
-    """Read label and groups; other tools keep other things in their json, which are of no account."""
-    try:
-        values = json.loads(member.payload or b"")
-    except (ValueError, RecursionError):
-        return
-    if not isinstance(values, dict):
-        return
-    label = values.get("label")
-    if sample.label == NO_LABEL and type(label) is int and 0 <= label < 2**31:
-        sample.label = label
-    if values.get(LANDMARKS):
-        sample.marks = member.offset, member.size
-    for name in GROUP_FIELDS:
-        value = values.get(name)
-        if type(value) in (str, int) and 0 < len(str(value)) <= _MAX_GROUP_CHARS:
-            sample.groups[name] = str(value)
-
-
-@dataclass(slots=True)
 class _ShardContents:
     """What one shard holds, on its way from a worker process to the index."""
 
@@ -193,14 +103,15 @@ class _ShardContents:
     groups: dict[str, tuple[list[str], NDArray[np.int32]]]
     """Field -> its values in order of appearance, and the code of each sample among them."""
     sha256: str
+    tally: Tally
 
 
-def _read_shard(location: str) -> _ShardContents:
-    digest = hashlib.sha256()
+def _read_shard(location: str, image_member: str | None) -> _ShardContents:
+    digest, tally = hashlib.sha256(), Tally()
     rows, keys, key_ends, num_key_bytes = [], [], [], 0
     groups: dict[str, list[str | None]] = {name: [] for name in GROUP_FIELDS}
-    for sample in samples_of(location, walk_tar(location, digest=digest, keep_payload_below=64 << 10)):
-        assert sample.image is not None
+    members = walk_tar(location, digest=digest, keep_payload_below=MAX_JSON_BYTES + 1)
+    for sample in samples_of(location, members, image_member=image_member, tally=tally):
         rows.append((sample.image.offset, sample.image.size, sample.image.crc32, sample.label, *sample.marks))
         keys.append(sample.key.encode("utf-8", "surrogateescape"))
         num_key_bytes += len(keys[-1])
@@ -208,11 +119,12 @@ def _read_shard(location: str) -> _ShardContents:
         for name, values in groups.items():
             values.append(sample.groups.get(name))
     if not rows:
-        raise DataError(f"shard {location}: it holds no sample: remove the file, or write it anew")
+        notes = "".join(f" ({note})" for note in tally.notes())
+        raise DataError(f"shard {location}: it holds no sample{notes}: remove the file, or write it anew")
     values_of = dict(zip(SHARD_COLUMNS, (*zip(*rows, strict=True), key_ends), strict=True))
     columns = {name: np.array(values_of[name], dtype=dtype) for name, dtype in SHARD_COLUMNS.items()}
     coded = {name: _coded(values) for name, values in groups.items()}
-    return _ShardContents(columns, b"".join(keys), coded, digest.hexdigest())
+    return _ShardContents(columns, b"".join(keys), coded, digest.hexdigest(), tally)
 
 
 def _coded(values: Sequence[str | None]) -> tuple[list[str], NDArray[np.int32]]:
@@ -244,11 +156,16 @@ class ShardIndex:
     Opening does not look at the shards: `open_index` has compared them with the index, once, on one rank.
     """
 
-    def __init__(self, folder: Path, shards: list[str]) -> None:
-        """Open the index of these shards.
+    def __init__(self, folder: Path, shards: list[str], fingerprint: str | None = None) -> None:
+        """Open the index of these shards; what is opened stays, also where another job builds the folder anew.
+
+        Args:
+            folder: of the index.
+            shards: their locations, in the order of the index.
+            fingerprint: what the index had when another process opened it.
 
         Raises:
-            DataError: the folder is not a whole index of so many shards.
+            DataError: the folder is not a whole index of so many shards, or not the one of that fingerprint.
         """
         self.folder, self.shards = folder, shards
         header = _read_json(folder / "index.json")
@@ -256,20 +173,28 @@ class ShardIndex:
             raise DataError(f"index {folder} has another version: it will be built anew")
         self.fingerprint = str(header["fingerprint"])
         """Hash of the bytes of all shards in order: equal where and only where the samples are."""
+        if fingerprint not in (None, self.fingerprint):
+            raise DataError(f"index {folder} was built anew while this run opened it, for changed shards: start again")
         self.group_fields: tuple[str, ...] = tuple(header["group_fields"])
         """Those of `GROUP_FIELDS` that occur."""
         self._num_samples = int(header["num_samples"])
         if header["num_shards"] != len(shards) or self._num_samples == 0:
             raise DataError(f"index {folder} describes {header['num_shards']} shards instead of {len(shards)}")
+        self.tally = Tally.from_record(header["tally"])
+        """What was met when the shards were read."""
+        self.num_people = int(header["num_people"])
+        """Distinct values of identity and identity_2."""
         self._shard_end = self._map("shard_end.i64", np.int64, len(shards))
+        self._shard_tag = self._map("shard_tag.u64", np.uint64, len(shards))
         self._columns = {name: self._map(name, dtype, len(self)) for name, dtype in SHARD_COLUMNS.items()}
         self._keys = np.memmap(folder / _KEYS, dtype=np.uint8, mode="r")
+        self._groups = {name: self._open_group(name) for name in self.group_fields}
 
     def __len__(self) -> int:
         return self._num_samples
 
-    def __reduce__(self) -> tuple[type["ShardIndex"], tuple[Path, list[str]]]:
-        return ShardIndex, (self.folder, self.shards)
+    def __reduce__(self) -> tuple[type["ShardIndex"], tuple[Path, list[str], str]]:
+        return ShardIndex, (self.folder, self.shards, self.fingerprint)
 
     @property
     def labels(self) -> NDArray[np.int32]:
@@ -297,8 +222,9 @@ class ShardIndex:
                 f"no sample of {self.shards[0]} and others has a field {name!r} in its json: write the shards from "
                 "a manifest with that column (tools/make_shards.py)"
             )
-        values: list[str] = json.loads((self.folder / f"group-{name}.json").read_text())
-        return values, self._map(f"group-{name}.i32", np.int32, len(self))
+        text_N, codes_N = self._groups[name]
+        values: list[str] = json.loads(text_N.tobytes())
+        return values, codes_N
 
     def samples_of_shards(self, first: int, end: int) -> tuple[int, int]:
         """Return the range of samples [first, end) that a range of shards holds."""
@@ -328,10 +254,19 @@ class ShardIndex:
         first_N, last_N = np.maximum(first_N, begin_N), np.minimum(last_N, self._shard_end[shard_N] - 1)
         offsets, sizes = self._columns["offset.i64"], self._columns["size.i64"]
         start_N, stop_N = offsets[first_N], offsets[last_N] + sizes[last_N]
+        tag_N = self._shard_tag[shard_N]
         return [
-            Span(self.shards[shard], start, stop - start)
-            for shard, start, stop in zip(shard_N.tolist(), start_N.tolist(), stop_N.tolist(), strict=True)
+            Span(self.shards[shard], start, stop - start, tag)
+            for shard, start, stop, tag in zip(*(x.tolist() for x in (shard_N, start_N, stop_N, tag_N)), strict=True)
         ]
+
+    def _open_group(self, name: str) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+        """Return the text of a field's values and the codes; the text is mapped, too, so that it stays this one."""
+        try:
+            text_N = np.memmap(self.folder / f"group-{name}.json", dtype=np.uint8, mode="r")
+        except (OSError, ValueError) as error:
+            raise DataError(f"index {self.folder}: group-{name}.json is missing or cut: remove the folder") from error
+        return text_N, self._map(f"group-{name}.i32", np.int32, len(self))
 
     def _map(self, name: str, dtype: type[np.generic], length: int) -> NDArray[Any]:
         path = self.folder / name
@@ -344,6 +279,7 @@ def open_index(
     locations: Sequence[str | os.PathLike[str]],
     *,
     index_dir: Path | None = None,
+    image_member: str | None = None,
     num_processes: int = 1,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> ShardIndex:
@@ -351,7 +287,8 @@ def open_index(
 
     Args:
         locations: in the order that `list_shards` gave.
-        index_dir: where indices are kept; None means beside the first shard.
+        index_dir: where indices are kept; None means beside the first shard. Any number of sets may share it.
+        image_member: which image of a sample is read, as in `samples_of`.
         num_processes: how many shards are read at a time.
         on_shard: is told (shards done, shards in all).
 
@@ -360,12 +297,43 @@ def open_index(
         ConfigError: the index cannot be written.
     """
     shards = [os.fspath(location) for location in locations]
-    folder = _index_folder(shards, index_dir)
+    folder = _index_folder(shards, index_dir, image_member)
     index = _existing(folder, shards)
     if index is None:
-        _build(folder, shards, num_processes, on_shard)
+        _build(_Job(folder, shards, image_member), num_processes, on_shard)
         index = ShardIndex(folder, shards)
     return index
+
+
+def describe_index(index: ShardIndex) -> str:
+    """Say in one line what a set holds: samples, labels by class, people, and what is left out and why."""
+    num_bytes, tally = int(index.image_bytes.sum()), index.tally
+    parts = [f"{len(index)} samples in {len(index.shards)} shards ({num_bytes / 1e9:.3g} GB of images)"]
+    parts.append(f"labels: {_describe_labels(tally.labels)}")
+    if index.num_people:
+        parts.append(f"{index.num_people} people are named")
+    parts += [f"{name}: {len(index.groups(name)[0])} values" for name in index.group_fields if "identity" not in name]
+    return "; ".join(parts + tally.notes())
+
+
+def _describe_labels(labels: Counter[int]) -> str:
+    classes = Counter({label: count for label, count in labels.items() if label != NO_LABEL})
+    missing = f"{labels[NO_LABEL]} without" if labels[NO_LABEL] else ""
+    if len(classes) > _LABELS_NAMED:
+        counts = sorted(classes.values())
+        named = f"{len(classes)} classes of {counts[0]} to {counts[-1]} samples"
+    else:
+        named = ", ".join(f"{label}: {count}" for label, count in sorted(classes.items()))
+    return ", ".join(filter(None, (named, missing))) if named else "none"
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """An index to build."""
+
+    folder: Path
+    shards: list[str]
+    image_member: str | None
 
 
 def _existing(folder: Path, shards: list[str]) -> ShardIndex | None:
@@ -380,11 +348,11 @@ def _existing(folder: Path, shards: list[str]) -> ShardIndex | None:
         return None
 
 
-def _index_folder(shards: list[str], index_dir: Path | None) -> Path:
+def _index_folder(shards: list[str], index_dir: Path | None, image_member: str | None) -> Path:
     home = shards[0].rpartition("/")[0]
     if index_dir is None and is_url(shards[0]):
         raise ConfigError(f"{shards[0]} is remote: name a folder for its index with --index_dir, which all hosts see")
-    names = "\0".join(shard if is_url(shard) else os.path.relpath(shard, home or ".") for shard in shards)
+    names = "\0".join([str(INDEX_VERSION), image_member or "", *map(place_of, shards)])
     return (index_dir or Path(home)) / f".index-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
 
 
@@ -396,7 +364,8 @@ def _compare(folder: Path, shards: list[str]) -> None:
             raise DataError(f"{shard} has changed")
 
 
-def _build(folder: Path, shards: list[str], num_processes: int, on_shard: Callable[[int, int], None] | None) -> None:
+def _build(job: _Job, num_processes: int, on_shard: Callable[[int, int], None] | None) -> None:
+    folder, shards = job.folder, job.shards
     draft = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         draft.mkdir(parents=True)
@@ -406,7 +375,7 @@ def _build(folder: Path, shards: list[str], num_processes: int, on_shard: Callab
             "name a writable folder with --index_dir"
         ) from error
     try:
-        _Writer(draft).write(shards, num_processes, on_shard)
+        _Writer(draft).write(job, num_processes, on_shard)
         _publish(draft, folder, shards)
     except OSError as error:
         raise DataError(f"index {folder} cannot be written ({error}): free space or set --index_dir") from error
@@ -437,12 +406,20 @@ class _Writer:
         self._problems: list[str] = []
         self._num_samples = self._num_key_bytes = 0
         self._codes: dict[str, dict[str, int]] = {name: {} for name in GROUP_FIELDS}
+        self._tally = Tally()
 
-    def write(self, shards: list[str], num_processes: int, on_shard: Callable[[int, int], None] | None) -> None:
-        names = ["shard_end.i64", *SHARD_COLUMNS, _KEYS, *(f"group-{name}.i32" for name in GROUP_FIELDS)]
+    def write(self, job: _Job, num_processes: int, on_shard: Callable[[int, int], None] | None) -> None:
+        shards = job.shards
+        names = [
+            "shard_end.i64",
+            "shard_tag.u64",
+            *SHARD_COLUMNS,
+            _KEYS,
+            *(f"group-{name}.i32" for name in GROUP_FIELDS),
+        ]
         files = {name: (self._draft / name).open("wb") for name in names}
         try:
-            for shard, contents in zip(shards, _read_shards(shards, num_processes), strict=True):
+            for shard, contents in zip(shards, _read_shards(job, num_processes), strict=True):
                 if isinstance(contents, DataError):
                     self._problems.append(str(contents))
                 else:
@@ -458,49 +435,56 @@ class _Writer:
             more = len(self._problems) - 1
             others = f"\n({more} more shards are broken, the next: {self._problems[1]})" if more else ""
             raise DataError(self._problems[0] + others)
-        self._finish()
+        self._finish(job.image_member)
 
     def _joined(self, contents: _ShardContents) -> dict[str, bytes]:
         columns = contents.columns | {"key_end.i64": contents.columns["key_end.i64"] + self._num_key_bytes}
         self._num_key_bytes += len(contents.keys)
         self._num_samples += len(columns["offset.i64"])
+        self._tally.add(contents.tally)
         joined = {name: column.tobytes() for name, column in columns.items()}
+        joined["shard_tag.u64"] = np.uint64(int(contents.sha256[:16], 16)).tobytes()
         for name, (values, codes_N) in contents.groups.items():
             known = self._codes[name]
             ours = np.array([known.setdefault(value, len(known)) for value in values] + [NO_GROUP], dtype=np.int32)
             joined[f"group-{name}.i32"] = ours[codes_N].tobytes()  # NO_GROUP picks the last entry, itself
         return joined | {"shard_end.i64": np.int64(self._num_samples).tobytes(), _KEYS: contents.keys}
 
-    def _finish(self) -> None:
+    def _finish(self, image_member: str | None) -> None:
         for name, codes in self._codes.items():
             if codes:
                 (self._draft / f"group-{name}.json").write_text(json.dumps(list(codes)))
             else:
                 (self._draft / f"group-{name}.i32").unlink()
         content = "".join(entry["sha256"] for entry in self._entries)
+        if image_member is not None or self._tally.by_new_rules:  # the same bytes, read as other samples
+            content += f"\0{INDEX_VERSION}\0{image_member}"
         header = {
             "version": INDEX_VERSION,
             "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
             "num_samples": self._num_samples,
             "num_shards": len(self._entries),
             "group_fields": [name for name, codes in self._codes.items() if codes],
+            "num_people": len(self._codes["identity"].keys() | self._codes["identity_2"].keys()),
+            "tally": self._tally.as_record(),
         }
         (self._draft / "shards.json").write_text(json.dumps({"shards": self._entries}, indent=1))
         (self._draft / "index.json").write_text(json.dumps(header, indent=1))
 
 
-def _read_shards(shards: list[str], num_processes: int) -> Iterator[_ShardContents | DataError]:
+def _read_shards(job: _Job, num_processes: int) -> Iterator[_ShardContents | DataError]:
+    shards, read = job.shards, partial(_read_shard_or_error, image_member=job.image_member)
     num_processes = min(num_processes, sum(_stamp(shard)["num_bytes"] for shard in shards) // _BYTES_WORTH_A_PROCESS)
     if num_processes <= 1:
-        yield from map(_read_shard_or_error, shards)
+        yield from map(read, shards)
         return
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_read_shard_or_error, shards)
+        yield from pool.map(read, shards)
 
 
-def _read_shard_or_error(shard: str) -> _ShardContents | DataError:
+def _read_shard_or_error(shard: str, *, image_member: str | None) -> _ShardContents | DataError:
     try:
-        return _read_shard(shard)
+        return _read_shard(shard, image_member)
     except DataError as error:
         return DataError(str(error))  # rebuilt, because only plain exceptions travel between processes
 

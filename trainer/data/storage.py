@@ -23,10 +23,19 @@ from typing import Any, BinaryIO
 import braceexpand
 import fsspec
 
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import ConfigError, TrainerError, without_secrets
 
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 _URL = re.compile(r"([A-Za-z][\w+.-]*):")
+_WEB = ("http://", "https://")
+# Names of parameters that say who may read and how long, not what (S3, Google, Azure, CloudFront, OSS).
+_SIGNATURE = re.compile(
+    r"(x-(amz|goog|ms|oss|cos)-|x-signature|(x-)?expires|signature|sig|se|sp|sv|sr|st|spr|sip|sk[a-z]+|token|policy"
+    r"|key-pair-id|awsaccesskeyid|googleaccessid|ossaccesskeyid|security-token)[^=]*=",
+    re.IGNORECASE,
+)
+_VERSIONS = ("ETag", "etag", "LastModified", "updated", "Last-Modified", "Content-MD5", "Digest")
+"""What file systems call that which changes with the content."""
 _READ_AHEAD_BYTES = 8 << 20
 _REMEMBERED_BLOCKS = 4096
 
@@ -38,11 +47,28 @@ class Span:
     location: str
     offset: int
     size: int
+    tag: int = 0
+    """Tells contents at the same location apart: the start of the file's sha256, 0 where it is not known."""
 
 
 def is_url(location: str) -> bool:
     """Whether the location is not a local path."""
     return _URL.match(location) is not None
+
+
+def place_of(location: str) -> str:
+    """Name where a file lies: the same for every way to write its path, and for every signature of its address.
+
+    What else stands behind the ``?`` of an address may choose the file, so its hash is part of the name.
+    """
+    if not is_url(location):
+        return os.path.realpath(location)
+    if not location.startswith(_WEB):
+        return location
+    address, _, query = location.partition("?")
+    kept = sorted(part for part in query.split("&") if part and not _SIGNATURE.match(part))
+    digest = hashlib.sha256("&".join(kept).encode()).hexdigest()[:16]
+    return without_secrets(address) + (f"?{digest}" if kept else "")
 
 
 def find(pattern: str, *, setting: str, suffix: str) -> list[str]:
@@ -115,11 +141,14 @@ def stamp(location: str) -> dict[str, Any]:
     """
     if not is_url(location):
         status = Path(location).stat()
-        return {"name": Path(location).name, "num_bytes": status.st_size, "version": str(status.st_mtime_ns)}
+        # A copy may bring the old time of change along (cp -p, rsync -t); the system's own time betrays it.
+        version = f"{status.st_mtime_ns}-{status.st_ctime_ns}"
+        return {"name": Path(location).name, "num_bytes": status.st_size, "version": version}
     with _AsOSError(location):
         info = _file_system(location).info(location)
-        version = next((str(info[name]) for name in ("ETag", "etag", "LastModified", "updated") if info.get(name)), "")
-        return {"name": location.rpartition("/")[2], "num_bytes": int(info["size"]), "version": version}
+        version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
+        name = place_of(location).partition("?")[0].rpartition("/")[2]
+        return {"name": name, "num_bytes": int(info["size"]), "version": version}
 
 
 @contextmanager
@@ -267,7 +296,7 @@ class _BlockCache:
             return None
 
     def _path(self, block: Span) -> Path:
-        name = f"{block.location}\0{block.offset}\0{block.size}"
+        name = f"{place_of(block.location)}\0{block.tag}\0{block.offset}\0{block.size}"
         return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.block"
 
     def _touch(self, path: Path) -> bool:

@@ -1,0 +1,298 @@
+"""From the members of a tar to samples: which image, which label, which group values, and what is left out.
+
+Neighbouring members that share a name up to the first dot are one sample, as in webdataset. Its image is its only image
+member, or the one with a plain suffix, or the one that ``image_member`` names. Label and group values come from the
+``.cls`` and ``.json`` with the image's own middle part (``0.left.json`` beside ``0.left.jpg``), or from the plain ones.
+
+Every member is either used or counted as left out, with the reason: the sums agree.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.data.labels import class_of
+from trainer.data.tar import Member
+from trainer.errors import DataError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
+"""Members with these suffixes are images; `trainer.data.decode` tells by their bytes what they are."""
+NO_LABEL = -1
+GROUP_FIELDS = ("source", "attack", "identity", "identity_2")
+"""Fields of a sample's json that the index keeps, where they are short texts or integers."""
+LANDMARKS = "landmarks"
+"""Field of a sample's json: [[x, y], ...] in pixels of its image."""
+MAX_JSON_BYTES = 16 << 20
+"""A longer json is refused: the index reads each of them."""
+
+_MAX_GROUP_CHARS = 200
+_MAX_REASONS = 50
+# The rule of webdataset.tariterators.base_plus_ext: the key ends at the first dot of the file name.
+_KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)
+# What webdataset.tariterators skips: its own names, such as __key__ and __url__.
+_CONTAINERS_OWN = re.compile(r"__[^/]*__(?:$|/)", re.DOTALL)
+_FEW_BYTES = 64 << 10
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was met in shards: members used and left out, labels, and values that mean nothing. Sums agree."""
+
+    num_members: int = 0
+    num_used: int = 0
+    """Members that the trainer reads: num_members = num_used + left_out."""
+    num_samples: int = 0
+    labels: Counter[int] = field(default_factory=Counter)
+    """Class -> samples, `NO_LABEL` for those without one."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Why a member is not used -> members."""
+    unusable: Counter[str] = field(default_factory=Counter)
+    """Which value means nothing (label, json, identity, ...) -> samples."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """One member or value for each of these reasons."""
+    by_new_rules: bool = False
+    """Whether a sample is read otherwise than before index version 4, so that equal bytes are other samples."""
+
+    def leave_out(self, reason: str, name: str) -> None:
+        """Count a member that is not used."""
+        known = reason in self.left_out or len(self.left_out) < _MAX_REASONS
+        self.left_out[reason if known else "others"] += 1
+        self.examples.setdefault(reason if known else "others", name)
+
+    def cannot_use(self, what: str, example: str) -> None:
+        """Count a value that means nothing."""
+        self.unusable[what] += 1
+        self.examples.setdefault(f"unusable {what}", example)
+
+    def add(self, other: "Tally") -> None:
+        """Count what another shard holds."""
+        for name in ("num_members", "num_used", "num_samples"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("labels", "left_out", "unusable"):
+            getattr(self, name).update(getattr(other, name))
+        self.examples = other.examples | self.examples
+        self.by_new_rules |= other.by_new_rules
+
+    def notes(self) -> list[str]:
+        """Say what is left out and what cannot be used, each with an example; empty where nothing."""
+        out = [f"{count} {reason} (such as {self.examples[reason]})" for reason, count in self.left_out.most_common()]
+        bad = [
+            f"{count} samples have an unusable {what} (such as {self.examples[f'unusable {what}']})"
+            for what, count in self.unusable.most_common()
+        ]
+        return ([f"members left out: {', '.join(out)}"] if out else []) + bad
+
+    def as_record(self) -> dict[str, Any]:
+        """Write down as JSON."""
+        numbers: dict[str, Any] = {
+            name: getattr(self, name) for name in ("num_members", "num_used", "num_samples", "by_new_rules")
+        }
+        texts = {name: dict(getattr(self, name)) for name in ("left_out", "unusable", "examples")}
+        return numbers | texts | {"labels": sorted(self.labels.items())}
+
+    @staticmethod
+    def from_record(record: dict[str, Any]) -> "Tally":
+        """Read what `as_record` wrote."""
+        counters = {name: Counter(record[name]) for name in ("left_out", "unusable")}
+        labels = Counter({int(label): int(count) for label, count in record["labels"]})
+        return Tally(**(record | counters | {"labels": labels}))
+
+
+@dataclass(slots=True)
+class Sample:
+    """The members of one sample, as far as the trainer cares."""
+
+    key: str
+    suffixes: set[str]
+    image: Member
+    label: int = NO_LABEL
+    marks: tuple[int, int] = (0, 0)
+    """Offset and size of its json, where that holds landmarks."""
+    groups: dict[str, str] = field(default_factory=dict)
+    """Values of the `GROUP_FIELDS` that its json holds."""
+
+
+def samples_of(
+    location: str, members: Iterator[Member], *, image_member: str | None = None, tally: Tally | None = None
+) -> Iterator[Sample]:
+    """Group neighbouring members as webdataset does.
+
+    Args:
+        location: the shard, for messages.
+        members: what `walk_tar` found, small members with their bytes.
+        image_member: suffix of the image to read, such as ``left.jpg`` or ``left``, where samples hold several.
+        tally: counts what is met.
+
+    Raises:
+        DataError: a sample has no image or no one image, a key comes back later, or a json is too long.
+    """
+    tally = Tally() if tally is None else tally
+    for key, found in _neighbours(location, members, tally):
+        yield _sample_of(location, key, found, image_member, tally)
+
+
+def key_of(name: str) -> tuple[str, str] | None:
+    """Split the name of a member into key and suffix (lower case); None where it is no part of a sample."""
+    match = _KEY_AND_SUFFIX.fullmatch(name)
+    return None if match is None or _CONTAINERS_OWN.match(name) else (match[1], match[2].lower())
+
+
+def why_left_out(name: str) -> str:
+    """Say why a member without a key is no part of a sample."""
+    if _CONTAINERS_OWN.match(name):
+        return "names of the container (__x__)"
+    return "hidden files" if name.rpartition("/")[2].startswith(".") else "names without a suffix"
+
+
+def _neighbours(location: str, members: Iterator[Member], tally: Tally) -> Iterator[tuple[str, dict[str, Member]]]:
+    current, found = "", dict[str, Member]()
+    seen: set[str] = set()
+    for member in members:
+        tally.num_members += 1
+        split = key_of(member.name)
+        if split is None:
+            tally.leave_out(why_left_out(member.name), member.name)
+            continue
+        key, suffix = split
+        if key != current:
+            if found:
+                yield current, found
+            if key in seen:
+                raise DataError(
+                    f"shard {location}: the members of sample {key!r} are not neighbours: join them into new shards "
+                    "with tools/check_shards.py --repair FOLDER"
+                )
+            seen.add(key)
+            current, found = key, {}
+        if suffix in found:
+            raise DataError(
+                f"shard {location}: sample {key!r} has two members .{suffix}: write the shard anew, or save what is "
+                "clear with tools/check_shards.py --repair FOLDER"
+            )
+        found[suffix] = member
+    if found:
+        yield current, found
+
+
+def _sample_of(location: str, key: str, found: dict[str, Member], image_member: str | None, tally: Tally) -> Sample:
+    chosen = _image_suffix(location, key, found, image_member)
+    middle = chosen.rpartition(".")[0]
+    text_suffixes = {kind: _beside(found, middle, kind) for kind in ("cls", "json")}
+    used = {chosen} | {suffix for suffix in text_suffixes.values() if suffix}
+    sample = Sample(key, set(found), found[chosen])
+    values = _json_values(location, sample, found.get(text_suffixes["json"]), tally)
+    _take_label(sample, found.get(text_suffixes["cls"]), values.get("label"), tally)
+    _take_groups(sample, values, tally)
+    for suffix in found.keys() - used:
+        kind = suffix.rpartition(".")[2]
+        tally.leave_out("other images" if kind in IMAGE_SUFFIXES else f".{kind}", found[suffix].name)
+    num_images = sum(_is_image(suffix) for suffix in found)
+    tally.by_new_rules |= key.startswith("__") or num_images > 1 or any("." in s for s in text_suffixes.values())
+    tally.num_used += len(used)
+    tally.num_samples += 1
+    tally.labels[sample.label] += 1
+    return sample
+
+
+def _is_image(suffix: str) -> bool:
+    return suffix.rpartition(".")[2] in IMAGE_SUFFIXES
+
+
+def _image_suffix(location: str, key: str, found: dict[str, Member], image_member: str | None) -> str:
+    """Choose the image of a sample."""
+    images = candidates = sorted(filter(_is_image, found))
+    if image_member is not None:
+        wanted = image_member.removeprefix("*").lstrip(".").lower()
+        candidates = [suffix for suffix in images if wanted in (suffix, suffix.rpartition(".")[0])]
+    elif len(images) > 1:
+        candidates = [suffix for suffix in images if "." not in suffix] or images
+    if len(candidates) == 1:
+        return candidates[0]
+    said = f"shard {location}: sample {key!r}"
+    shown = ", ".join(f".{suffix}" for suffix in sorted(found))
+    if not images:
+        raise DataError(
+            f"{said} has no image member (.{', .'.join(IMAGE_SUFFIXES)}), only {shown}: leave it out with "
+            "tools/check_shards.py --repair FOLDER, or pack other image formats with tools/make_shards.py"
+        )
+    if image_member is not None and not candidates:
+        raise DataError(f"{said} has no image .{wanted}, only {shown}: set --image_member to one that every sample has")
+    dots = (
+        ""
+        if all("." not in suffix for suffix in candidates)
+        else f"; a key ends at the first dot of the file name, so if these are several pictures named {key}.x.jpg, "
+        "pack them anew with tools/make_shards.py"
+    )
+    raise DataError(
+        f"{said} has {len(candidates)} images (.{', .'.join(candidates)}): choose one with --image_member "
+        f"{candidates[0]}{dots}"
+    )
+
+
+def _beside(found: dict[str, Member], middle: str, kind: str) -> str:
+    """Return the suffix of the text that belongs to the image; empty where there is none."""
+    own = f"{middle}.{kind}"
+    return own if middle and own in found else kind if kind in found else ""
+
+
+def _json_values(location: str, sample: Sample, member: Member | None, tally: Tally) -> dict[str, Any]:
+    """Read a sample's json; other tools keep other things there, which are of no account."""
+    if member is None:
+        return {}
+    if member.size > MAX_JSON_BYTES:
+        raise DataError(
+            f"shard {location}: the json of sample {sample.key!r} has {member.size} bytes, more than the limit of "
+            f"{MAX_JSON_BYTES}: keep large arrays in a member of their own, such as .npy"
+        )
+    if member.payload is None:
+        return {}
+    try:
+        values = json.loads(member.payload)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        tally.cannot_use("json", f"{member.name}: {member.payload[:20].decode('utf-8', 'replace')!r}")
+        return {}
+    if values.get(LANDMARKS):
+        sample.marks = member.offset, member.size
+    tally.by_new_rules |= member.size >= _FEW_BYTES
+    return values
+
+
+def _take_label(sample: Sample, cls: Member | None, json_label: object, tally: Tally) -> None:
+    """Take the class that cls and json agree on; what says nothing is missing, what contradicts is unusable."""
+    stated: dict[str, object] = {}
+    if cls is not None and cls.payload is not None:
+        stated["cls"] = cls.payload[:100].decode("ascii", "replace").strip()
+    if not _is_missing(json_label):
+        stated["json"] = json_label
+    classes = {number for value in stated.values() if (number := class_of(value)) is not None}
+    if len(classes) == 1:
+        sample.label = classes.pop()
+        plain = re.fullmatch("[0-9]{1,9}", str(stated.get("cls", ""))) or type(stated.get("json")) is int
+        tally.by_new_rules |= not plain
+    elif stated:
+        tally.by_new_rules |= len(classes) > 1
+        shown = " and ".join(f"{where} {str(value)[:40]!r}" for where, value in stated.items())
+        tally.cannot_use("label", f"{sample.key}: {shown}")
+
+
+def _take_groups(sample: Sample, values: dict[str, Any], tally: Tally) -> None:
+    for name in GROUP_FIELDS:
+        value = values.get(name)
+        if _is_missing(value):
+            continue
+        if isinstance(value, float) and value.is_integer():  # what a table program makes of numbers beside gaps
+            tally.by_new_rules, value = True, int(value)
+        if type(value) in (str, int) and len(str(value)) <= _MAX_GROUP_CHARS:
+            sample.groups[name] = str(value)
+        else:
+            tally.cannot_use(name, f"{sample.key}: {str(value)[:40]!r}")
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))

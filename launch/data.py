@@ -1,5 +1,6 @@
 """From the data settings of a command to shards, index and order: shared by the commands that train or evaluate."""
 
+import logging
 import os
 from collections.abc import Mapping
 from fractions import Fraction
@@ -12,10 +13,12 @@ from trainer.config import Recipe, Runtime
 from trainer.data.mixture import Mixture, Source, groups_by_value, groups_of_sources, read_sources
 from trainer.data.plan import Order, Plan
 from trainer.data.sampler import WeightedOrder, class_weights
-from trainer.data.shards import ShardIndex, list_shards, open_index
+from trainer.data.shards import ShardIndex, describe_index, list_shards, missing_labels, open_index
 from trainer.data.storage import SpanReader
 from trainer.errors import ConfigError, DataError
 from trainer.world import World
+
+logger = logging.getLogger(__name__)
 
 
 def find_sources(recipe: Recipe, runtime: Runtime, *, others: Mapping[str, str]) -> dict[str, list[Source]]:
@@ -61,23 +64,35 @@ def tell_all_ranks(found: dict[str, list[Source]] | None, world: World) -> dict[
     }
 
 
-def open_on_all_ranks(sources: list[Source], runtime: Runtime, world: World) -> ShardIndex:
+def open_sets(
+    sources: Mapping[str, list[Source]], recipe: Recipe, runtime: Runtime, world: World
+) -> dict[str, ShardIndex]:
+    """Open the index of every set on all ranks, and log what each holds: one line a set."""
+    indices = {setting: _open_on_all_ranks(wanted, recipe, runtime, world) for setting, wanted in sources.items()}
+    if world.is_main:
+        for setting, index in indices.items():
+            logger.info("--%s: %s", setting, describe_index(index))
+    return indices
+
+
+def _open_on_all_ranks(sources: list[Source], recipe: Recipe, runtime: Runtime, world: World) -> ShardIndex:
     """Build a missing index once, on rank 0, while the others wait."""
     shards = [shard for source in sources for shard in source.shards]
     index_dir = Path(runtime.index_dir) if runtime.index_dir else None
 
-    def build() -> str:
+    def build() -> list[str]:
         with tqdm(total=len(shards), desc="indexing shards", unit="shard", disable=not runtime.progress_bar) as bar:
             index = open_index(
                 shards,
                 index_dir=index_dir,
+                image_member=recipe.image_member,
                 num_processes=len(os.sched_getaffinity(0)),
                 on_shard=lambda done, _: bar.update(done - bar.n),
             )
-        return str(index.folder)
+        return [str(index.folder), index.fingerprint]
 
-    folder = world.on_main(build)
-    return world.together(lambda: ShardIndex(Path(folder), shards))
+    folder, fingerprint = world.on_main(build)
+    return world.together(lambda: ShardIndex(Path(folder), shards, fingerprint))
 
 
 def order_of(recipe: Recipe, index: ShardIndex, sources: list[Source]) -> Order:
@@ -92,6 +107,7 @@ def order_of(recipe: Recipe, index: ShardIndex, sources: list[Source]) -> Order:
         "block_samples": recipe.block_samples,
         "window_blocks": recipe.window_blocks,
     }
+    _check_labels_to_balance_by(recipe, index)
     if recipe.use_balanced_sampler:
         return WeightedOrder(class_weights(index.labels), seed=recipe.seed)
     if recipe.balance_by == "label":
@@ -110,6 +126,16 @@ def order_of(recipe: Recipe, index: ShardIndex, sources: list[Source]) -> Order:
     if len(groups) == 1 and len(sources) == 1:
         raise DataError(f"balance_by is {recipe.balance_by}, but all samples have the same: set balance_by none")
     return Mixture(groups, shares, batch=recipe.global_batch, seed=recipe.seed, **lanes)
+
+
+def _check_labels_to_balance_by(recipe: Recipe, index: ShardIndex) -> None:
+    """Refuse missing labels where batches are balanced by them; otherwise pre-training does not look at labels."""
+    setting = "use_balanced_sampler" if recipe.use_balanced_sampler else "balance_by"
+    wanted = recipe.use_balanced_sampler or recipe.balance_by == "label"
+    if wanted and (missing := missing_labels(index)):
+        raise DataError(
+            f"{setting} needs a label for every sample, but {missing}: add them, or do not balance by label"
+        )
 
 
 def describe_shares(index: ShardIndex, sources: list[Source]) -> str:

@@ -36,7 +36,7 @@ from trainer.config import DetectorRecipe, DetectorRuntime, check_types
 from trainer.data.augment import CenterView
 from trainer.data.loader import Loader
 from trainer.data.overlap import prints_of
-from trainer.data.shards import ShardIndex, list_shards, open_index
+from trainer.data.shards import ShardIndex, describe_index, list_shards, open_index
 from trainer.data.stream import fixed_stream
 from trainer.engine import default_device
 from trainer.errors import ConfigError, DataError
@@ -80,6 +80,8 @@ class Settings:
     """Loader processes; 0 loads in this one."""
     index_dir: str | None = None
     """Where shard indices are kept; none keeps them beside the shards."""
+    image_member: str | None = None
+    """Suffix of the image to read where samples hold several, as left.jpg; none: the only one, or the plain one."""
     num_threads: int | None = None
     """CPU threads; none leaves torch's choice."""
     progress_bar: bool = True
@@ -185,7 +187,8 @@ def open_test_set(name: str, shards: str, settings: Settings) -> TestSet:
     """
     setting = f"--test_sets {name}"
     index_dir = Path(settings.index_dir) if settings.index_dir else None
-    index = open_index(list_shards(shards, setting=setting), index_dir=index_dir)
+    index = open_index(list_shards(shards, setting=setting), index_dir=index_dir, image_member=settings.image_member)
+    print(f"test set {name}: {describe_index(index)}")
     check_labels(index, setting=setting)
     return TestSet(name, index, truth_of(index, np.arange(len(index))))
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from launch.command_line import EXIT_REQUEUE, answered, read_command, recipes_help, run
-from launch.data import describe_shares, find_sources, open_on_all_ranks, order_of, span_reader, tell_all_ranks
+from launch.data import describe_shares, find_sources, open_sets, order_of, span_reader, tell_all_ranks
 from launch.detectors import build_detector, preprocessing_of, training_view
 from launch.init_weights import describe, read_init
 from launch.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
@@ -75,7 +75,7 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
     start_logging(output, is_main=world.is_main, rank=world.rank)
     start_watchdog(output, world, runtime)
     sources = tell_all_ranks(found, world)
-    index = {setting: open_on_all_ranks(wanted, runtime, world) for setting, wanted in sources.items()}
+    index = open_sets(sources, recipe, runtime, world)
     overlap = world.on_main(lambda: check_sets(index, recipe, runtime))
     order = order_of(recipe, index["data"], sources["data"])
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from launch.command_line import EXIT_REQUEUE, answered, read_command, recipes_help, run
-from launch.data import describe_shares, find_sources, open_on_all_ranks, order_of, span_reader, tell_all_ranks
+from launch.data import describe_shares, find_sources, open_sets, order_of, span_reader, tell_all_ranks
 from launch.init_weights import check_heads, check_init, read_init
 from launch.recipes import DEFAULT, RECIPES
 from launch.run_setup import (
@@ -82,7 +82,7 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
     start_logging(output, is_main=world.is_main, rank=world.rank)
     start_watchdog(output, world, runtime)
     sources = tell_all_ranks(found, world)
-    index = {setting: open_on_all_ranks(wanted, runtime, world) for setting, wanted in sources.items()}
+    index = open_sets(sources, recipe, runtime, world)
     order = order_with_repeats(recipe, index["data"], sources["data"])
     held_out = HeldOutView(model, recipe, runtime, index, world) if "heldout_data" in index else None
 

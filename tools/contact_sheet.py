@@ -47,6 +47,8 @@ class Settings:
     """How many images to show, evenly spread over all [images]."""
     index_dir: str | None = None
     """Where shard indices are kept; none keeps them beside the shards."""
+    image_member: str | None = None
+    """Suffix of the image to read where samples hold several, as left.jpg; none: the only one, or the plain one."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -83,7 +85,7 @@ def main(words: list[str]) -> int:
     settings = configure_tool(words, Settings(), __doc__, required=("data",))
     if settings is None:
         return 0
-    contents = read_images(settings.data, settings.num_images, settings.index_dir)
+    contents = read_images(settings.data, settings.num_images, settings.index_dir, settings.image_member)
     output = Path(settings.output)
     draft = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
@@ -95,7 +97,7 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def read_images(data: str, num_images: int, index_dir: str | None = None) -> Contents:
+def read_images(data: str, num_images: int, index_dir: str | None = None, image_member: str | None = None) -> Contents:
     """Read up to ``num_images`` images, evenly from the first to the last.
 
     Raises:
@@ -103,7 +105,8 @@ def read_images(data: str, num_images: int, index_dir: str | None = None) -> Con
         DataError: a shard breaks the rules.
     """
     shards = list_shards(data, setting="--data")
-    index = open_index(shards, index_dir=None if index_dir is None else Path(index_dir))
+    folder = None if index_dir is None else Path(index_dir)
+    index = open_index(shards, index_dir=folder, image_member=image_member)
     reader = ShardReader()
     count = min(num_images, len(index))
     tiles = []

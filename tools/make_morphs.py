@@ -66,6 +66,8 @@ class Settings:
     """Bona fide photographs: a CSV with columns path, identity and optional key, landmark_name; or shards."""
     landmarks: str = ""
     """An .npz with arrays names and points (N, L, 2) in pixels, or points_64th_px; or dlib; or none: the shards'."""
+    image_member: str | None = None
+    """Suffix of the image to read where samples of shards hold several, as left.jpg; none: the only or plain one."""
     output_dir: str = ""
     """Where morphs.csv and the pictures (PNG) go."""
     mode: Literal["whole", "splice", "both"] = "both"
@@ -177,7 +179,7 @@ def read_faces(settings: Settings) -> list[Face]:
         DataError: photographs are morphs, have no landmarks, or have other points than others.
     """
     shards = _names_shards(settings.source)
-    photographs = _in_shards(settings.source) if shards else _in_manifest(Path(settings.source))
+    photographs = _in_shards(settings.source, settings.image_member) if shards else _in_manifest(Path(settings.source))
     if settings.landmarks == DLIB:
         dlib_finder()  # refuses here and not in a worker
         found = list(_each(_find_landmarks, [each.picture for each in photographs], settings, "landmarks"))
@@ -212,8 +214,8 @@ def _names_shards(source: str) -> bool:
     return is_url(source) or ".tar" in source or any(c in source for c in "*?[{") or Path(source).is_dir()
 
 
-def _in_shards(source: str) -> list[Photograph]:
-    index = open_index(list_shards(source, setting="source"))
+def _in_shards(source: str, image_member: str | None) -> list[Photograph]:
+    index = open_index(list_shards(source, setting="source"), image_member=image_member)
     refs = index.samples(np.arange(len(index)))
     values, codes_N = index.groups("identity")
     for ref, code in zip(refs, codes_N.tolist(), strict=True):

@@ -53,6 +53,10 @@ class Settings:
     """JSON file for launch/evaluate.py --baselines."""
     image_size: int = 96
     """Side of the view [pixels]."""
+    index_dir: str | None = None
+    """Where shard indices are kept; none keeps them beside the shards."""
+    image_member: str | None = None
+    """Suffix of the image to read where samples hold several, as left.jpg; none: the only one, or the plain one."""
     num_replicates: int = 1000
     """Replicates of the bootstrap over people."""
 
@@ -96,10 +100,10 @@ def main(words: list[str]) -> int:
     settings = configure_tool(words, Settings(), __doc__, required=("data", "test_sets", "output"))
     if settings is None:
         return 0
-    train_images, train_truth = read_set(settings.data, "--data", settings.image_size)
+    train_images, train_truth = read_set(settings.data, "--data", settings)
     rows: list[dict[str, Any]] = []
     tests = {
-        name: read_set(shards, f"--test_sets {name}", settings.image_size)
+        name: read_set(shards, f"--test_sets {name}", settings)
         for name, shards in named_values(settings.test_sets, "test_sets")
     }
     for feature, describe in FEATURES.items():
@@ -121,13 +125,14 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def read_set(shards: str, setting: str, image_size: int) -> tuple[list[NDArray[np.float32]], Any]:
+def read_set(shards: str, setting: str, settings: Settings) -> tuple[list[NDArray[np.float32]], Any]:
     """Read a set's images as grey values and what is known of them."""
-    index = open_index(list_shards(shards, setting=setting))
+    folder = Path(settings.index_dir) if settings.index_dir else None
+    index = open_index(list_shards(shards, setting=setting), index_dir=folder, image_member=settings.image_member)
     check_labels(index, setting=setting)
     every = list(range(len(index)))
     images = []
-    for batch in fixed_stream(index, every, CenterView(size=image_size), batch=64, noise_per_sample=1):
+    for batch in fixed_stream(index, every, CenterView(size=settings.image_size), batch=64, noise_per_sample=1):
         images += [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32) for image in _pixels(batch)]
     return images, truth_of(index, np.array(every))
 

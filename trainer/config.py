@@ -72,6 +72,9 @@ class Recipe:
     """rollback: go back to the last checkpoint before the spike and leave out the data up to its end."""
 
     # Data
+    image_member: str | None = None
+    """Suffix of the image to read where samples hold several, as left.jpg or left; none: the only one, or the plain
+    one (jpg beside seg.png)."""
     crop_scale_min: float = 0.2
     """Smallest share of the image that a random crop keeps."""
     crop_scale_max: float = 1.0
@@ -439,6 +442,7 @@ LEGACY_VALUES: dict[str, Any] = {
     "predict_share": 1.0,
     "aug_repeats": 1,
     "max_steps": None,
+    "image_member": None,
 }
 """Recipe field -> the value, as JSON gives it, under which a run begun before the field existed behaved, or a run begun
 before its default changed. Whoever adds a field, or changes a default that changes numbers, adds a line: without it no

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.data.loader import to_device
-from trainer.data.shards import NO_GROUP, ShardIndex
+from trainer.data.shards import NO_GROUP, ShardIndex, missing_labels
 from trainer.data.stream import Batch
 from trainer.errors import DataError
 from trainer.metrics import (
@@ -135,9 +135,11 @@ def check_labels(index: ShardIndex, *, setting: str, both: bool = True) -> None:
     if len(wrong):
         ref = index.sample(int(wrong[0]))
         what = "no label" if ref.label < 0 else f"label {ref.label}"
+        missing = missing_labels(index)
         raise DataError(
             f"{setting}: {len(wrong)} of {len(index)} samples are neither 0 (bona fide) nor 1 (morph); {ref.key} "
-            f"in {ref.shard} has {what}: write the shards from a manifest with a column label"
+            f"in {ref.shard} has {what}{f' ({missing})' if missing else ''}: write the shards from a manifest with a "
+            "column label"
         )
     if both:
         for label, name in enumerate(CLASSES):

@@ -17,7 +17,7 @@ from typing import Any
 
 from trainer.data.labels import class_of
 from trainer.data.tar import Member
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
 """Members with these suffixes are images; `trainer.data.decode` tells by their bytes what they are."""
@@ -114,6 +114,16 @@ class Sample:
     """Offset and size of its json, where that holds landmarks."""
     groups: dict[str, str] = field(default_factory=dict)
     """Values of the `GROUP_FIELDS` that its json holds."""
+
+
+def check_image_member(image_member: str | None) -> None:
+    """Refuse what is no suffix.
+
+    Raises:
+        ConfigError: it holds a slash or nothing.
+    """
+    if image_member is not None and ("/" in image_member or not image_member.strip("*. ")):
+        raise ConfigError(f"image_member is {image_member!r}, but must be a suffix such as jpg or left.jpg")
 
 
 def samples_of(

@@ -42,7 +42,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.members import GROUP_FIELDS, LANDMARKS, MAX_JSON_BYTES, NO_LABEL, Tally, samples_of
+from trainer.data.members import (
+    GROUP_FIELDS,
+    LANDMARKS,
+    MAX_JSON_BYTES,
+    NO_LABEL,
+    Tally,
+    check_image_member,
+    samples_of,
+)
 from trainer.data.storage import Span, SpanReader, find, is_url, place_of, stamp
 from trainer.data.tar import walk_tar
 from trainer.errors import ConfigError, DataError, SampleError
@@ -296,6 +304,7 @@ def open_index(
         DataError: a shard breaks the rules; every broken shard is read before the first is reported.
         ConfigError: the index cannot be written.
     """
+    check_image_member(image_member)
     shards = [os.fspath(location) for location in locations]
     folder = _index_folder(shards, index_dir, image_member)
     index = _existing(folder, shards)
@@ -314,6 +323,21 @@ def describe_index(index: ShardIndex) -> str:
         parts.append(f"{index.num_people} people are named")
     parts += [f"{name}: {len(index.groups(name)[0])} values" for name in index.group_fields if "identity" not in name]
     return "; ".join(parts + tally.notes())
+
+
+def missing_labels(index: ShardIndex) -> str:
+    """Say how many samples have no label, and what was found where one could stand; empty where all have one."""
+    count, unusable = index.tally.labels[NO_LABEL], index.tally.unusable["label"]
+    if not count:
+        return ""
+    found = ""
+    if unusable:
+        example = index.tally.examples["unusable label"]
+        found = (
+            f"; {unusable} of them have one that is no class ({example}): write 0 or 1, bonafide or morph, and the "
+            "same in .cls and .json"
+        )
+    return f"{count} of {len(index)} samples have no label{found}"
 
 
 def _describe_labels(labels: Counter[int]) -> str:

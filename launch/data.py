@@ -95,8 +95,14 @@ def _open_on_all_ranks(sources: list[Source], recipe: Recipe, runtime: Runtime, 
     return world.together(lambda: ShardIndex(Path(folder), shards, fingerprint))
 
 
-def order_of(recipe: Recipe, index: ShardIndex, sources: list[Source]) -> Order:
+def order_of(recipe: Recipe, index: ShardIndex, sources: list[Source], *, num_meeting: int = 1) -> Order:
     """Choose what the run visits when.
+
+    Args:
+        recipe: says how.
+        index: of all samples.
+        sources: the shard sets of the index, with their shares.
+        num_meeting: so many samples of a batch are mixed with each other.
 
     Raises:
         ConfigError: shares cannot be dealt.
@@ -125,7 +131,7 @@ def order_of(recipe: Recipe, index: ShardIndex, sources: list[Source]) -> Order:
         return Plan(len(index), recipe.seed, **lanes)
     if len(groups) == 1 and len(sources) == 1:
         raise DataError(f"balance_by is {recipe.balance_by}, but all samples have the same: set balance_by none")
-    return Mixture(groups, shares, batch=recipe.global_batch, seed=recipe.seed, **lanes)
+    return Mixture(groups, shares, batch=recipe.global_batch, seed=recipe.seed, num_meeting=num_meeting, **lanes)
 
 
 def _check_labels_to_balance_by(recipe: Recipe, index: ShardIndex) -> None:

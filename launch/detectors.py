@@ -64,6 +64,7 @@ def assemble_detector(recipe: DetectorRecipe, init: Init | None, *, grad_checkpo
         styles = [
             MixStyle(
                 num_prefix=encoder.num_prefix,
+                group=recipe.mix_group,
                 p=recipe.mixstyle_p,
                 alpha=recipe.mixstyle_alpha,
                 same_label=recipe.mixstyle_same_label,

@@ -65,6 +65,7 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
     use_devices(world, runtime)
     ds_config = engine_settings(recipe, runtime, world)
     training_view(recipe)  # refuses wrong settings before any work
+    check_groups(recipe, runtime.micro_batch)
     init = read_init(runtime.init, pretrained=runtime.pretrained)
     model, init_sha256 = build_detector(recipe, init, grad_checkpointing=runtime.grad_checkpointing)
     found = find_sources(recipe, runtime, others={"val_data": runtime.val_data}) if world.is_main else None
@@ -77,7 +78,7 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
     sources = tell_all_ranks(found, world)
     index = open_sets(sources, recipe, runtime, world)
     overlap = world.on_main(lambda: check_sets(index, recipe, runtime))
-    order = order_of(recipe, index["data"], sources["data"])
+    order = order_of(recipe, index["data"], sources["data"], num_meeting=recipe.num_mixed)
 
     engine = Engine(
         model,
@@ -107,6 +108,30 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
     world.on_main(lambda: tell_where(output, finished, best, lease))
     disconnect()
     return finished
+
+
+def check_groups(recipe: DetectorRecipe, micro_batch: int) -> None:
+    """Refuse groups of mixed samples that would be no groups, or be cut.
+
+    Raises:
+        ConfigError: names the setting and the remedy.
+    """
+    group, batch = recipe.mix_group, recipe.global_batch
+    if not recipe.mixes_samples:
+        return
+    mixing = "mixup_alpha" if recipe.mixup_alpha > 0 else "use_mixstyle"
+    if group < 2 or batch % group:
+        fitting = next((size for size in (8, 6, 4, 10, 5, 3, 2) if batch % size == 0), batch)
+        raise ConfigError(
+            f"mix_group is {group}, but {mixing} needs at least 2 samples in a group, and whole groups in "
+            f"global_batch={batch}: try --mix_group {fitting} (0 is the mark of a run that began before there were "
+            "groups: go on with the version that began it, or name a new output_dir)"
+        )
+    if micro_batch % group:
+        raise ConfigError(
+            f"micro_batch is {micro_batch}, but {mixing} mixes samples in groups of mix_group={group}, which must not "
+            f"be cut: try --micro_batch {max(1, micro_batch // group) * group}, or for a new run another mix_group"
+        )
 
 
 def check_sets(index: dict[str, ShardIndex], recipe: DetectorRecipe, runtime: DetectorRuntime) -> str:
@@ -244,6 +269,7 @@ def training_of(
         runtime=runtime,
         view=training_view(recipe),
         noise_per_sample=engine.module.num_draws,
+        group=recipe.num_mixed,
         inputs=inputs,
         flops_per_image=engine.module.flops_per_image(),
         measure=measure,

@@ -53,6 +53,8 @@ class Training:
     """Called on all ranks after the last step."""
     repeats: int = 1
     """Views of each sample in a batch."""
+    group: int = 1
+    """Samples that are mixed with each other."""
 
     def run(self) -> bool:
         """Train to the end of the schedule; False if a signal asked to stop. The state is saved either way.
@@ -92,7 +94,7 @@ class Training:
         output, images = Path(runtime.output_dir), len(self.index)
         total_steps = recipe.num_steps(images)
         last_step = min(total_steps, runtime.stop_at_step or total_steps)
-        share = Slice(recipe.global_batch, runtime.micro_batch, world.rank, world.size, self.repeats)
+        share = Slice(recipe.global_batch, runtime.micro_batch, world.rank, world.size, self.repeats, self.group)
         logger.info(
             "%d steps of %d images over %d ranks (%g epochs of %d images), from step %d, %s, ZeRO stage %d",
             *(total_steps, recipe.global_batch, world.size, recipe.num_epochs(images), images, progress.step),

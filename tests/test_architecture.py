@@ -10,7 +10,7 @@ READING_ORDER = (
     *("data.plan", "data.sampler", "data.mixture", "data.overlap"),
     *("data.icc", "data.decode", "data.selfmorph", "data.augment", "data.distort", "data.stream", "data.loader"),
     *("losses", "models.mask_utils", "models.encoder", "models.cross_block", "models.mae", "models.vitmae"),
-    *("models.heads", "models.classifier", "models.mixstyle", "models.lora", "models.detector"),
+    *("models.heads", "models.classifier", "models.mixstyle", "models.dropout", "models.lora", "models.detector"),
     *("optim", "zero_files", "ds_config", "engine", "lease", "checkpoint", "monitor"),
     *("guardian", "watchdog", "numerics", "heldout", "loop"),
     *("metrics", "evaluate", "saved_detector", "report", "export"),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import CosFaceLoss
-from scipy.stats import beta, kstest
+from scipy.stats import beta, chisquare, kstest
 from torch.nn import functional as F
 
 from trainer.losses import margin_loss, weighted_cross_entropy
@@ -88,14 +88,14 @@ def test_smoothing_is_torchs_and_losses_are_taken_in_float32() -> None:
 
 
 def mixed(tokens_BTD: torch.Tensor, draws_BK: torch.Tensor, labels_B: torch.Tensor, **options) -> torch.Tensor:
-    return MixStyle(num_prefix=1, **options).train()(tokens_BTD, draws_BK, labels_B)
+    return MixStyle(num_prefix=1, group=len(tokens_BTD), **options).train()(tokens_BTD, draws_BK, labels_B)
 
 
 def test_mixstyle_mixes_the_statistics_of_two_samples_and_nothing_else() -> None:
     tokens_BTD, labels_B = 2 * rand(4, 10, 6) + 1, torch.tensor([0, 1, 0, 1])
     draws_BK = torch.rand(4, 3, generator=torch.Generator().manual_seed(1))
     result_BTD = mixed(tokens_BTD, draws_BK, labels_B, p=1.0, alpha=1.0)
-    partner_B = partners(draws_BK[:, 1])
+    partner_B = partners(draws_BK[:, 1], 4)
     weight_B1 = quantile(beta_quantiles(1.0), draws_BK[:, 2])[:, None]
     before_BND, after_BND = tokens_BTD[:, 1:], result_BTD[:, 1:]
     mean_BD = before_BND.mean(1)
@@ -111,7 +111,7 @@ def test_mixstyle_mixes_the_statistics_of_two_samples_and_nothing_else() -> None
 def test_mixstyle_is_off_in_evaluation_and_an_unmixed_sample_keeps_its_bits() -> None:
     tokens_BTD, labels_B = rand(6, 5, 4), torch.zeros(6, dtype=torch.long)
     draws_BK = torch.rand(6, 3, generator=torch.Generator().manual_seed(2))
-    layer = MixStyle(num_prefix=1, p=0.5)
+    layer = MixStyle(num_prefix=1, group=6, p=0.5)
     assert torch.equal(layer.eval()(tokens_BTD, draws_BK, labels_B), tokens_BTD)
     result_BTD = layer.train()(tokens_BTD, draws_BK, labels_B)
     unmixed_B = draws_BK[:, 0] >= 0.5
@@ -137,17 +137,31 @@ def test_mixstyles_statistics_carry_no_gradient() -> None:
 
 
 @settings(max_examples=50)
-@given(st.integers(2, 20), st.integers(0, 10**6))
-def test_partners_of_one_class_are_of_that_class_and_serve_once(size: int, seed: int) -> None:
+@given(st.integers(2, 9), st.integers(1, 4), st.integers(0, 10**6))
+def test_partners_serve_once_are_of_the_group_and_of_the_class_and_never_oneself(
+    group: int, num_groups: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
+    size = group * num_groups
     labels_B = torch.randint(0, 2, (size,), generator=generator)
     order_B = torch.rand(size, generator=generator)
-    partner_B = partners(order_B, labels_B)
+    partner_B = partners(order_B, group, labels_B)
     assert torch.equal(labels_B[partner_B], labels_B)
     assert sorted(partner_B.tolist()) == list(range(size))
-    free_B = partners(order_B)
+    alone_B = [(labels_B[i // group * group :][:group] == labels_B[i]).sum() == 1 for i in range(size)]
+    assert (partner_B == torch.arange(size)).tolist() == alone_B
+    free_B = partners(order_B, group)
     assert sorted(free_B.tolist()) == list(range(size))
     assert not (free_B == torch.arange(size)).any(), "a sample is its own partner"
+    assert torch.equal(free_B // group, torch.arange(size) // group)
+
+
+def test_every_partner_is_equally_likely() -> None:
+    order_B = torch.rand(8 * 3000, generator=torch.Generator().manual_seed(4))
+    distance_B = (partners(order_B, 8) - torch.arange(len(order_B))) % 8
+    counts = torch.bincount(distance_B, minlength=8)
+    assert counts[0] == 0
+    assert chisquare(counts[1:]).pvalue > 1e-3
 
 
 def test_mixing_weights_follow_the_beta_distribution() -> None:
@@ -168,10 +182,10 @@ def _truncated(alpha: float):
 
 
 def detector(**options) -> MorphDetector:
-    mixstyle = [MixStyle(num_prefix=1)] * options.pop("mixstyle", 0)
+    mixstyle = [MixStyle(num_prefix=1, group=2)] * options.pop("mixstyle", 0)
     torch.manual_seed(0)
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8)
-    return MorphDetector(encoder, normalisation="imagenet", head=HeadOptions(**options), mixstyle=mixstyle)
+    return MorphDetector(encoder, normalisation="imagenet", head=HeadOptions(**{"mix_group": 2} | options), mixstyle=mixstyle)
 
 
 def pictures(count: int = 4) -> torch.Tensor:

@@ -140,3 +140,15 @@ def test_shares_that_never_repeat_are_refused() -> None:
         Quotas([Fraction("0.123456789"), Fraction("0.3")], 7)
     with pytest.raises(ConfigError, match="global_batch is 1"):
         Mixture([group(0, 5), group(5, 5)], [Fraction(1), Fraction(1)], batch=1, seed=0)
+
+
+@pytest.mark.parametrize("batch", [8, 16, 24, 32, 256, 384, 512, 768, 1536, 3072, 4096])
+@pytest.mark.parametrize("meeting", [4, 8])
+def test_evenly_spread_seats_that_are_mixed_hold_both_classes(batch: int, meeting: int) -> None:
+    mixture = Mixture(
+        [group(0, 5000), group(5000, 900)], [Fraction(1)] * 2, batch=batch, seed=1, num_meeting=meeting, num_lanes=4
+    )
+    for step in (0, 3):
+        seats = mixture.group_at(np.arange(step * batch, (step + 1) * batch)).reshape(meeting, -1)
+        assert (seats.min(axis=0) == 0).all()
+        assert (seats.max(axis=0) == 1).all()

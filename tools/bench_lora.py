@@ -67,7 +67,7 @@ class Mode:
     def step(self) -> float:
         """Take one step; returns its time [s]."""
         start = time.perf_counter()
-        loss = self.model(self._images, self._labels, torch.zeros(len(self._labels), 1))
+        loss = self.model(self._images, self._labels, torch.zeros(len(self._labels), self.model.num_draws))
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

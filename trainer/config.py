@@ -251,6 +251,9 @@ class DetectorRecipe(Recipe):
     """Share of the target that is spread over both classes; blurs thresholds, hence off."""
     mixup_alpha: float = 0.0
     """Blend training images and labels with Beta(alpha, alpha); 0 is off: blends of faces are the attack itself."""
+    mix_group: int = 8
+    """Where mixup or MixStyle is on, samples find partners in groups of so many, spread over the global batch; every
+    micro_batch holds whole groups, so that partners do not depend on it [images]."""
 
     # MixStyle
     use_mixstyle: bool = False
@@ -288,7 +291,8 @@ class DetectorRecipe(Recipe):
             _require(self, name, getattr(self, name) > 0, "must be above 0")
         _require(self, "layer_decay", 0 < self.layer_decay <= 1, "must be above 0 and at most 1 (try 0.75)")
         _require(self, "margin", 0 <= self.margin < 2, "must be in [0, 2): cosines lie between -1 and 1 (try 0.3)")
-        _require(self, "mixup_alpha", self.mixup_alpha >= 0, "must not be negative")
+        for name in ("mixup_alpha", "mix_group"):
+            _require(self, name, getattr(self, name) >= 0, "must not be negative")
         right = len(self.class_weights) == 2 and min(self.class_weights) >= 0 and sum(self.class_weights) > 0
         _require(self, "class_weights", right, "must be two numbers [bonafide, morph], none negative (try [1.0, 1.0])")
         _require(self, "advanced_aug_magnitude", 1 <= self.advanced_aug_magnitude <= 10, "must be from 1 to 10")
@@ -296,6 +300,16 @@ class DetectorRecipe(Recipe):
         _require(self, "use_margin_loss", not (self.use_margin_loss and soft), "takes no mixup_alpha, label_smoothing")
         adapts = self.use_lora or not (self.use_rslora or self.use_dora)
         _require(self, "use_lora", adapts, "use_rslora and use_dora are kinds of LoRA: set use_lora true")
+
+    @property
+    def mixes_samples(self) -> bool:
+        """Whether samples of a batch are mixed with each other."""
+        return self.use_mixstyle or self.mixup_alpha > 0
+
+    @property
+    def num_mixed(self) -> int:
+        """How many samples are mixed with each other."""
+        return self.mix_group if self.mixes_samples else 1
 
     @property
     def backbone_is_frozen(self) -> bool:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import lcm
+from math import gcd, lcm
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,14 @@ class Mixture:
     """The order of a run over groups with shares; world size and micro batch never enter it."""
 
     def __init__(
-        self, groups: Sequence[Group], shares: Sequence[Fraction], *, batch: int, seed: int, **plan: int
+        self,
+        groups: Sequence[Group],
+        shares: Sequence[Fraction],
+        *,
+        batch: int,
+        seed: int,
+        num_meeting: int = 1,
+        **plan: int,
     ) -> None:
         """Join the groups.
 
@@ -208,6 +215,8 @@ class Mixture:
             shares: one a group, in relation to each other.
             batch: global batch, in which every group gets its quota.
             seed: run seed.
+            num_meeting: so many seats of a batch, evenly spread, are mixed with each other (`stream.Slice.group`): runs
+                are then as long as lets several groups meet there, which runs that divide the distance would not.
             plan: further settings of each group's `Plan`.
 
         Raises:
@@ -223,6 +232,11 @@ class Mixture:
         ]
         smallest = min(int(share / sum(shares) * batch) for share in shares)
         self._run = min(_MAX_RUN, max(1, smallest // 4))
+        if num_meeting > 1:
+            quota = np.diff(self._quotas.before(np.arange(2)), axis=0)[0].tolist()
+            longest, most = self._run, max(self._run, min(_MAX_RUN, batch // num_meeting))
+            fewest = {run: _fewest_meeting(_seated(quota, run)[0], num_meeting) for run in range(1, most + 1)}
+            self._run = max(fewest, key=lambda run: (fewest[run], run == longest, gcd(run, _MAX_RUN), run))
         self._layouts: dict[tuple[int, ...], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     def locate(self, position: ArrayLike) -> Located:
@@ -265,11 +279,21 @@ class Mixture:
         return group_N, before_BG[inverse, group_N] + number_N
 
     def _layout(self, quota: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Seat a batch: runs of every group, spread evenly. Returns each seat's group, and its number in the group."""
         if quota not in self._layouts:
-            group_S = np.repeat(np.arange(len(quota)), quota)
-            number_S = np.concatenate([np.arange(seats) for seats in quota])
-            time_S = (number_S // self._run + 0.5) / np.maximum(1, np.array(quota))[group_S]
-            order_S = np.lexsort((number_S, group_S, time_S))
-            self._layouts[quota] = (group_S[order_S], number_S[order_S])
+            self._layouts[quota] = _seated(quota, self._run)
         return self._layouts[quota]
+
+
+def _seated(quota: Sequence[int], run: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Seat a batch: runs of every group, spread evenly. Returns each seat's group, and its number in the group."""
+    group_S = np.repeat(np.arange(len(quota)), quota)
+    number_S = np.concatenate([np.arange(seats) for seats in quota])
+    time_S = (number_S // run + 0.5) / np.maximum(1, np.array(quota))[group_S]
+    order_S = np.lexsort((number_S, group_S, time_S))
+    return group_S[order_S], number_S[order_S]
+
+
+def _fewest_meeting(group_S: NDArray[np.int64], num_meeting: int) -> int:
+    """Return how many groups meet at least wherever so many evenly spread seats meet."""
+    sorted_MS = np.sort(group_S.reshape(num_meeting, -1), axis=0)
+    return 1 + int((np.diff(sorted_MS, axis=0) != 0).sum(axis=0).min())

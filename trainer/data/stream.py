@@ -41,6 +41,9 @@ class Slice:
     num_ranks: int = 1
     repeats: int = 1
     """Views of a sample in the batch; they stand side by side in one micro batch, of which this is a divisor."""
+    group: int = 1
+    """So many positions of a step, evenly spread, likewise stand side by side: samples that are mixed with each other.
+    Which they are depends on the global batch alone. Not together with `repeats`."""
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -51,7 +54,7 @@ class Slice:
         """Return the positions of one micro batch, counted over the whole run."""
         step, part = divmod(micro_step, self.micro_batches_per_step)
         mine = positions_of(step, rank=self.rank, num_ranks=self.num_ranks, global_batch=self.global_batch)
-        mine = mine.reshape(self.repeats, -1).T.ravel()
+        mine = mine.reshape(self.repeats * self.group, -1).T.ravel()
         return mine[part * self.micro_batch : (part + 1) * self.micro_batch]
 
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from trainer.errors import ConfigError
 from trainer.losses import margin_loss, weighted_cross_entropy
 from trainer.models.classifier import MorphClassifier
+from trainer.models.dropout import NUM_DRAWS as DRAWS_A_KEY
+from trainer.models.dropout import key_dropouts
 from trainer.models.encoder import PatchEncoder
 from trainer.models.heads import CosineLayer, ProjectionHead
 from trainer.models.mask_utils import patchify
@@ -43,6 +45,7 @@ class HeadOptions:
     class_weights: tuple[float, ...] = (1.0, 1.0)
     label_smoothing: float = 0.0
     mixup_alpha: float = 0.0
+    mix_group: int = 8
 
 
 class MorphDetector(nn.Module):
@@ -69,11 +72,13 @@ class MorphDetector(nn.Module):
         self.mixstyle = nn.ModuleList(mixstyle or [])
         self._statistics = STATISTICS[normalisation]
         self._mixup = beta_quantiles(head.mixup_alpha) if head.mixup_alpha else None
+        self._keys = key_dropouts(self)
 
     @property
     def num_draws(self) -> int:
-        """Uniform numbers that training wants for each sample, at least 1."""
-        return max(1, DRAWS_A_MIX * (len(self.mixstyle) + (self._mixup is not None)))
+        """Uniform numbers that training wants for each sample, at least 1: of mixing, then of all that drops."""
+        num_mixes = len(self.mixstyle) + (self._mixup is not None)
+        return max(1, DRAWS_A_MIX * num_mixes + (DRAWS_A_KEY if self._keys else 0))
 
     def forward(
         self,
@@ -103,8 +108,11 @@ class MorphDetector(nn.Module):
         assert labels_B is not None
         assert draws_BK is not None
         options, target = self.options, labels_B
+        if self._keys is not None and self.training:
+            self._keys.take(draws_BK[:, -DRAWS_A_KEY:])
         if self._mixup is not None and self.training:
-            pixels_BCHW, target = self._mix_up(pixels_BCHW, labels_B, draws_BK[:, -DRAWS_A_MIX:])
+            first = DRAWS_A_MIX * len(self.mixstyle)
+            pixels_BCHW, target = self._mix_up(pixels_BCHW, labels_B, draws_BK[:, first : first + DRAWS_A_MIX])
         output_BC = self._decide(self._patches(pixels_BCHW), labels_B, draws_BK)
         if options.use_margin_loss:
             how = {"margin": options.margin, "scale": options.margin_scale}
@@ -152,7 +160,7 @@ class MorphDetector(nn.Module):
     def _mix_up(self, pixels_BCHW: Tensor, labels_B: Tensor, draws_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Blend each image and its label with another's (Zhang et al. 2018, arXiv 1710.09412)."""
         assert self._mixup is not None
-        weight_B, partner_B = quantile(self._mixup, draws_BK[:, 2]), partners(draws_BK[:, 1])
+        weight_B, partner_B = quantile(self._mixup, draws_BK[:, 2]), partners(draws_BK[:, 1], self.options.mix_group)
         truth_BC = F.one_hot(labels_B, 2).float()
         blended_BC = weight_B[:, None] * truth_BC + (1 - weight_B[:, None]) * truth_BC[partner_B]
         weight_B111 = weight_B[:, None, None, None]

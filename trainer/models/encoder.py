@@ -16,6 +16,7 @@ import timm
 import torch
 from einops import rearrange
 from timm.layers.attention import Attention
+from timm.layers.drop import DropPath
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -244,6 +245,11 @@ def attend_from(block: Any, tokens_BTD: Tensor, num_queries: int, qkv_BTF: Tenso
     tokens_BSD = tokens_BTD[:, -num_queries:] + block.drop_path1(block.ls1(mixed_BSD))
     result_BSD: Tensor = tokens_BSD + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens_BSD))))
     return result_BSD
+
+
+def chance_of_skipping(module: nn.Module) -> float:
+    """Return the chance with which a module skips a sample in training, as timm's drop path; 0 of every other."""
+    return float(module.drop_prob or 0.0) if isinstance(module, DropPath) else 0.0
 
 
 def pretrained_weights(model_name: str) -> tuple[dict[str, Tensor], tuple[float, ...], tuple[float, ...]]:

@@ -1,10 +1,12 @@
 """MixStyle: give a sample the feature statistics of another one, so that the model does not lean on a camera's style.
 
-The published module draws from global generators. Here a sample's draws are uniform numbers keyed by its position in
-the run, as its crop is, so that a resumed run mixes as the uninterrupted one. Partners are found within the micro
-batch, the only samples at hand.
+The published module draws from global generators: whether a whole batch is mixed, and a permutation of it, which may
+leave a sample where it is. Here a sample's draws are uniform numbers keyed by its position in the run, as its crop is:
+each sample is mixed or not for itself, and never with itself where there is another. Partners are found within groups
+of a fixed size, which the data plane never cuts (`trainer.data.stream.Slice`), so they depend neither on the micro
+batch nor on the number of ranks.
 
-Shapes: B samples, T = prefix + N tokens, N patches, D width, K = 3 draws a sample.
+Shapes: B samples, G samples of a group, T = prefix + N tokens, N patches, D width, K = 3 draws a sample.
 Source: Zhou et al. 2021, arXiv 2104.02008, section 3.1; on tokens of a ViT: Noori et al. 2023, arXiv 2303.15698.
 """
 
@@ -25,14 +27,17 @@ class MixStyle(nn.Module):
 
     Args:
         num_prefix: class and register tokens in front of the patches.
+        group: so many samples in a row find partners among each other; a batch holds whole groups.
         p: chance that a sample is mixed.
         alpha: mixing weights come from Beta(alpha, alpha).
         same_label: mix only samples of one class.
     """
 
-    def __init__(self, *, num_prefix: int, p: float = 0.5, alpha: float = 0.1, same_label: bool = False) -> None:
+    def __init__(
+        self, *, num_prefix: int, group: int, p: float = 0.5, alpha: float = 0.1, same_label: bool = False
+    ) -> None:
         super().__init__()
-        self._num_prefix, self._p, self._same_label = num_prefix, p, same_label
+        self._num_prefix, self._group, self._p, self._same_label = num_prefix, group, p, same_label
         self._quantiles = beta_quantiles(alpha)
 
     def forward(self, tokens_BTD: Tensor, draws_BK: Tensor, labels_B: Tensor) -> Tensor:
@@ -41,7 +46,7 @@ class MixStyle(nn.Module):
             return tokens_BTD
         prefix_BPD, patches_BND = tokens_BTD[:, : self._num_prefix], tokens_BTD[:, self._num_prefix :].float()
         weight_B = torch.where(draws_BK[:, 0] < self._p, quantile(self._quantiles, draws_BK[:, 2]), 1.0)
-        partner_B = partners(draws_BK[:, 1], labels_B if self._same_label else None)
+        partner_B = partners(draws_BK[:, 1], self._group, labels_B if self._same_label else None)
         with torch.no_grad():
             mean_B1D = patches_BND.mean(dim=1, keepdim=True)
             scale_B1D = (patches_BND.var(dim=1, keepdim=True) + _EPS).sqrt()
@@ -63,19 +68,21 @@ def quantile(table: Tensor, uniform_B: Tensor) -> Tensor:
     return table.to(uniform_B.device)[(uniform_B * len(table)).long()]
 
 
-def partners(order_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
-    """Give each sample another one of the micro batch, each serving once: the next in a random order.
+def partners(order_B: Tensor, group: int, labels_B: Tensor | None = None) -> Tensor:
+    """Give each sample another one of its group, each serving once: the next in a random order.
 
     Args:
-        order_B: random numbers in [0, 1) that decide the order.
-        labels_B: where given, the next of the same class.
+        order_B: random numbers that decide the order.
+        group: so many samples in a row are a group.
+        labels_B: where given, the next of the same class; a sample that is alone of its class keeps itself.
+
+    Returns:
+        partner_B: int64 indices into the batch.
     """
+    place_BG = order_B.view(-1, group).argsort(dim=1, stable=True).argsort(dim=1)
+    ahead_BGG = (place_BG[:, None, :] - place_BG[:, :, None] - 1) % group  # of each other one, from 0; itself is last
     if labels_B is not None:
-        order_B = order_B.double() + labels_B
-    sorted_B = order_B.argsort(stable=True)
-    following_B = sorted_B.roll(-1)
-    if labels_B is not None:
-        for label in (0, 1):  # close the ring of each class
-            mine = sorted_B[labels_B[sorted_B] == label]
-            following_B[labels_B[sorted_B] == label] = mine.roll(-1)
-    return torch.empty_like(sorted_B).scatter_(0, sorted_B, following_B)
+        label_BG = labels_B.view(-1, group)
+        ahead_BGG = ahead_BGG + group * (label_BG[:, None, :] != label_BG[:, :, None])
+    first_B1 = torch.arange(0, len(order_B), group, device=order_B.device)[:, None]
+    return (ahead_BGG.argmin(dim=2) + first_B1).flatten()

@@ -185,7 +185,9 @@ def detector(**options) -> MorphDetector:
     mixstyle = [MixStyle(num_prefix=1, group=2)] * options.pop("mixstyle", 0)
     torch.manual_seed(0)
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8)
-    return MorphDetector(encoder, normalisation="imagenet", head=HeadOptions(**{"mix_group": 2} | options), mixstyle=mixstyle)
+    return MorphDetector(
+        encoder, normalisation="imagenet", head=HeadOptions(**{"mix_group": 2} | options), mixstyle=mixstyle
+    )
 
 
 def pictures(count: int = 4) -> torch.Tensor:

@@ -457,6 +457,7 @@ LEGACY_VALUES: dict[str, Any] = {
     "aug_repeats": 1,
     "max_steps": None,
     "image_member": None,
+    "mix_group": 0,
 }
 """Recipe field -> the value, as JSON gives it, under which a run begun before the field existed behaved, or a run begun
 before its default changed. Whoever adds a field, or changes a default that changes numbers, adds a line: without it no

@@ -8,6 +8,7 @@ from launch.command_line import answered, configure, read_command, read_flags, r
 from launch.recipes import DEFAULT, DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
 from trainer import foreign_names
 from trainer.config import (
+    LEGACY_VALUES,
     DetectorRecipe,
     DetectorRuntime,
     PretrainRecipe,
@@ -187,6 +188,7 @@ def test_differing_fields_name_both_values() -> None:
 def test_a_record_is_read_back_and_a_name_of_another_version_is_one_message() -> None:
     recipe = DetectorRecipe(lora_target_modules=("query", "fc1"), class_weights=(1.0, 2.0))
     assert from_record(DetectorRecipe, as_record(recipe)) == recipe
-    assert from_record(DetectorRecipe, {"seed": 3}) == DetectorRecipe(seed=3)
+    legacy = {name: value for name, value in LEGACY_VALUES.items() if name in as_record(recipe)}
+    assert from_record(DetectorRecipe, {"seed": 3}) == DetectorRecipe(seed=3, **legacy)
     with pytest.raises(ConfigError, match="the recorded recipe has lora_flavour, which this version does not know"):
         from_record(DetectorRecipe, as_record(recipe) | {"lora_flavour": 1})

@@ -224,12 +224,10 @@ def test_any_flipped_bit_of_an_image_is_a_checksum_error(tmp_path: Path) -> None
         tarfile.CHRTYPE,
         tarfile.BLKTYPE,
         tarfile.FIFOTYPE,
-        tarfile.CONTTYPE,
+        tarfile.SYMTYPE,
         tarfile.GNUTYPE_SPARSE,
-        b"D",
         b"M",
         b"N",
-        b"V",
         b"A",
         b"Z",
         b"9",
@@ -238,7 +236,7 @@ def test_any_flipped_bit_of_an_image_is_a_checksum_error(tmp_path: Path) -> None
 )
 def test_only_regular_files_are_taken(tmp_path: Path, kind: bytes) -> None:
     for size in (0, 5):
-        with pytest.raises(DataError, match=r"a link, a sparse file or a device|damaged"):
+        with pytest.raises(DataError, match=r"a (hard|symbolic) link|a sparse file|a device|another volume|damaged"):
             walked(tmp_path / "a.tar", PLAIN, tar_header(kind=kind, size=size), padded(b"hello")[: size * BLOCK], END)
 
 

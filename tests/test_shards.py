@@ -283,13 +283,74 @@ def test_samples_that_webdataset_would_mix_up_are_refused(tmp_path: Path, member
         open_index([write_tar(tmp_path / "a.tar", members)])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *("-b 2048", "-b 1024", "-b 256", "-b 1", "-V faces-of-2024", "-h", "--listed-incremental=STATE"),
+        *(f"--format={name}" for name in ("v7", "oldgnu", "gnu", "ustar", "posix")),
+        *("--posix -V faces", "--posix --pax-option=globexthdr.name=g,comment:=of-all", "--posix -b 2048"),
+    ],
+)
+def test_what_tar_writes_with_any_options_is_read(tmp_path: Path, options: str) -> None:
+    folder = tmp_path / "tree" / "people"
+    folder.mkdir(parents=True)
+    for number in range(4):
+        (folder / f"p{number}.jpg").write_bytes(jpeg(number))
+        (folder / f"p{number}.cls").write_bytes(b"1")
+    path = tmp_path / "a.tar"
+    chosen = options.replace("STATE", str(tmp_path / "state")).split()
+    words = ["tar", "-C", str(tmp_path / "tree"), *chosen, "--sort=name", "-cf", str(path), "./people"]
+    subprocess.run(words, check=True, capture_output=True)
+    index = open_index([path])
+    assert [index.sample(i).key for i in range(len(index))] == [f"./people/p{i}" for i in range(4)]
+    assert [ShardReader().read(index.sample(i)) for i in range(4)] == [jpeg(i) for i in range(4)]
+
+
+def test_zeros_that_no_record_explains_are_an_interrupted_copy(tmp_path: Path) -> None:
+    raw = write_tar(tmp_path / "a.tar", members_of(range(3))).read_bytes().rstrip(b"\0")
+    raw += bytes(-len(raw) % 512)
+    whole = raw + bytes(-len(raw) % (2048 * 512))
+    (tmp_path / "a.tar").write_bytes(whole)
+    assert len(open_index([tmp_path / "a.tar"])) == 3
+    for more in (512, 10240, len(whole)):
+        (tmp_path / "a.tar").write_bytes(whole + bytes(more))
+        with pytest.raises(DataError, match="interrupted copy"):
+            open_index([tmp_path / "a.tar"])
+
+
+def test_files_of_a_mac_beside_the_samples_are_left_out_and_counted(tmp_path: Path) -> None:
+    members = [(f"./{kind}{name}", payload) for name, payload in members_of(range(3)) for kind in ("._", "")]
+    index = open_index([write_tar(tmp_path / "a.tar", [("./._.", b"x"), ("./.DS_Store", b"x"), *members])])
+    assert len(index) == 3
+    assert dict(index.tally.left_out) == {"hidden files": 8}
+
+
 def test_links_are_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         info = tarfile.TarInfo("a.jpg")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(info, io.BytesIO())
-    with pytest.raises(DataError, match="link"):
+    with pytest.raises(DataError, match=r"link.*--dereference"):
         open_index([tmp_path / "a.tar"])
+
+
+def test_sparse_files_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.truncate(1 << 20)
+        file.write(b"x")
+    for options in (["-S"], ["-S", "--format=posix"]):
+        subprocess.run(["tar", "-C", str(tmp_path), *options, "-cf", str(tmp_path / "a.tar"), "a.jpg"], check=True)
+        with pytest.raises(DataError, match="sparse file: write the tar without --sparse"):
+            open_index([tmp_path / "a.tar"])
+
+
+def test_a_readme_at_the_top_names_the_repair_and_a_compressed_tar_its_tool(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("README.md", b"x"), *members_of(range(3))])
+    with pytest.raises(DataError, match=r"'README' has no image.*check_shards.py --repair"):
+        open_index([path])
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(DataError, match="gunzip"):
+        open_index([path])
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 Every byte is read: the tar's structure, each image decoded as the trainer does, labels and group fields, images that
 occur twice (by sha256 of their bytes). Exit code 0 means sound, 1 that something is damaged: it is listed.
 
-``--repair FOLDER`` writes every sample that is whole, also those behind a damaged stretch, to new shards of the same
-names, and leaves the old ones alone.
+What the trainer does not use is counted by kind: it is no damage. ``--repair FOLDER`` writes every sample that is
+whole, also those behind a damaged stretch or with members apart, to new shards of the same names, and leaves the old
+ones alone. Each sample that is lost is named with the reason, all in FOLDER/lost.csv; the sums of members agree.
 
 Usage: python tools/check_shards.py --data 'shards/*.tar' [--repair FOLDER] [--name value]
 
@@ -13,12 +14,10 @@ Examples:
     python tools/check_shards.py --data 'shards/train/*.tar' --repair shards/repaired
 """
 
+import csv
 import hashlib
-import io
 import os
 import sys
-import tarfile
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -30,16 +29,16 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from launch.command_line import configure_tool, run
+from tools.salvage import Saved, rewrite
 from trainer.config import check_types
 from trainer.data.decode import decode_image
-from trainer.data.members import GROUP_FIELDS, Sample, samples_of
+from trainer.data.members import GROUP_FIELDS, NO_LABEL, Sample, Tally, check_image_member, samples_of
 from trainer.data.shards import list_shards
 from trainer.data.storage import is_url
-from trainer.data.tar import MAX_MEMBER_BYTES, Member, walk_tar
+from trainer.data.tar import MAX_MEMBER_BYTES, walk_tar
 from trainer.errors import ConfigError, DataError, SampleError
 
 EXIT_DAMAGED = 1
-_BLOCK = 512
 _LISTED = 20
 _HISTOGRAM_ROWS = 15
 
@@ -50,6 +49,8 @@ class Settings:
 
     data: str = ""
     """Shards: paths, globs, URLs or {000..099} ranges, separated by commas."""
+    image_member: str | None = None
+    """Suffix of the image to read where samples hold several, as left.jpg; none: the only one, or the plain one."""
     repair: str | None = None
     """Folder for new shards with the samples that are whole; none repairs nothing."""
     num_processes: int | None = None
@@ -59,6 +60,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_image_member(self.image_member)
         if self.num_processes is not None and self.num_processes < 1:
             raise ConfigError(f"num_processes is {self.num_processes}, but must be at least 1")
 
@@ -68,16 +70,15 @@ class Findings:
     """What one shard holds and what is wrong with it."""
 
     location: str
-    num_samples: int = 0
+    tally: Tally = field(default_factory=Tally)
     num_bytes: int = 0
     sides: Counter[tuple[int, int]] = field(default_factory=Counter)
     """(height, width) -> images."""
-    labels: Counter[str] = field(default_factory=Counter)
     groups: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in GROUP_FIELDS})
     digests: list[tuple[bytes, str]] = field(default_factory=list)
     """First 16 bytes of an image's sha256, and the sample's key."""
     problems: list[str] = field(default_factory=list)
-    num_saved: int = 0
+    saved: Saved | None = None
 
 
 def main(words: list[str]) -> int:
@@ -91,13 +92,15 @@ def main(words: list[str]) -> int:
     describe(findings)
     problems = [problem for found in findings for problem in found.problems]
     if target is not None:
-        print(f"{sum(found.num_saved for found in findings)} whole samples were written to {target}")
+        problems += describe_repair(findings, target)
     for problem in problems[:_LISTED]:
         print(f"damaged: {problem}")
     if len(problems) > _LISTED:
         print(f"... and {len(problems) - _LISTED} more")
-    print(f"{len(problems)} problems in {sum(bool(found.problems) for found in findings)} of {len(shards)} shards")
-    return EXIT_DAMAGED if problems else 0
+    num_bad = sum(bool(found.problems) for found in findings)
+    num_lost = sum(len(found.saved.lost) for found in findings if found.saved)
+    print(f"{len(problems)} problems in {num_bad} of {len(shards)} shards")
+    return EXIT_DAMAGED if problems or num_lost else 0
 
 
 def _repair_folder(folder: str | None, shards: list[str]) -> Path | None:
@@ -118,7 +121,7 @@ def _repair_folder(folder: str | None, shards: list[str]) -> Path | None:
 
 def _all(shards: list[str], target: Path | None, settings: Settings) -> Iterator[Findings]:
     num_processes = min(settings.num_processes or len(os.sched_getaffinity(0)), len(shards))
-    work = partial(check, target=target)
+    work = partial(check, target=target, image_member=settings.image_member)
     with tqdm(total=len(shards), unit="shard", disable=not settings.progress_bar) as bar:
         if num_processes == 1:
             for shard in shards:
@@ -131,25 +134,25 @@ def _all(shards: list[str], target: Path | None, settings: Settings) -> Iterator
                 bar.update()
 
 
-def check(location: str, *, target: Path | None = None) -> Findings:
+def check(location: str, *, target: Path | None = None, image_member: str | None = None) -> Findings:
     """Read one shard, and write its whole samples to a shard of the same name in ``target``."""
     found = Findings(location)
     try:
-        for sample in samples_of(location, walk_tar(location, keep_payload_below=MAX_MEMBER_BYTES + 1)):
+        members = walk_tar(location, keep_payload_below=MAX_MEMBER_BYTES + 1)
+        for sample in samples_of(location, members, image_member=image_member, tally=found.tally):
             _note(found, sample)
     except DataError as error:
         found.problems.append(str(error))
+    if not found.tally.num_samples and not found.problems:
+        found.problems.append(f"shard {location}: it holds no sample")
     if target is not None:
-        found.num_saved = _rewrite(Path(location), target)
+        found.saved = rewrite(Path(location), target, image_member=image_member)
     return found
 
 
 def _note(found: Findings, sample: Sample) -> None:
-    assert sample.image is not None
     assert sample.image.payload is not None
-    found.num_samples += 1
     found.num_bytes += sample.image.size
-    found.labels[str(sample.label) if sample.label >= 0 else "none"] += 1
     for name, value in sample.groups.items():
         found.groups[name][value] += 1
     found.digests.append((hashlib.sha256(sample.image.payload).digest()[:16], sample.key))
@@ -161,17 +164,25 @@ def _note(found: Findings, sample: Sample) -> None:
 
 def describe(findings: list[Findings]) -> None:
     """Print counts, sizes, labels, groups and duplicates."""
-    num_samples, num_bytes = sum(f.num_samples for f in findings), sum(f.num_bytes for f in findings)
-    print(f"{num_samples} samples, {num_bytes / 1e9:.3f} GB of images in {len(findings)} shards")
+    tally, num_bytes = Tally(), sum(f.num_bytes for f in findings)
+    for found in findings:
+        tally.add(found.tally)
+    print(f"{tally.num_samples} samples, {num_bytes / 1e9:.3f} GB of images in {len(findings)} shards")
     sides = sorted((min(side), count) for f in findings for side, count in f.sides.items())
     if sides:
         expanded = Counter[int]()
         for side, count in sides:
             expanded[side] += count
         print(f"shorter sides {sides[0][0]} to {sides[-1][0]} px, most often {expanded.most_common(1)[0][0]} px")
-    _histogram("label", sum((f.labels for f in findings), Counter()))
+    _histogram("label", Counter({_label(label): count for label, count in tally.labels.items()}))
     for name in GROUP_FIELDS:
         _histogram(name, sum((f.groups[name] for f in findings), Counter()))
+    for note in tally.notes():
+        print(note)
+    _describe_copies(findings)
+
+
+def _describe_copies(findings: list[Findings]) -> None:
     first: dict[bytes, str] = {}
     twice = []
     for found in findings:
@@ -184,94 +195,39 @@ def describe(findings: list[Findings]) -> None:
         print(f"{len(twice)} images occur more than once, byte for byte")
 
 
+def describe_repair(findings: list[Findings], target: Path) -> list[str]:
+    """Print what was written and what was lost, and write all losses to a file; returns sums that do not agree."""
+    saved = [(found.location, found.saved) for found in findings if found.saved is not None]
+    left_out = sum((each.left_out for _, each in saved), Counter[str]())
+    lost = [(location, *entry) for location, each in saved for entry in each.lost]
+    print(
+        f"{sum(each.num_members for _, each in saved)} members were found: "
+        f"{sum(each.num_written for _, each in saved)} were written as {sum(each.num_samples for _, each in saved)} "
+        f"whole samples to {target}, {sum(count for *_, count in lost)} were lost, {left_out.total()} left out"
+    )
+    for reason, count in left_out.most_common():
+        print(f"left out: {count} {reason}")
+    for location, each in saved:
+        for damage in each.damage:
+            print(f"damaged: shard {location}: {damage}")
+    for location, key, reason, count in lost[:_LISTED]:
+        print(f"lost: shard {location}: {key!r} ({count} members): {reason}")
+    if lost:
+        with (target / "lost.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            csv.writer(file).writerows([("shard", "key", "reason", "members"), *lost])
+        print(f"{len(lost)} samples or members were lost, all are listed in {target / 'lost.csv'}")
+    return [f"shard {location}: the sums of its members do not agree" for location, each in saved if not each.agrees]
+
+
+def _label(label: int) -> str:
+    return "none" if label == NO_LABEL else str(label)
+
+
 def _histogram(title: str, counts: Counter[str]) -> None:
     if counts and set(counts) != {"none"}:
         shown = ", ".join(f"{value}: {count}" for value, count in counts.most_common(_HISTOGRAM_ROWS))
         more = f", and {len(counts) - _HISTOGRAM_ROWS} more values" if len(counts) > _HISTOGRAM_ROWS else ""
         print(f"{title}  {shown}{more}")
-
-
-def _rewrite(source: Path, target: Path) -> int:
-    """Copy whole samples into a new shard; nothing is written where there is none. Returns their number."""
-    draft = target / f".{source.name}.tmp-{uuid.uuid4().hex[:8]}"
-    num_saved = 0
-    try:
-        with tarfile.open(draft, "w", format=tarfile.PAX_FORMAT) as tar:
-            for members in _whole_samples(source):
-                num_saved += 1
-                for member in members:
-                    info = tarfile.TarInfo(member.name)
-                    info.size, info.mode = member.size, 0o444
-                    tar.addfile(info, io.BytesIO(member.payload or b""))
-        if num_saved:
-            draft.replace(target / source.name)
-    finally:
-        draft.unlink(missing_ok=True)
-    return num_saved
-
-
-def _whole_samples(source: Path) -> Iterator[list[Member]]:
-    """Group what can be saved and keep each sample that passes every check; of two with one key, the first."""
-    seen: set[str] = set()
-    group: list[Member] = []
-    for member in _salvaged(source):
-        if group and _key(member) != _key(group[0]):
-            yield from _if_whole(source, group, seen)
-            group = []
-        group.append(member)
-    yield from _if_whole(source, group, seen)
-
-
-def _key(member: Member) -> str:
-    folder, slash, name = member.name.rpartition("/")
-    return folder + slash + name.partition(".")[0]
-
-
-def _if_whole(source: Path, group: list[Member], seen: set[str]) -> Iterator[list[Member]]:
-    try:
-        samples = list(samples_of(str(source), iter(group)))
-        if len(samples) == 1 and samples[0].key not in seen and samples[0].image is not None:
-            decode_image(samples[0].image.payload or b"")
-            seen.add(samples[0].key)
-            yield group
-    except DataError:
-        return
-
-
-def _salvaged(source: Path) -> Iterator[Member]:
-    """Yield every member whose header and length are sound, looking for the next header behind damage.
-
-    A member whose content is damaged is met by the decoder: a tar has no checksum of contents.
-    """
-    raw = source.read_bytes()
-    position, long_name = 0, None
-    while position + _BLOCK <= len(raw):
-        try:
-            info = tarfile.TarInfo.frombuf(raw[position : position + _BLOCK], "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            position, long_name = position + _BLOCK, None
-            continue
-        start, size = position + _BLOCK, info.size
-        if not 0 <= size <= len(raw) - start:
-            position, long_name = position + _BLOCK, None
-            continue
-        payload = raw[start : start + size]
-        position = start + size + -size % _BLOCK
-        if info.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
-            long_name = _long_name(info.type, payload)
-            continue
-        if info.isreg():
-            yield Member(long_name or info.name, start, size, 0, payload)
-        long_name = None
-
-
-def _long_name(kind: bytes, payload: bytes) -> str | None:
-    if kind == tarfile.GNUTYPE_LONGNAME:
-        return payload.rstrip(b"\0").decode("utf-8", "surrogateescape")
-    for line in payload.split(b"\n"):
-        if b" path=" in line:
-            return line.partition(b" path=")[2].decode("utf-8", "surrogateescape")
-    return None
 
 
 if __name__ == "__main__":

@@ -21,18 +21,33 @@ MAX_MEMBER_BYTES = 256 << 20
 _BLOCK = 512
 _MAX_EXTENDED_HEADER_BYTES = 1 << 20
 _MAX_PADDING_BYTES = 64 << 10
-"""Writers fill their last record with zeros: 10 kB by default, and no more than this."""
+"""Writers fill their last record with zeros: 10 kB by default. More than this needs a length in whole records."""
+_LONG_RECORDS = (256, 512, 1024, 2048)
+"""Longer records that are usual: powers of two up to tar -b 2048, for tapes and parallel file systems [blocks]."""
 _CHUNK_BYTES = 1 << 20
+_PACK = "write plain, uncompressed tars with tools/make_shards.py"
 _MAGIC = {
-    b"\x1f\x8b": "gzip-compressed",
-    b"\x28\xb5\x2f\xfd": "zstd-compressed",
-    b"\xfd7zXZ": "xz-compressed",
-    b"BZh": "bzip2-compressed",
-    b"\x04\x22\x4d\x18": "lz4-compressed",
-    b"PK\x03\x04": "a zip file",
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
+    b"\x1f\x8b": ("gzip-compressed", "decompress it with gunzip (images do not shrink)"),
+    b"\x28\xb5\x2f\xfd": ("zstd-compressed", "decompress it with unzstd"),
+    b"\xfd7zXZ": ("xz-compressed", "decompress it with unxz"),
+    b"BZh": ("bzip2-compressed", "decompress it with bunzip2"),
+    b"\x04\x22\x4d\x18": ("lz4-compressed", "decompress it with unlz4"),
+    b"PK\x03\x04": ("a zip file", "unpack it with unzip, then pack the images with tools/make_shards.py"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7-zip file", "unpack it with 7z x, then pack the images with tools/make_shards.py"),
+    b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "bring the file with git lfs pull"),
 }
-_WEB_PAGE = "a web page or a message, perhaps of a failed download, not a tar file"
+_WEB_PAGE = ("a web page or a message, perhaps of a failed download, not a tar file", "download it again")
+_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_GNU_DIRECTORY, _GNU_VOLUME_LABEL = b"D", b"V"
+"""A folder with the list of its files (tar --listed-incremental), and the name of the archive (tar --label)."""
+_GNU_MAGIC = b"ustar  \0"
+_REFUSED = {
+    tarfile.LNKTYPE: ("a hard link", "write the tar with --hard-dereference, or copy the file with {repair}"),
+    tarfile.SYMTYPE: ("a symbolic link", "write the tar with --dereference (-h)"),
+    tarfile.GNUTYPE_SPARSE: ("a sparse file", "write the tar without --sparse (-S)"),
+    b"M": ("the rest of another volume", "join the volumes: tar --multi-volume extracts them"),
+}
+_REPAIR = "tools/check_shards.py --repair FOLDER"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +85,20 @@ def walk_tar(
         raise DataError(f"{location} cannot be read ({error.strerror}): check the storage and permissions") from error
 
 
+def parse_header(block: bytes) -> tarfile.TarInfo:
+    """Read one header.
+
+    Python takes bytes 345 to 500 for the beginning of the name in every format; GNU tar keeps dates there.
+
+    Raises:
+        tarfile.HeaderError: it is damaged or none.
+    """
+    info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    if block[257:265] == _GNU_MAGIC:
+        info.name = _text(block[:100].partition(b"\0")[0])
+    return info
+
+
 class _TarWalk:
     def __init__(
         self, location: str, file: BinaryIO, total: int, digest: "hashlib._Hash | None", keep_payload_below: int
@@ -96,8 +125,10 @@ class _TarWalk:
                 name = extended.get("path", info.name)
                 self._check_kind(info, name, extended)
                 extended = {}
-                if info.type != tarfile.DIRTYPE:
+                if info.type in _REGULAR:
                     yield self._read_member(name, size)
+                elif info.type != tarfile.DIRTYPE:  # of which the size is no content
+                    self._padded(size, _MAX_EXTENDED_HEADER_BYTES)
 
     def _read_member(self, name: str, size: int) -> Member:
         if size > MAX_MEMBER_BYTES:
@@ -114,20 +145,23 @@ class _TarWalk:
 
     def _parse(self, header: bytes) -> tarfile.TarInfo:
         try:
-            return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            return parse_header(header)
         except tarfile.HeaderError as error:
             if self._position > _BLOCK:
                 raise self._broken(f"the header at byte {self._position - _BLOCK} is damaged ({error})") from error
-            kind = next((kind for magic, kind in _MAGIC.items() if header.startswith(magic)), "not a tar file")
+            known = (found for magic, found in _MAGIC.items() if header.startswith(magic))
+            kind, remedy = next(known, ("not a tar file", _PACK))
             if header.lstrip()[:1] in (b"<", b"{"):
-                kind = _WEB_PAGE
-            raise self._broken(f"it is {kind}", "write plain, uncompressed tars with tools/make_shards.py") from error
+                kind, remedy = _WEB_PAGE
+            raise self._broken(f"it is {kind}", remedy) from error
 
     def _check_kind(self, info: tarfile.TarInfo, name: str, extended: dict[str, str]) -> None:
-        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) or any(
-            field.startswith("GNU.sparse") for field in extended
-        ):
-            raise self._broken(f"member {name!r} is a link, a sparse file or a device", "store regular files only")
+        kind = info.type
+        if any(field.startswith("GNU.sparse") for field in extended):
+            kind = tarfile.GNUTYPE_SPARSE
+        if kind not in (*_REGULAR, tarfile.DIRTYPE, _GNU_DIRECTORY, _GNU_VOLUME_LABEL):
+            what, remedy = _REFUSED.get(kind, ("a device or of an unknown kind", "store regular files only"))
+            raise self._broken(f"member {name!r} is {what}", remedy.format(repair=_REPAIR))
 
     def _pax_records(self, block: bytes) -> dict[str, str]:
         """Parse ``LENGTH NAME=VALUE NEWLINE`` records (POSIX.1-2001, pax extended header)."""
@@ -158,7 +192,7 @@ class _TarWalk:
             return False
         if extended:
             raise self._broken(f"the member of the extended header before byte {self._position} is missing")
-        if self._total - self._position > _MAX_PADDING_BYTES:
+        if not self._is_padding(self._total - self._position):
             raise self._broken(
                 f"from byte {self._position - _BLOCK} on it holds {self._total - self._position + _BLOCK} zeros, "
                 "perhaps of an interrupted copy"
@@ -167,6 +201,16 @@ class _TarWalk:
             if self._take(min(_CHUNK_BYTES, self._total - self._position), "the end").strip(b"\0"):
                 raise self._broken("data stands behind its end mark", "join tars with tar -A, not with cat")
         return True
+
+    def _is_padding(self, num_bytes: int) -> bool:
+        """Whether so many zeros behind the end mark's first block may fill a last record.
+
+        Then the whole tar has a length in records, and the record is longer than what fills it.
+        """
+        if num_bytes <= _MAX_PADDING_BYTES:
+            return True
+        records = (_BLOCK * blocks for blocks in _LONG_RECORDS)
+        return any(self._total % record == 0 and num_bytes <= record for record in records)
 
     def _padded(self, size: int, limit: int) -> bytes:
         if size > limit:

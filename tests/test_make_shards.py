@@ -1,16 +1,19 @@
 import csv
 import io
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset as wds
-from conftest import jpeg
+from conftest import display_p3, jpeg, write_tar
 from PIL import Image
 
+from tools import make_shards as make_shards_module
 from tools.make_shards import Settings, main, make_shards
-from trainer.data.decode import decode_image
+from trainer.data.decode import colour_profile, decode_image
 from trainer.data.shards import list_shards, open_index
 from trainer.errors import ConfigError, DataError
 
@@ -173,6 +176,7 @@ def sizes(tmp_path: Path) -> Path:
     (root / "limit.jpg").write_bytes(jpeg(4, 24, 50))
     (root / "large.png").write_bytes(encoded(smooth_HWC, "PNG"))
     (root / "other.webp").write_bytes(encoded(smooth_HWC, "WEBP", exif=turned))
+    (root / "photo.avif").write_bytes(encoded(smooth_HWC, "AVIF", exif=turned))
     return root
 
 
@@ -201,7 +205,10 @@ def test_encoding_anew_gives_every_image_the_same_format_and_no_metadata(
 
 
 def test_another_format_keeps_its_orientation(sizes: Path, tmp_path: Path) -> None:
-    assert decode_image(stored(sizes, tmp_path / "out")["other"]["png"]).shape == (100, 60, 3)
+    found = stored(sizes, tmp_path / "out")
+    assert found["other"]["webp"] == (sizes / "other.webp").read_bytes()
+    assert decode_image(found["other"]["webp"]).shape == (100, 60, 3)
+    assert decode_image(found["photo"]["png"]).shape == (100, 60, 3)
 
 
 def test_no_shard_is_larger_than_asked_when_noise_is_written_anew(tmp_path: Path) -> None:
@@ -226,3 +233,144 @@ def test_a_damaged_image_is_listed_also_when_it_would_be_shrunk(sizes: Path, tmp
         stored(sizes, tmp_path / "out", max_side=24)
     report = (tmp_path / "out" / "bad_images.csv").read_text()
     assert all(name in report for name in ("turned.jpg", "limit.jpg", "other.webp"))
+
+
+# ---------------------------------------------------------------------------------------------- nothing is lost
+
+
+def report_of(output: Path) -> dict[str, object]:
+    return json.loads((output / "make_shards.json").read_text())["report"]
+
+
+def test_what_came_in_is_what_went_out_and_what_was_left_out(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shards(settings(tree, tmp_path / "out"))
+    report = report_of(tmp_path / "out")
+    assert report["found"] == 18
+    assert report["found"] == report["used"] + sum(report["left_out"].values())
+    assert report["used"] == report["images"] == report["samples"] + report["damaged"] == 16
+    assert report["labels"] == {"0": 8, "1": 8}
+    assert report["classes"] == {"bonafide": 0, "morph": 1}
+    said = capsys.readouterr().out
+    assert "16 images; left out: 1 hidden files (such as .hidden/h.jpg), 1 .txt (such as notes.txt)" in said
+    assert "classes: bonafide -> 0, morph -> 1" in said
+    assert "labels: 0: 8, 1: 8; formats: 14 jpg, 2 png" in said
+
+
+@pytest.mark.parametrize("names", [("__new/0.jpg", "__new/1.jpg"), ("__x__/0.jpg", "__y/0.jpg", "z/0.jpg")])
+def test_names_that_begin_with_underscores_arrive_in_every_reader(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (tmp_path / "t" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "t" / name).write_bytes(jpeg(len(name)))
+    paths = make_shards(settings(tmp_path / "t", tmp_path / "out", folder_labels=False))
+    assert len(contents(paths)) == len(open_index([str(path) for path in paths])) == len(names)
+
+
+def test_a_shard_that_the_trainer_would_read_otherwise_is_not_published(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_shards_module._members_of
+
+    def losing(entry: object, *how: object) -> dict[str, bytes]:
+        members = whole(entry, *how)
+        return members if entry.key != "morph/p_02" else members | {"cls": b"0"}
+
+    monkeypatch.setattr(make_shards_module, "_members_of", losing)
+    with pytest.raises(DataError, match=r"sample 'morph/p_02' is not what the source holds"):
+        make_shards(settings(tree, tmp_path / "out", max_shard_samples=100))
+    assert not list((tmp_path / "out").glob("*.tar"))
+    assert not list((tmp_path / "out").glob(".shard*"))
+
+
+def test_a_shard_of_an_earlier_run_is_compared_too(tree: Path, tmp_path: Path) -> None:
+    paths = make_shards(settings(tree, tmp_path / "out"))
+    paths[0].write_bytes(paths[1].read_bytes())
+    with pytest.raises(DataError, match=r"shard-000000\.tar: sample .* is not what the source holds"):
+        make_shards(settings(tree, tmp_path / "out"))
+
+
+def test_damaged_images_are_left_out_and_listed_when_asked(tree: Path, tmp_path: Path) -> None:
+    damaged = ("p.01.jpg", "p.03.jpg")
+    for name in damaged:
+        (tree / "bonafide" / name).write_bytes(jpeg(1, 200, 200)[:900])
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"2 images are damaged.*--skip_bad true"):
+        make_shards(settings(tree, out))
+    for _ in range(2):  # a second time nothing is written, and the list stays
+        paths = make_shards(settings(tree, out, skip_bad=True))
+        assert len(contents(paths)) == 14
+        with (out / "bad_images.csv").open() as file:
+            assert [Path(row["path"]).name for row in csv.DictReader(file)] == list(damaged)
+        report = report_of(out)
+        assert (report["images"], report["samples"], report["damaged"]) == (16, 14, 2)
+
+
+def test_files_that_are_missing_are_named_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    (tmp_path / "m.csv").write_text("path\na.jpg\nsub\\b.jpg\n")
+    common = settings(tmp_path / "m.csv", tmp_path / "out", folder_labels=False)
+    with pytest.raises(DataError, match=r"1 of 2 images cannot be read.*No such file.*write / in paths"):
+        make_shards(common)
+    assert not (tmp_path / "out").exists()
+    assert len(contents(make_shards(replace(common, skip_bad=True)))) == 1
+    assert report_of(tmp_path / "out")["damaged"] == 1
+
+
+def test_tars_are_packed_again_with_all_members_and_labels(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(file, "BMP")
+    images = [("0.jpg", jpeg(0)), ("1.webp", encoded(decode_image(jpeg(1)), "WEBP")), ("2.bmp", file.getvalue())]
+    texts = [("0.cls", b"1"), ("1.json", json.dumps({"label": 0, "identity": "Zoë"}).encode()), ("2.txt", b"red")]
+    write_tar(tmp_path / "in" / "a.tar", images + texts)
+    paths = make_shards(settings(tmp_path / "in" / "*.tar", tmp_path / "out", folder_labels=False))
+    found = contents(paths)
+    assert (found["0"]["jpg"], found["0"]["cls"]) == (images[0][1], b"1")
+    assert (found["1"]["webp"], found["1"]["json"]) == (images[1][1], texts[1][1])
+    assert found["2"]["txt"] == b"red"
+    assert (decode_image(found["2"]["png"]) == (200, 30, 30)).all()
+    index = open_index([str(path) for path in paths])
+    assert index.labels.tolist() == [1, 0, -1]
+    assert report_of(tmp_path / "out")["labels"] == {"none": 1, "0": 1, "1": 1}
+
+
+def test_shards_follow_the_umask(tree: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        make_shards(settings(tree, tmp_path / "out"))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+
+
+# ---------------------------------------------------------------------------------------------- photographs
+
+
+def test_a_photograph_beyond_the_limit_is_shrunk_and_refused_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (8000, 6500), (90, 120, 200)).save(tmp_path / "t" / "phone.jpg", quality=50, exif=turned)
+    with pytest.raises(DataError, match=r"8000x6500 has more than 50000000 pixels \(--max_side shrinks it\)"):
+        stored(tmp_path / "t", tmp_path / "out")
+    image_HWC = decode_image(stored(tmp_path / "t", tmp_path / "small", max_side=512)["phone"]["jpg"])
+    assert image_HWC.shape == (630, 512, 3)
+    assert np.abs(image_HWC.astype(int) - (90, 120, 200)).max() <= 4
+
+
+def test_what_is_written_again_is_srgb_and_what_stays_keeps_its_profile(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    image = Image.new("RGB", (40, 40), (200, 120, 90))
+    for kind in ("jpg", "png", "webp", "tiff"):
+        options = {} if kind in ("png", "tiff") else {"quality": 100}
+        image.save(tmp_path / "t" / f"{kind}.{kind}", icc_profile=display_p3(), **options)
+    kept = stored(tmp_path / "t", tmp_path / "kept")
+    assert report_of(tmp_path / "kept")["colour_profiles"] == {"Display P3": 4}
+    for changes in ({"encode": "png"}, {"max_side": 20}):
+        out = tmp_path / next(iter(changes))
+        for key, sample in stored(tmp_path / "t", out, **changes).items():
+            payload, before = (next(s[x] for x in ("png", "jpg", "webp") if x in s) for s in (sample, kept[key]))
+            assert (colour_profile(payload), colour_profile(before)) == (None, "Display P3")
+            expected = decode_image(before, srgb=True)[:1, :1].astype(int)
+            assert np.abs(decode_image(payload).astype(int) - expected).max() <= 6, key
+            assert np.abs(expected - (200, 120, 90)).max() > 8

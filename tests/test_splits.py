@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tools.make_shards import Entry, read_manifest
+from tools.sources import Entry, read_manifest
 from tools.splits import PATTERNS, SPLITS, Photo, Settings, assign, components, main, make_splits, place
 from trainer.errors import ConfigError
 
@@ -142,10 +142,10 @@ def manifest(tmp_path: Path) -> Path:
 
 def test_the_manifests_are_what_make_shards_reads(manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_splits(settings(manifest))
-    whole = {entry.path: entry for entry in read_manifest(manifest)}
+    whole = {entry.path: entry for entry in read_manifest(manifest).entries}
     found, people = [], []
     for split in SPLITS:
-        entries = read_manifest(manifest.parent / "out" / f"{split}.csv")
+        entries = read_manifest(manifest.parent / "out" / f"{split}.csv").entries
         for entry in entries:
             origin = whole[entry.path]
             assert (entry.key, entry.label) == (origin.key, origin.label)
@@ -157,7 +157,7 @@ def test_the_manifests_are_what_make_shards_reads(manifest: Path, capsys: pytest
     dropped = rows(manifest.parent / "out" / "dropped.csv")
     assert all(row["split"] != row["split_2"] and "morphs" in row["path"] for row in dropped)
     assert Counter(found) + Counter(Path(row["path"]) for row in dropped) == Counter(list(whole))
-    table = [line.split() for line in capsys.readouterr().out.splitlines()[1:5]]
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[2:6]]
     assert [line[0] for line in table] == [*SPLITS, "dropped"]
     assert sum(int(line[-2]) for line in table) == sum(int(line[-1]) for line in table) == 40
     assert table[3] == ["dropped", str(len(dropped)), "0", str(len(dropped))]

@@ -43,8 +43,9 @@ from scipy.spatial import Delaunay
 from tqdm.auto import tqdm
 
 from launch.command_line import configure_tool, run
+from tools.image_files import DAMAGE, as_trainable, describe_damage
 from tools.landmarks import DLIB, Points, dlib_finder, landmarks_of, read_landmarks
-from tools.make_shards import DAMAGE, as_jpeg_or_png, read_manifest
+from tools.sources import read_manifest
 from trainer.config import as_record, check_types
 from trainer.data.decode import decode_image
 from trainer.data.shards import NO_GROUP, SampleRef, ShardReader, list_shards, open_index
@@ -167,7 +168,8 @@ def make_morphs(settings: Settings) -> Path:
         pass
     manifest = output / "morphs.csv"
     write_atomically(manifest, _manifest(jobs, same_person=settings.same_person))
-    print(f"{len(jobs)} pictures of {len(pairs)} pairs: {manifest}")
+    people = len({face.identity for face in faces})
+    print(f"{len(jobs)} pictures of {len(pairs)} pairs among {len(faces)} photographs of {people} people: {manifest}")
     return manifest
 
 
@@ -229,7 +231,7 @@ def _in_manifest(source: Path) -> list[Photograph]:
     if not source.is_file():
         raise ConfigError(f"source is {str(source)!r}, but no such CSV file or shards exist: check the path")
     photographs = []
-    for entry in read_manifest(source):
+    for entry in read_manifest(source).entries:
         identity = entry.metadata.get("identity")
         if not identity:
             raise ConfigError(f"source {source}: {entry.path} has no identity: add a column identity")
@@ -404,9 +406,11 @@ def _read(picture: Path | SampleRef) -> NDArray[np.uint8]:
     try:
         if isinstance(picture, SampleRef):
             return decode_image(ShardReader().read(picture))
-        return decode_image(as_jpeg_or_png(picture.read_bytes()))
+        return decode_image(as_trainable(picture.read_bytes()))
     except DAMAGE as error:
-        raise DataError(f"{_name(picture)} cannot be read ({error}): leave it out of the source") from error
+        raise DataError(
+            f"{_name(picture)} cannot be read ({describe_damage(error)}): leave it out of the source"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------- bookkeeping

@@ -1,23 +1,27 @@
-"""Pack a folder tree or a CSV manifest of images into WebDataset shards.
+"""Pack images of a folder tree, a CSV manifest or tars into WebDataset shards.
 
-JPEG and PNG files are stored byte for byte; other formats become PNG. Which image goes into which shard is decided
-before anything is written, from sorted names, so the same input gives the same bytes. A shard is whole or absent:
-after a kill, the same command goes on with the missing shards.
+JPEG, PNG and WebP files are stored byte for byte; other formats that Pillow reads become PNG. Which image goes into
+which shard is decided before anything is written, from sorted names, so the same input gives the same bytes. A shard is
+whole or absent: after a kill, the same command goes on with the missing shards. Each shard is read back as the trainer
+reads it and compared with the source. What was left out, and why, is printed and kept in OUTPUT/make_shards.json.
 
---max_side and --encode write images anew, upright and without metadata. That destroys traces which a morph detector
-may need (compression history, sensor noise, fine seams), so use them for pre-training sets only. A JPEG that
-would be larger than the raw pixels is stored as PNG instead.
+Tars are packed again with all members of a sample, also where these do not stand together. Of several images in a
+sample the one with a plain suffix is kept, or the one that --image_member names.
 
-Shapes: H, W image size; HWC uint8 RGB.
+--folder_labels makes classes of the first folders: bonafide is 0, morph (or attack) is 1, and other names are mapped
+with --label_map. The mapping is always printed.
 
-Usage: python tools/make_shards.py --source FOLDER_OR_CSV --output_dir FOLDER [--name value]
+--max_side and --encode write images again: upright, in sRGB, without metadata. That destroys traces which a morph
+detector may need (compression history, sensor noise, fine seams), so use them for pre-training sets only. A JPEG that
+would be larger than the raw pixels is stored as PNG instead. Images that stay untouched keep their colour profile.
+
+Usage: python tools/make_shards.py --source FOLDER_OR_CSV_OR_TARS --output_dir FOLDER [--name value]
 
 Examples:
     python tools/make_shards.py --source faces --output_dir shards/train
     python tools/make_shards.py --source splits/train.csv --output_dir detect/train
 """
 
-import contextlib
 import csv
 import hashlib
 import io
@@ -25,37 +29,38 @@ import json
 import os
 import sys
 import uuid
+import zlib
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import webdataset as wds
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from launch.command_line import configure_tool, run
+from tools.image_files import DAMAGE, Storing, describe_damage, stored_bytes_bound, stored_image
 from tools.landmarks import landmarks_of, read_landmarks
+from tools.sources import Entry, Source, group_values, names_tars, plain_text, read_source, with_distinct_keys
 from trainer.config import check_types
-from trainer.data.decode import MIN_SIDE, decode_image
-from trainer.data.members import LANDMARKS
+from trainer.data.decode import MIN_SIDE, colour_profile, suffix_of
+from trainer.data.members import LANDMARKS, NO_LABEL, Sample, Tally, samples_of
+from trainer.data.storage import SpanReader
+from trainer.data.tar import MAX_MEMBER_BYTES, Member, walk_tar
 from trainer.errors import ConfigError, DataError, SampleError
+from trainer.files import write_atomically
 
-READ_SUFFIXES = {".jpg", ".jpeg", ".png", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"}
 _PLAN_NAME = "make_shards.json"
+_BAD_NAME = "bad_images.csv"
+_BAD_COLUMNS = ("path", "key", "reason", "shard")
 _PROBERS = 16
+_REMEDY = "remove this shard and run the same command again; if it stays so, report the name"
 _TAR_BLOCK = 512
 _TAR_RECORD = 10240
-# What Pillow may raise for a damaged image; SampleError is what decode_image makes of it.
-DAMAGE = (SampleError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
-cv2.setNumThreads(0)  # one process a shard: the processes are the parallelism
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +68,7 @@ class Settings:
     """What the user may set."""
 
     source: str = ""
-    """Folder tree of images, or a CSV file with a column path and optional columns key, label and others."""
+    """Folder tree of images; a CSV file with a column path and optional key, label and others; or tars to pack anew."""
     output_dir: str = ""
     """Where the shards go."""
     max_shard_bytes: int = 1_000_000_000
@@ -71,7 +76,13 @@ class Settings:
     max_shard_samples: int = 10_000
     """Upper bound of images in a shard [images]."""
     folder_labels: bool = False
-    """Number the folders of the first level in sorted order and use the number as label."""
+    """Make classes of the folders of the first level: bonafide 0, morph or attack 1, others as label_map says."""
+    label_map: str | None = None
+    """Numbers of classes, as 'real=0,fake=1'; or sorted, for numbers in the order of the names."""
+    image_member: str | None = None
+    """Suffix of the image to keep, such as left.jpg, where the samples of tars hold several."""
+    skip_bad: bool = False
+    """Leave damaged images out, listed in OUTPUT/bad_images.csv, instead of leaving out their shards."""
     max_side: int | None = None
     """For pre-training sets: shrink larger images until their shorter side is this long; none keeps sizes [pixels]."""
     encode: Literal["keep", "jpeg", "png"] = "keep"
@@ -97,33 +108,70 @@ class Settings:
             raise ConfigError(f"max_side is {self.max_side}, but must be at least {MIN_SIDE}: smaller is refused later")
         if self.landmarks and self.max_side is not None:
             raise ConfigError("landmarks and max_side are both set, but shrinking would move the landmarks: keep one")
+        if self.landmarks and names_tars(self.source):
+            raise ConfigError(
+                f"landmarks is {self.landmarks!r}, but source names tars, which keep their own: leave it away"
+            )
         if not 1 <= self.jpeg_quality <= 100:
             raise ConfigError(f"jpeg_quality is {self.jpeg_quality}, but must be from 1 to 100 (try 95)")
 
     @property
     def rewriting(self) -> dict[str, Any]:
-        """The settings that decide the bytes of images; empty where all JPEG and PNG files stay untouched."""
+        """The settings that decide the bytes of images; empty where all files of the trainer's formats stay."""
         if self.encode == "keep" and self.max_side is None:
             return {}
-        return {name: getattr(self, name) for name in ("max_side", "encode", "jpeg_quality")}
+        return {name: getattr(self, name) for name in ("max_side", "encode", "jpeg_quality")} | {"srgb": True}
+
+    @property
+    def storing(self) -> Storing:
+        """How images are stored."""
+        how = {name: getattr(self, name) for name in ("max_side", "encode", "jpeg_quality", "verify")}
+        return Storing(**how)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One image on its way into a shard."""
+class Bad:
+    """An image that is not stored, as a row of bad_images.csv."""
+
+    path: str
+    key: str
+    reason: str
+    shard: str
+
+
+@dataclass(slots=True)
+class Found:
+    """What the trainer will find in shards."""
+
+    tally: Tally = field(default_factory=Tally)
+    formats: Counter[str] = field(default_factory=Counter)
+    profiles: Counter[str] = field(default_factory=Counter)
+    """Name of a colour profile -> images."""
+
+    def add(self, other: "Found") -> None:
+        """Count what another shard holds."""
+        self.tally.add(other.tally)
+        self.formats.update(other.formats)
+        self.profiles.update(other.profiles)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A shard to write, or one of an earlier run to compare."""
 
     path: Path
-    key: str
-    label: int | None
-    metadata: dict[str, Any] = field(hash=False)
-
-    def json_text(self) -> bytes:
-        """The sample's json member."""
-        label = {} if self.label is None else {"label": self.label}
-        return json.dumps(label | self.metadata, sort_keys=True, ensure_ascii=False).encode()
+    entries: list[Entry]
+    settings: Settings
+    exists: bool
 
 
-_Job = tuple[Path, list[Entry], Settings]
+@dataclass(frozen=True, slots=True)
+class _Result:
+    job: _Job
+    draft: Path | None
+    """The shard that was written and compared; None where it exists, or where nothing is to be published."""
+    bad: list[Bad]
+    found: Found
 
 
 def main(words: list[str]) -> int:
@@ -136,48 +184,40 @@ def main(words: list[str]) -> int:
 
 
 def make_shards(settings: Settings) -> list[Path]:
-    """Write the shards that are missing and return the paths of all.
+    """Write the shards that are missing, compare all with the source, and return their paths.
 
     Raises:
         ConfigError: the source holds no image, names twice the same key, or the output belongs to another source.
-        DataError: images are damaged; they are listed in OUTPUT/bad_images.csv and their shards are not written.
+        DataError: images are damaged; they are listed in OUTPUT/bad_images.csv and their shards are not written. Or a
+            shard does not hold what the source holds.
     """
-    source, output = Path(settings.source), Path(settings.output_dir)
-    entries = read_manifest(source) if source.is_file() else walk_folder(source, folder_labels=settings.folder_labels)
-    entries = _with_landmarks(_with_distinct_keys(entries), settings.landmarks)
-    with ThreadPoolExecutor(_PROBERS) as pool:
-        sizes = list(pool.map(lambda entry: _stored_size(entry.path, settings), entries))
+    output = Path(settings.output_dir)
+    source = read_source(
+        settings.source,
+        folder_labels=settings.folder_labels,
+        label_map=settings.label_map,
+        image_member=settings.image_member,
+    )
+    print(source.describe())
+    entries = _with_landmarks(with_distinct_keys(source.entries), settings.landmarks)
+    entries, sizes, lost = _with_sizes(entries, settings)
     groups = list(_groups(entries, sizes, settings.max_shard_bytes, settings.max_shard_samples))
     output.mkdir(parents=True, exist_ok=True)
-    _claim(output, groups, sizes, settings)
+    plan = _claim(output, groups, sizes, settings)
     paths = [output / f"shard-{number:06d}.tar" for number in range(len(groups))]
-    jobs = [(path, group, settings) for path, group in zip(paths, groups, strict=True)]
-    _write_all([job for job in jobs if not job[0].exists()], output, len(entries), settings)
-    print(f"{len(entries)} images in {len(paths)} shards: {output / 'shard-*.tar'}")
-    return paths
-
-
-def walk_folder(root: Path, *, folder_labels: bool) -> list[Entry]:
-    """List the images below a folder, sorted by their relative paths; hidden files and folders are left out."""
-    if not root.is_dir():
-        raise ConfigError(f"source is {str(root)!r}, but no such folder or CSV file exists: check the path")
-    found = (path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in READ_SUFFIXES)
-    relative = sorted((p for p in found if not any(part.startswith(".") for part in p.parts)), key=Path.as_posix)
-    relative = [path for path in relative if (root / path).is_file()]
-    if not relative:
-        raise ConfigError(f"source {root} holds no image ({', '.join(sorted(READ_SUFFIXES))}): check the path")
-    classes = sorted({path.parts[0] for path in relative})
-    if folder_labels and any(len(path.parts) == 1 for path in relative):
-        raise ConfigError(f"folder_labels is true, but images lie directly in {root}: put each class into a folder")
-    return [
-        Entry(
-            root / path,
-            _key_of(path.with_suffix("")),
-            classes.index(path.parts[0]) if folder_labels else None,
-            {"path": path.as_posix()} | ({"class": path.parts[0]} if folder_labels else {}),
+    jobs = [_Job(path, group, settings, path.exists()) for path, group in zip(paths, groups, strict=True)]
+    bad, found = _write_all(jobs, lost, output, settings)
+    if found.tally.num_samples + len(bad) != len(source.entries):
+        raise DataError(
+            f"output_dir {output}: {found.tally.num_samples} samples and {len(bad)} damaged images do not add up to "
+            f"{len(source.entries)}: write into a new folder"
         )
-        for path in relative
-    ]
+    report = _report(settings, source, bad, found)
+    write_atomically(output / _PLAN_NAME, json.dumps(plan | {"report": report}, indent=1) + "\n")
+    written = [path for path in paths if path.exists()]
+    print(f"{found.tally.num_samples} images in {len(written)} shards: {output / 'shard-*.tar'}")
+    print(_describe(found, bad, output))
+    return written
 
 
 def _with_landmarks(entries: list[Entry], landmarks: str | None) -> list[Entry]:
@@ -188,118 +228,55 @@ def _with_landmarks(entries: list[Entry], landmarks: str | None) -> list[Entry]:
         mine = landmarks_of(entry.metadata.get("landmark_name"), entry.key, entry.path, points)
         known = {} if mine is None else {LANDMARKS: np.round(mine.astype(np.float64), 2).tolist()}
         found.append(replace(entry, metadata=entry.metadata | known))
-    if not any(LANDMARKS in entry.metadata for entry in found):
+    num_found = sum(LANDMARKS in entry.metadata for entry in found)
+    if not num_found:
         raise ConfigError(f"landmarks {landmarks} name none of {len(entries)} images: add a column landmark_name")
+    print(f"landmarks {landmarks}: {num_found} of {len(entries)} images have some")
     return found
 
 
-def read_manifest(manifest: Path) -> list[Entry]:
-    """Read a CSV with a column ``path`` (relative to the CSV), and optional ``key``, ``label`` and others.
-
-    The order of the rows is kept. Other columns go into each sample's json as text.
-    """
-    with manifest.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if "path" not in (reader.fieldnames or []):
-            raise ConfigError(f"source {manifest} has columns {reader.fieldnames}, but needs a column 'path'")
-        rows = list(reader)
-    if not rows:
-        raise ConfigError(f"source {manifest} has no rows: list one image a row")
-    paths = [manifest.parent / row["path"] for row in rows]
-    root = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-    entries = []
-    for number, (row, path) in enumerate(zip(rows, paths, strict=True), start=2):
-        if None in row or None in row.values():
-            raise ConfigError(f"source {manifest}, line {number}: it does not have one value for each column")
-        relative = path.absolute().relative_to(root)
-        metadata = {name: value for name, value in row.items() if name not in ("path", "key", "label")}
-        key = _key_of(Path(row["key"]) if row.get("key") else relative.with_suffix(""))
-        entries.append(Entry(path, key, _label_of(row, manifest, number), {"path": relative.as_posix(), **metadata}))
-    return entries
+# ---------------------------------------------------------------------------------------------- the plan
 
 
-def _label_of(row: dict[str, str], manifest: Path, number: int) -> int | None:
-    text = row.get("label", "")
-    if text and not (text.isascii() and text.isdecimal()):
-        raise ConfigError(f"source {manifest}, line {number}: label is {text!r}, but must be a number from 0")
-    return int(text) if text else None
-
-
-def _key_of(path: Path) -> str:
-    """Keys end at the first dot and must not begin with one: dots become underscores."""
-    return path.as_posix().lstrip("/").replace(".", "_")
-
-
-def _with_distinct_keys(entries: list[Entry]) -> list[Entry]:
-    """Tell a.jpg from a.png by adding the suffix where two images would share a key."""
-    counts = Counter(entry.key for entry in entries)
-    named = [
-        Entry(entry.path, entry.key + entry.path.suffix.replace(".", "_"), entry.label, entry.metadata)
-        if counts[entry.key] > 1
-        else entry
-        for entry in entries
+def _with_sizes(entries: list[Entry], settings: Settings) -> tuple[list[Entry], list[int], list[Bad]]:
+    """Return the images that can be opened, bounds of their bytes, and the others."""
+    how = settings.storing
+    with ThreadPoolExecutor(_PROBERS) as pool:
+        sizes = list(pool.map(lambda entry: _size_or_error(entry, how), entries))
+    bad = [
+        Bad(plain_text(entry.name), entry.key, _reason(size), "")
+        for entry, size in zip(entries, sizes, strict=True)
+        if isinstance(size, OSError)
     ]
-    key, count = Counter(entry.key for entry in named).most_common(1)[0]
-    if count > 1:
-        paths = [str(entry.path) for entry in named if entry.key == key]
-        raise ConfigError(
-            f"{paths[0]} and {paths[1]} would both be stored as {key!r}: add a column key to the manifest"
+    if bad and (not settings.skip_bad or len(bad) == len(entries)):
+        windows = " (write / in paths, not \\)" if "\\" in bad[0].path else ""
+        raise DataError(
+            f"{len(bad)} of {len(entries)} images cannot be read, the first is {bad[0].path} ({bad[0].reason}): check "
+            f"the paths{windows} and permissions, or leave them out with --skip_bad true"
         )
-    return named
+    both = [(entry, size) for entry, size in zip(entries, sizes, strict=True) if isinstance(size, int)]
+    return [entry for entry, _ in both], [size for _, size in both], bad
 
 
-def _stored_size(path: Path, settings: Settings) -> int:
-    """Bound the bytes of the image member: exact for what stays untouched, uncompressed for what is written anew."""
+def _size_or_error(entry: Entry, how: Storing) -> int | OSError:
     try:
-        num_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            suffix = _suffix_of(file.read(8))
+        if entry.packed is not None:
+            image, reader = entry.packed.image, SpanReader()
+            (head,) = reader.read([replace(image, size=min(12, image.size))])
+            return stored_bytes_bound(head, image.size, lambda: io.BytesIO(reader.read([image])[0]), how)
+        with entry.path.open("rb") as file:
+            head = file.read(12)
+        return stored_bytes_bound(head, entry.path.stat().st_size, lambda: entry.path, how)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): check the path and the permissions") from error
-    try:
-        if suffix is not None and _stays_untouched(path, settings):
-            return num_bytes
-        with Image.open(path) as image:
-            profile = image.info.get("icc_profile") or b""
-            size = _shrunk_size(image.size, settings.max_side)
-            return _png_bound(size, num_channels=max(3, len(image.getbands()))) + len(profile)
-    except DAMAGE:
-        return num_bytes  # never stored: the writer lists it with the other damaged images
-
-
-def _stays_untouched(jpeg_or_png: Path | io.BytesIO, settings: Settings) -> bool:
-    if settings.encode != "keep" or settings.max_side is None:
-        return settings.encode == "keep"
-    with Image.open(jpeg_or_png) as image:
-        return min(image.size) <= settings.max_side
-
-
-def _shrunk_size(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
-    """Scale a size so that its shorter side becomes ``max_side``; smaller ones stay as they are [pixels]."""
-    if max_side is None or min(size) <= max_side:
-        return size
-    scale = max_side / min(size)
-    return round(size[0] * scale), round(size[1] * scale)
-
-
-def _png_bound(size: tuple[int, int], *, num_channels: int) -> int:
-    """Bound a PNG of 8-bit channels: deflate and the chunks add little to the pixels and one byte a row [bytes]."""
-    width, height = size
-    return int((width * height * num_channels + max(size)) * 1.01) + 4096
-
-
-def _suffix_of(head: bytes) -> str | None:
-    if head.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    return "png" if head.startswith(b"\x89PNG\r\n\x1a\n") else None
+        return error
 
 
 def _groups(entries: list[Entry], sizes: list[int], max_bytes: int, max_samples: int) -> Iterator[list[Entry]]:
     group: list[Entry] = []
     filled = _TAR_RECORD
     for entry, size in zip(entries, sizes, strict=True):
-        members = [size, len(entry.json_text())] + ([8] if entry.label is not None else [])
         long_name = 4 * _TAR_BLOCK if len(entry.key.encode()) > 90 else 0
+        members = [size, *_text_sizes(entry)]
         needed = sum(_TAR_BLOCK + long_name + -(-member // _TAR_BLOCK) * _TAR_BLOCK for member in members)
         if group and (len(group) == max_samples or filled + needed > max_bytes):
             yield group
@@ -309,124 +286,257 @@ def _groups(entries: list[Entry], sizes: list[int], max_bytes: int, max_samples:
     yield group
 
 
-def _claim(output: Path, groups: list[list[Entry]], sizes: list[int], settings: Settings) -> None:
-    """Refuse to mix shards of two sources or two settings in one folder."""
+def _text_sizes(entry: Entry) -> list[int]:
+    if entry.packed is not None:
+        return [span.size for _, span in entry.packed.others]
+    return [len(entry.json_text())] + ([8] if entry.label is not None else [])
+
+
+def _claim(output: Path, groups: list[list[Entry]], sizes: list[int], settings: Settings) -> dict[str, Any]:
+    """Refuse to mix shards of two sources or two settings in one folder; return what this one is made of."""
     digest = hashlib.sha256()
     for group in groups:
         digest.update(b"shard")
         for entry in group:
             digest.update(entry.key.encode() + b"\0" + entry.json_text() + b"\0")
+            if entry.packed is not None:
+                digest.update(repr((entry.packed.others, entry.packed.crc32)).encode())
     digest.update(json.dumps(sizes).encode())
-    record = json.dumps({"plan": digest.hexdigest(), "num_shards": len(groups)} | settings.rewriting) + "\n"
+    plan = {"plan": digest.hexdigest(), "num_shards": len(groups)} | settings.rewriting
     path = output / _PLAN_NAME
-    if path.exists() and path.read_text() != record:
+    if path.exists() and _plan_in(path) != plan:
         raise ConfigError(f"output_dir {output} holds shards of another source or other settings: name a new folder")
     if not path.exists() and next(output.glob("shard-*.tar"), None):
         raise ConfigError(f"output_dir {output} holds shards that this tool did not plan: name a new folder")
     for leftover in output.glob(".shard-*.tmp-*"):
         leftover.unlink()
-    path.write_text(record)
+    if not path.exists():
+        write_atomically(path, json.dumps(plan) + "\n")
+    return plan
 
 
-def _write_all(jobs: list[_Job], output: Path, num_images: int, settings: Settings) -> None:
-    bad: list[tuple[str, str]] = []
-    num_processes = min(settings.num_processes or len(os.sched_getaffinity(0)), max(1, len(jobs)))
-    done = num_images - sum(len(group) for _, group, _ in jobs)
-    with (
-        tqdm(total=num_images, initial=done, unit="image", disable=not settings.progress_bar) as bar,
-        contextlib.ExitStack() as stack,
-    ):
-        results: Iterator[list[tuple[str, str]]] = map(_write_shard, jobs)
-        if num_processes > 1:
-            pool = stack.enter_context(ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")))
-            results = pool.map(_write_shard, jobs)
-        for (_, group, _), problems in zip(jobs, results, strict=True):
-            bar.update(len(group))
-            bad += problems
-    report = output / "bad_images.csv"
-    report.unlink(missing_ok=True)
-    if bad:
-        with report.open("w", newline="") as file:
-            csv.writer(file).writerows([("path", "reason"), *bad])
-        raise DataError(
-            f"{len(bad)} images are damaged, the first is {bad[0][0]} ({bad[0][1]}); {report} lists all. Their shards "
-            "were not written: remove the images from the source and write into a new output_dir"
-        )
-
-
-def _write_shard(job: _Job) -> list[tuple[str, str]]:
-    """Write one shard and return its damaged images; with any, the shard stays absent."""
-    path, group, settings = job
-    bad = []
-    draft = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+def _plan_in(path: Path) -> dict[str, Any]:
     try:
-        with draft.open("wb") as file:
-            with wds.TarWriter(file, user="trainer", group="trainer", mode=0o444, mtime=0, encoder=False) as writer:
-                for entry in group:
-                    try:
-                        writer.write(_sample(entry, settings))
-                    except DAMAGE as error:
-                        bad.append((str(entry.path), str(error)))
-            file.flush()
-            os.fsync(file.fileno())
-        if not bad:
-            draft.replace(path)
+        record = json.loads(path.read_text())
+    except ValueError:
+        record = {}
+    return {name: value for name, value in record.items() if name != "report"} if isinstance(record, dict) else {}
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def _write_all(jobs: list[_Job], lost: list[Bad], output: Path, settings: Settings) -> tuple[list[Bad], Found]:
+    """Write and compare all shards; return the images that are left out, and what the trainer will find."""
+    earlier = _read_bad(output / _BAD_NAME)
+    existing = {job.path.name for job in jobs if job.exists}
+    bad, found, failed = [*lost, *(each for each in earlier if each.shard in existing)], Found(), list[Bad]()
+    jobs = [_without(job, bad) if job.exists else job for job in jobs]
+    num_images = sum(len(job.entries) for job in jobs)
+    with tqdm(total=num_images, unit="image", disable=not settings.progress_bar) as bar:
+        for result in _results(jobs, settings):
+            bar.update(len(result.job.entries))
+            found.add(result.found)
+            if result.bad and not settings.skip_bad:
+                failed += result.bad
+                continue
+            if result.bad:
+                bad += result.bad
+                _write_bad(output / _BAD_NAME, bad)  # before its shard: a kill in between loses no name
+            if result.draft is not None:
+                result.draft.replace(result.job.path)
+    _write_bad(output / _BAD_NAME, bad + failed)
+    if failed or not found.tally.num_samples:
+        first = (failed or bad)[0]
+        raise DataError(
+            f"{len(failed or bad)} images are damaged, the first is {first.path} ({first.reason}); "
+            f"{output / _BAD_NAME} lists all. Their shards were not written: leave them out with --skip_bad true, or "
+            "remove them from the source and write into a new output_dir"
+        )
+    return bad, found
+
+
+def _without(job: _Job, bad: list[Bad]) -> _Job:
+    left_out = {each.key for each in bad if each.shard == job.path.name}
+    return replace(job, entries=[entry for entry in job.entries if entry.key not in left_out])
+
+
+def _results(jobs: list[_Job], settings: Settings) -> Iterator[_Result]:
+    num_processes = min(settings.num_processes or len(os.sched_getaffinity(0)), max(1, len(jobs)))
+    if num_processes == 1:
+        yield from map(_write_shard, jobs)
+        return
+    pool = ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"))
+    try:
+        for future in as_completed([pool.submit(_write_shard, job) for job in jobs]):
+            yield future.result()
     finally:
+        pool.shutdown(cancel_futures=True)  # after an error the other shards need not be written first
+
+
+def _read_bad(path: Path) -> list[Bad]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [Bad(*(row.get(name) or "" for name in _BAD_COLUMNS)) for row in csv.DictReader(file)]
+
+
+def _write_bad(path: Path, bad: Iterable[Bad]) -> None:
+    rows = sorted((each.path, each.key, each.reason, each.shard) for each in bad)
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([_BAD_COLUMNS, *rows])
+    write_atomically(path, file.getvalue())
+
+
+def _write_shard(job: _Job) -> _Result:
+    """Write one shard as a draft and read it back; without --skip_bad there is no draft where an image is damaged."""
+    if job.exists:
+        return _Result(job, None, [], _read_back(job.path, job.path, job.entries))
+    draft = job.path.with_name(f".{job.path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        stored, bad, written = _write_draft(draft, job)
+        if not stored or (bad and not job.settings.skip_bad):
+            draft.unlink()
+            return _Result(job, None, bad, Found())
+        return _Result(job, draft, bad, _read_back(job.path, draft, stored, written))
+    except BaseException:
         draft.unlink(missing_ok=True)
-    return bad
+        raise
 
 
-def _sample(entry: Entry, settings: Settings) -> dict[str, Any]:
-    suffix, payload = _stored_image(entry.path.read_bytes(), settings)
-    label = {} if entry.label is None else {"cls": str(entry.label).encode()}
-    return {"__key__": entry.key, suffix: payload, "json": entry.json_text(), **label}
+def _write_draft(draft: Path, job: _Job) -> tuple[list[Entry], list[Bad], Counter[tuple[str, int]]]:
+    """Return the images that were stored, the damaged ones, and the members by name and CRC-32."""
+    stored, bad, written = list[Entry](), list[Bad](), Counter[tuple[str, int]]()
+    reader = SpanReader()
+    with draft.open("wb") as file:
+        with wds.TarWriter(file, user="trainer", group="trainer", mode=0o444, mtime=0, encoder=False) as writer:
+            for entry in job.entries:
+                try:
+                    members = _members_of(entry, job.settings.storing, reader)
+                except DAMAGE as error:
+                    bad.append(Bad(plain_text(entry.name), entry.key, _reason(error), job.path.name))
+                    continue
+                writer.write({"__key__": entry.key} | members)
+                stored.append(entry)
+                written.update((f"{entry.key}.{name}", zlib.crc32(payload)) for name, payload in members.items())
+        file.flush()
+        os.fsync(file.fileno())
+    return stored, bad, written
 
 
-def as_jpeg_or_png(payload: bytes) -> bytes:
-    """Return a JPEG or PNG file as it is, another one as an upright PNG; damage raises Pillow's errors."""
-    return payload if _suffix_of(payload[:8]) else _converted_to_png(payload)
-
-
-def _stored_image(payload: bytes, settings: Settings) -> tuple[str, bytes]:
-    """Return the suffix and the bytes of the image member.
+def _members_of(entry: Entry, how: Storing, reader: SpanReader) -> dict[str, bytes]:
+    """Return suffix and bytes of each member of a sample.
 
     Raises:
-        SampleError: the image is damaged; where Pillow finds out first, its own error.
+        SampleError: the image cannot be stored.
+        OSError: a file cannot be read.
     """
-    suffix, payload = _suffix_of(payload[:8]) or "png", as_jpeg_or_png(payload)
-    if _stays_untouched(io.BytesIO(payload), settings):
-        if settings.verify:
-            decode_image(payload)
-        return suffix, payload
-    wanted = {"keep": suffix, "jpeg": "jpg", "png": "png"}[settings.encode]
-    return _encoded(_shrunk(decode_image(payload), settings.max_side), wanted, settings.jpeg_quality)
+    if entry.packed is None:
+        payload = entry.path.read_bytes()
+        others = {"json": entry.json_text()} | ({} if entry.label is None else {"cls": str(entry.label).encode()})
+    else:
+        suffixes, spans = [s for s, _ in entry.packed.others], [span for _, span in entry.packed.others]
+        payload, *texts = reader.read([entry.packed.image, *spans])
+        others = dict(zip(suffixes, texts, strict=True))
+        if tuple(map(zlib.crc32, (payload, *texts))) != entry.packed.crc32:
+            raise SampleError("checksum", "the tar has changed while it was read")
+    suffix, payload = stored_image(payload, how)
+    if len(payload) > MAX_MEMBER_BYTES:
+        raise SampleError("too_large", f"stored it has {len(payload)} bytes, more than {MAX_MEMBER_BYTES}")
+    return {suffix: payload} | others
 
 
-def _converted_to_png(payload: bytes) -> bytes:
-    converted = io.BytesIO()
-    with Image.open(io.BytesIO(payload)) as image:
-        ImageOps.exif_transpose(image).save(converted, "PNG")  # the orientation would not come along
-    return converted.getvalue()
+def _reason(error: Exception) -> str:
+    remedy = " (--max_side shrinks it)" if isinstance(error, SampleError) and error.reason == "too_large" else ""
+    return describe_damage(error) + remedy
 
 
-def _shrunk(image_HWC: NDArray[np.uint8], max_side: int | None) -> NDArray[np.uint8]:
-    height, width, _ = image_HWC.shape
-    size = _shrunk_size((width, height), max_side)
-    if size == (width, height):
-        return image_HWC
-    return np.asarray(cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+# ---------------------------------------------------------------------------------------------- reading back
 
 
-def _encoded(image_HWC: NDArray[np.uint8], suffix: str, jpeg_quality: int) -> tuple[str, bytes]:
-    """Encode as asked, but never larger than planned: a JPEG that outgrows the raw pixels is no gain over PNG."""
-    image, file = Image.fromarray(image_HWC), io.BytesIO()
-    if suffix == "jpg":
-        image.save(file, "JPEG", quality=jpeg_quality, subsampling="4:4:4")
-        if file.tell() <= _png_bound(image.size, num_channels=3):
-            return "jpg", file.getvalue()
-        file = io.BytesIO()
-    image.save(file, "PNG")
-    return "png", file.getvalue()
+def _read_back(name: Path, path: Path, entries: list[Entry], written: Counter[tuple[str, int]] | None = None) -> Found:
+    """Read a shard as the trainer does and compare it with what was to be stored.
+
+    Args:
+        name: the shard, for messages.
+        path: where it lies.
+        entries: the images that it must hold.
+        written: its members by name and CRC-32; None where an earlier run wrote them.
+
+    Raises:
+        DataError: the trainer would read something else.
+    """
+    found, expected, members = Found(), {entry.key: entry for entry in entries}, Counter[tuple[str, int]]()
+
+    def noted(walk: Iterator[Member]) -> Iterator[Member]:
+        for member in walk:
+            members[member.name, member.crc32] += 1
+            yield member
+
+    walk = noted(walk_tar(path, keep_payload_below=MAX_MEMBER_BYTES + 1))
+    for sample in samples_of(str(name), walk, tally=found.tally):
+        entry = expected.pop(sample.key, None)
+        if entry is None or not _is_as_stored(sample, entry):
+            raise DataError(f"shard {name}: sample {sample.key!r} is not what the source holds: {_REMEDY}")
+        payload = sample.image.payload or b""
+        found.formats[suffix_of(payload[:12]) or "?"] += 1
+        found.profiles.update(filter(None, [colour_profile(payload)]))
+    lost = [entry.name for entry in expected.values()] or [key for key, _ in (written or members) - members]
+    if lost:
+        raise DataError(f"shard {name}: the trainer would not read {lost[0]} and {len(lost) - 1} others: {_REMEDY}")
+    return found
+
+
+def _is_as_stored(sample: Sample, entry: Entry) -> bool:
+    label = NO_LABEL if entry.label is None else entry.label
+    has_landmarks = entry.packed is not None or bool(sample.marks[1]) == bool(entry.metadata.get(LANDMARKS))
+    return sample.label == label and sample.groups == group_values(entry) and has_landmarks
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+
+def _report(settings: Settings, source: Source, bad: list[Bad], found: Found) -> dict[str, Any]:
+    """Write down the counts: found = used + left out, and images = samples + damaged."""
+    tally = source.tally
+    return {
+        "source": settings.source,
+        "found": tally.num_members,
+        "used": tally.num_used,
+        "left_out": dict(tally.left_out),
+        "examples": tally.examples,
+        "images": len(source.entries),
+        "samples": found.tally.num_samples,
+        "damaged": len(bad),
+        "classes": source.classes,
+        "labels": {_label_name(label): count for label, count in sorted(found.tally.labels.items())},
+        "unusable": dict(found.tally.unusable),
+        "formats": dict(found.formats),
+        "colour_profiles": dict(found.profiles),
+    }
+
+
+def _describe(found: Found, bad: list[Bad], output: Path) -> str:
+    labels = ", ".join(f"{_label_name(label)}: {count}" for label, count in sorted(found.tally.labels.items()))
+    lines = [
+        f"labels: {labels}; formats: {', '.join(f'{count} {name}' for name, count in found.formats.most_common())}"
+    ]
+    lines += found.tally.notes()
+    if found.profiles:
+        profiles = ", ".join(f"{name}: {count}" for name, count in found.profiles.most_common())
+        lines.append(f"colour profiles, whose numbers are kept: {profiles}")
+    if bad:
+        lines.append(
+            f"{len(bad)} damaged images are left out, such as {bad[0].path} ({bad[0].reason}): {output / _BAD_NAME}"
+        )
+    return "\n".join(lines)
+
+
+def _label_name(label: int) -> str:
+    return "none" if label == NO_LABEL else str(label)
 
 
 if __name__ == "__main__":

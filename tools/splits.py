@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.command_line import configure_tool, run
-from tools.make_shards import Entry, read_manifest, walk_folder
+from tools.manifest import read_table
+from tools.sources import Entry, names_tars, plain_text, read_source
 from trainer.config import check_types
 from trainer.errors import ConfigError
 
@@ -63,7 +64,9 @@ class Settings:
     keep_components: bool = False
     """Keep people together who are linked through morphs, so that nothing is dropped; refused where too many are."""
     folder_labels: bool = False
-    """Number the folders of the first level of a source folder in sorted order and use the number as label."""
+    """Make classes of the folders of the first level: bonafide 0, morph or attack 1, others as label_map says."""
+    label_map: str | None = None
+    """Numbers of classes, as 'real=0,fake=1'; or sorted, for numbers in the order of the names."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -190,19 +193,41 @@ def read_photos(settings: Settings) -> list[Photo]:
     Raises:
         ConfigError: no source of identities or several, an image without one, or an image that is listed twice.
     """
+    entries = sorted(_entries_of(settings), key=lambda entry: str(entry.path))
     source = Path(settings.source)
-    entries = read_manifest(source) if source.is_file() else walk_folder(source, folder_labels=settings.folder_labels)
-    entries = sorted(entries, key=lambda entry: str(entry.path))
     for one, two in itertools.pairwise(entries):
         if one.path == two.path:
             raise ConfigError(f"source {source} lists {one.path} more than once: keep one of the rows")
     identities_of, remedy = _identities_by(settings, has_column="identity" in entries[0].metadata)
     root = source.parent if source.is_file() else source
     photos = [Photo(entry, identities_of(_name_below(root, entry.path), entry)) for entry in entries]
+    _say_unused(settings, {_name_below(root, entry.path) for entry in entries})
     unknown = [str(photo.entry.path) for photo in photos if not photo.identities]
     if unknown:
         raise ConfigError(f"{unknown[0]} has no identity ({len(unknown)} images in all): {remedy}")
     return photos
+
+
+def _entries_of(settings: Settings) -> list[Entry]:
+    """Read the source and say what is left out of it."""
+    if names_tars(settings.source):
+        raise ConfigError(f"source is {settings.source!r}, but tars cannot be split: name a folder or a CSV file")
+    source = read_source(settings.source, folder_labels=settings.folder_labels, label_map=settings.label_map)
+    print(source.describe())
+    for entry in source.entries:
+        if plain_text(str(entry.path)) != str(entry.path):
+            raise ConfigError(
+                f"{plain_text(str(entry.path))}: this name is no UTF-8, as CSV files need: rename the file"
+            )
+    return source.entries
+
+
+def _say_unused(settings: Settings, names: set[str]) -> None:
+    """Say which rows of --identities belong to no image: a path may be written otherwise there."""
+    if settings.identities is not None:
+        unused = sorted(read_identities(Path(settings.identities)).keys() - names)
+        if unused:
+            print(f"identities {settings.identities}: {len(unused)} rows name no image, such as {unused[0]}")
 
 
 def _name_below(root: Path, path: Path) -> str:
@@ -238,17 +263,15 @@ def read_identities(path: Path) -> dict[str, tuple[str, ...]]:
     """
     if not path.is_file():
         raise ConfigError(f"identities is {str(path)!r}, but no such file exists: check the path")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, restval="")
-        columns = reader.fieldnames or []
-        if sorted(columns) not in (["identity", "path"], ["identity", "identity_2", "path"]):
-            raise ConfigError(f"identities {path} has columns {columns}, but must have path, identity and identity_2")
-        known: dict[str, tuple[str, ...]] = {}
-        for row in reader:
-            name = Path(row["path"]).as_posix()
-            if name in known:
-                raise ConfigError(f"identities {path} names {name} more than once: keep one of the rows")
-            known[name] = _people(row)
+    table = read_table(path, setting="identities")
+    if sorted(table.columns) not in (["identity", "path"], ["identity", "identity_2", "path"]):
+        raise ConfigError(f"identities {path} has columns {table.columns}, but must have path, identity and identity_2")
+    known: dict[str, tuple[str, ...]] = {}
+    for row in table.rows:
+        name = Path(row["path"]).as_posix()
+        if name in known:
+            raise ConfigError(f"identities {path} names {name} more than once: keep one of the rows")
+        known[name] = _people(row)
     return known
 
 

@@ -30,7 +30,8 @@ _ORIENTATION = 0x0112
 _PLAIN = ("YCbCr", "Gray")
 # What libjpeg says of missing pixels, which it paints grey; its other warnings leave the picture whole.
 _DAMAGED = re.compile("premature end|bad huffman|bad arithmetic|instead of rst", re.IGNORECASE)
-_PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, struct.error, zlib.error)
+PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, struct.error, zlib.error)
+"""What Pillow raises for damaged files, by its plug-ins."""
 
 
 class Scratch:
@@ -167,7 +168,7 @@ def _orientation(source: bytes | Image.Image) -> int:
             else:
                 tags = source.getexif()
             orientation = tags.get(_ORIENTATION)
-    except _PILLOW_ERRORS:
+    except PILLOW_ERRORS:
         return 1  # broken metadata do not spoil the picture
     return orientation if isinstance(orientation, int) else 1
 
@@ -200,7 +201,7 @@ def _decode_any(payload: bytes, shrink: int, srgb: bool, max_pixels: int, min_si
         raise SampleError("too_large", str(error)) from error
     except UnidentifiedImageError as error:  # its own message shows an address in memory
         raise SampleError("corrupt", "the image is damaged (its header cannot be read)") from error
-    except _PILLOW_ERRORS as error:
+    except PILLOW_ERRORS as error:
         raise SampleError("corrupt", f"the image is damaged ({error})") from error
 
 
@@ -212,7 +213,7 @@ def _icc_profile(payload: bytes) -> bytes | None:
                 _check_size(*_webp_size(payload), MAX_PIXELS, 1)
             with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
                 profile = image.info.get("icc_profile")
-    except (*_PILLOW_ERRORS, SampleError, Image.DecompressionBombError):
+    except (*PILLOW_ERRORS, SampleError, Image.DecompressionBombError):
         return None  # broken metadata do not spoil the picture
     return profile if isinstance(profile, bytes) and profile else None
 

@@ -1,0 +1,79 @@
+"""From the names of classes, in folders or in a column, to class numbers that nobody has to guess.
+
+Names of the two classes of detection mean what they say: [bonafide, morph] = [0, 1]. Other names are mapped by the
+user. Only more than two unknown names of folders are numbered in sorted order, and the mapping is printed.
+"""
+
+import re
+from collections.abc import Iterable
+
+from trainer.data.labels import class_of
+from trainer.errors import ConfigError
+
+SORTED = "sorted"
+"""What stands for a map where names are to be numbered in sorted order."""
+
+
+def parse_label_map(text: str | None) -> dict[str, int] | None:
+    """Read ``name=number,name=number``; None where there is none, or where names are to be sorted.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if text in (None, SORTED):
+        return None
+    found: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in (text or "").split(","))):
+        name, equals, number = (word.strip() for word in part.rpartition("="))
+        if not equals or not name or not re.fullmatch("[0-9]{1,9}", number) or name in found:
+            raise ConfigError(
+                f"label_map is {text!r}, but must be names with numbers such as 'real=0,fake=1', or {SORTED}"
+            )
+        found[name] = int(number)
+    if not found:
+        raise ConfigError(f"label_map is {text!r}, but names no class: write 'real=0,fake=1'")
+    return found
+
+
+def class_numbers(names: Iterable[str], label_map: str | None, *, where: str, may_sort: bool) -> dict[str, int]:
+    """Return the class number of each name.
+
+    Args:
+        names: what stands in the folders' names or in the column.
+        label_map: the user's own numbers, as `parse_label_map` reads them.
+        where: what holds the names, for messages.
+        may_sort: number more than two unknown names in sorted order.
+
+    Raises:
+        ConfigError: a name means no class, or the map does not fit.
+    """
+    distinct, own = sorted(set(names)), parse_label_map(label_map)
+    if label_map == SORTED:
+        return {name: number for number, name in enumerate(distinct)}
+    if own is not None:
+        strangers = [name for name in distinct if name not in own and class_of(name) is None]
+        unused = [name for name in own if name not in distinct]
+        if strangers or unused:
+            fault = f"does not name {strangers[0]!r}" if strangers else f"names {unused[0]!r}, which is not there"
+            raise ConfigError(f"label_map is {label_map!r}, but {fault}: {where} holds {_shown(distinct)}")
+    known = {name: (own or {}).get(name, class_of(name)) for name in distinct}
+    unknown = [name for name, number in known.items() if number is None]
+    if may_sort and len(unknown) == len(distinct) > 2:
+        return {name: number for number, name in enumerate(distinct)}
+    if unknown:
+        example = ",".join(f"{name}={number}" for number, name in enumerate(distinct[:3]))
+        raise ConfigError(
+            f"{where} holds {_shown(distinct)}, and {unknown[0]!r} is no known class: map the names with "
+            f"--label_map '{example}' (bonafide is 0, morph is 1), or --label_map {SORTED} for numbers in this order"
+        )
+    return {name: number for name, number in known.items() if number is not None}
+
+
+def describe_classes(numbers: dict[str, int]) -> str:
+    """Say which name became which class."""
+    return ", ".join(f"{name} -> {number}" for name, number in sorted(numbers.items(), key=lambda pair: pair[::-1]))
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(repr(name) for name in names[:5]) + more

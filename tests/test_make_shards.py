@@ -253,7 +253,9 @@ def test_what_came_in_is_what_went_out_and_what_was_left_out(
     assert report["labels"] == {"0": 8, "1": 8}
     assert report["classes"] == {"bonafide": 0, "morph": 1}
     said = capsys.readouterr().out
-    assert "16 images; left out: 1 hidden files (such as .hidden/h.jpg), 1 .txt (such as notes.txt)" in said
+    assert (
+        "16 images among 18 files; left out: 1 hidden files (such as .hidden/h.jpg), 1 .txt (such as notes.txt)" in said
+    )
     assert "classes: bonafide -> 0, morph -> 1" in said
     assert "labels: 0: 8, 1: 8; formats: 14 jpg, 2 png" in said
 

@@ -35,7 +35,7 @@ def test_known_names_mean_their_class_and_others_what_the_user_says(
 @pytest.mark.parametrize(
     ("names", "label_map", "message"),
     [
-        (["fake", "real"], None, "'fake' is no known class: map the names with --label_map 'fake=0,real=1'"),
+        (["fake", "real"], None, "'fake' is no known class: map the names with --label_map 'fake=N,real=N'"),
         (["faces"], None, "'faces' is no known class"),
         (["bonafide", "print", "scan"], None, "'print' is no known class"),
         (["fake", "real"], "real=0", "does not name 'fake'"),

@@ -61,10 +61,10 @@ def class_numbers(names: Iterable[str], label_map: str | None, *, where: str, ma
     if may_sort and len(unknown) == len(distinct) > 2:
         return {name: number for number, name in enumerate(distinct)}
     if unknown:
-        example = ",".join(f"{name}={number}" for number, name in enumerate(distinct[:3]))
+        example = ",".join(f"{name}=N" for name in distinct[:3])
         raise ConfigError(
-            f"{where} holds {_shown(distinct)}, and {unknown[0]!r} is no known class: map the names with "
-            f"--label_map '{example}' (bonafide is 0, morph is 1), or --label_map {SORTED} for numbers in this order"
+            f"{where} holds {_shown(distinct)}, and {unknown[0]!r} is no known class: map the names with --label_map "
+            f"'{example}', where N is 0 for bona fides and 1 for morphs, or with --label_map {SORTED} in this order"
         )
     return {name: number for name, number in known.items() if number is not None}
 

@@ -84,7 +84,8 @@ class Source:
 
     def describe(self) -> str:
         """Say how many images there are, what is left out, and which names became which classes."""
-        first = "; ".join([f"source {self.location}: {len(self.entries)} images", *_left_out(self.tally)])
+        among = f" among {self.tally.num_members} files" if self.tally.left_out else ""
+        first = "; ".join([f"source {self.location}: {len(self.entries)} images{among}", *_left_out(self.tally)])
         return first + (f"\nclasses: {describe_classes(self.classes)}" if self.classes else "")
 
 

@@ -11,6 +11,7 @@ from launch.init_weights import Init, check_heads, check_init, read_init
 from trainer.config import DetectorRecipe, from_record
 from trainer.data.augment import CenterView, DetectorView
 from trainer.data.distort import BasicAugment, PassportChain, RandAugment
+from trainer.data.resize import Resize
 from trainer.errors import CheckpointError
 from trainer.models.detector import STATISTICS, HeadOptions, MorphDetector
 from trainer.models.encoder import PatchEncoder
@@ -92,19 +93,22 @@ def training_view(recipe: DetectorRecipe) -> DetectorView:
         before=[PassportChain(recipe.passport_aug, recipe.passport_p)] if recipe.passport_aug else [],
         after=after,
         self_morph_share=recipe.self_morph_share,
+        resize=recipe.view_resize,
     )
 
 
 def preprocessing_of(recipe: DetectorRecipe) -> dict[str, Any]:
     """Describe what happens to a test image before the model sees it; a detector is only ever used with the same."""
-    return preprocessing(recipe.image_size, *STATISTICS[recipe.normalisation])
+    return preprocessing(recipe.image_size, *STATISTICS[recipe.normalisation], resize=recipe.view_resize)
 
 
-def preprocessing(image_size: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+def preprocessing(
+    image_size: int, mean: Sequence[float], std: Sequence[float], *, resize: Resize = "antialias"
+) -> dict[str, Any]:
     """Describe the view of a test image and its normalisation."""
     return {
         "image_size": image_size,
-        "view": CenterView.description,
+        "view": CenterView.descriptions[resize],
         "mean": list(mean),
         "std": list(std),
         "colour_order": "RGB",

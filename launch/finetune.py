@@ -195,7 +195,7 @@ class BestDetector:
     def _score(self) -> Scores:
         index, world = self._index["val_data"], self._engine.world
         mine = share_of(len(index), rank=world.rank, num_ranks=world.size)
-        view = CenterView(size=self._recipe.image_size)
+        view = CenterView(size=self._recipe.image_size, resize=self._recipe.view_resize)
         batch = min(self._runtime.micro_batch, len(mine))
         spans = span_reader(self._runtime)
         stream = fixed_stream(index, mine, view, batch=batch, noise_per_sample=1, spans=spans, substitute=False)

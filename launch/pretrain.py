@@ -234,7 +234,7 @@ class HeldOutView:
         return mean_patch.error(self._read("heldout_data", self._chosen), self.draw_mask)
 
     def _read(self, setting: str, samples: list[int], *, batch: int | None = None) -> Iterable[Batch]:
-        view = CenterView(size=self._recipe.image_size)
+        view = CenterView(size=self._recipe.image_size, resize=self._recipe.view_resize)
         batch = batch or min(self._runtime.micro_batch, len(samples))
         return Loader(
             fixed_stream(
@@ -284,6 +284,7 @@ def training_of(
             flip_probability=recipe.flip_probability,
             seed=recipe.seed,
             fast=recipe.decode_quality == "fast",
+            resize=recipe.view_resize,
         ),
         noise_per_sample=encoder.num_patches,
         repeats=recipe.aug_repeats,

@@ -12,7 +12,9 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from trainer.data.augment import CenterView, Photo, PretrainView, crop_box
+from launch.detectors import preprocessing_of
+from trainer.config import DetectorRecipe, from_record
+from trainer.data.augment import CenterView, DetectorView, Photo, PretrainView, crop_box
 from trainer.errors import SampleError
 
 
@@ -59,8 +61,89 @@ def test_full_quality_is_the_plain_decoders_pixels() -> None:
     draws = view.draw([7])[0]
     top, left, height, width = crop_box(90, 80, draws.tolist(), scale=(0.2, 1.0))
     pixels = np.asarray(Image.open(io.BytesIO(payload)).convert("RGB"))[top : top + height, left : left + width]
-    expected = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_CUBIC)
-    assert np.abs(view_of(payload, 7, flip_probability=0.0, fast=False).astype(int) - expected).max() <= 3
+    expected = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(view_of(payload, 7, flip_probability=0.0, fast=False) - expected).max() <= 2
+
+
+def textured(side: int, kind: str, number: int = 0) -> bytes:
+    """Grain at every scale, as skin and hair have, which an interpolation without antialiasing folds back."""
+    rng = np.random.default_rng(number)
+    image = np.zeros((side, side, 3))
+    for cells in (8, 32, 128, side):
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        image += (np.asarray(noise.resize((side, side), Image.Resampling.BICUBIC)).astype(float) - 128) / 3
+    file = io.BytesIO()
+    options = {"quality": 92} if kind == "JPEG" else {"compress_level": 1}
+    Image.fromarray((image + 128).clip(0, 255).astype(np.uint8)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def detail(image: np.ndarray) -> float:
+    """Energy of high frequencies: the variance of the Laplacian."""
+    return float(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("side", [256, 512, 1024])
+def test_views_have_the_detail_of_pillows_antialiased_bicubic(side: int, kind: str) -> None:
+    payload, ratios = textured(side, kind), {"antialias": [], "former": []}
+    whole = Image.open(io.BytesIO(payload)).convert("RGB")
+    views = {
+        how: PretrainView(size=224, crop_scale=(0.2, 1), flip_probability=0, seed=1, fast=True, resize=how)
+        for how in ratios
+    }
+    for draws in views["former"].draw(range(10)):
+        top, left, height, width = crop_box(side, side, draws.tolist(), scale=(0.2, 1.0))
+        cut = whole.crop((left, top, left + width, top + height))
+        expected = np.asarray(cut.resize((224, 224), Image.Resampling.BICUBIC))
+        for how, view in views.items():
+            out = np.empty((1, 224, 224, 3), np.uint8)
+            view(Photo(payload), draws[None], out)
+            ratios[how].append(detail(out[0]) / detail(expected))
+    assert min(ratios["antialias"]) > 0.8
+    assert max(ratios["antialias"]) < 1.05
+    assert np.median(ratios["former"]) > (1.05 if side == 256 else 1.3), "the old view is no longer what it was"
+    if kind == "PNG":
+        assert min(ratios["antialias"]) > 0.999
+
+
+@pytest.mark.parametrize(("height", "width"), [(112, 112), (112, 92), (90, 400), (300, 250), (1024, 700)])
+def test_the_centre_is_pillows_bicubic_whether_it_enlarges_or_shrinks(height: int, width: int) -> None:
+    image = Image.open(io.BytesIO(textured(max(height, width), "PNG"))).crop((0, 0, width, height))
+    file, out = io.BytesIO(), np.empty((1, 224, 224, 3), np.uint8)
+    image.save(file, "PNG")
+    view = CenterView(size=224)
+    view(Photo(file.getvalue()), view.draw([0]), out)
+    scaled = [round(side * 224 / min(width, height)) for side in (width, height)]
+    whole = np.asarray(image.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)).astype(int)
+    top, left = (scaled[1] - 224) // 2, (scaled[0] - 224) // 2
+    difference = np.abs(out[0] - whole[top : top + 224, left : left + 224])
+    assert difference.max() <= 2
+    assert difference.mean() < 0.02
+
+
+def test_a_detectors_training_and_test_views_scale_alike() -> None:
+    payload = textured(112, "PNG")
+    whole = {"size": 224, "crop_scale": (1.0, 1.0), "flip_probability": 0.0, "seed": 0}
+    train, test = DetectorView(**whole), CenterView(size=224)
+    out = np.empty((2, 224, 224, 3), np.uint8)
+    square = np.full((1, 2 * 10 + 3), 0.5, np.float32)  # ratio 1
+    train(Photo(payload), np.concatenate([square, train.draw([0])[:, square.size :]], axis=1), out[:1])
+    test(Photo(payload), test.draw([0]), out[1:])
+    assert (out[0] == out[1]).all()
+
+
+def test_a_detector_of_release_0_1_keeps_its_view_and_records_of_both_differ() -> None:
+    old, new = from_record(DetectorRecipe, {"image_size": 96}), DetectorRecipe(image_size=96)
+    assert preprocessing_of(old)["view"] == (
+        "shorter side to the size with area interpolation, then the centre; RGB; decoded in full"
+    )
+    assert preprocessing_of(new)["view"] != preprocessing_of(old)["view"]
+    payload, out = textured(48, "PNG"), np.empty((2, 96, 96, 3), np.uint8)
+    for row, recipe in zip(out, (old, new), strict=True):
+        CenterView(size=96, resize=recipe.view_resize)(Photo(payload), np.empty((1, 0), np.float32), row[None])
+    assert (out[0, ::2, ::2] == out[0, 1::2, 1::2]).all(), "area interpolation enlarges to blocks"
+    assert detail(out[0]) > 3 * detail(out[1])
 
 
 def test_a_view_depends_on_seed_and_position_alone() -> None:

@@ -48,6 +48,7 @@ from tools.landmarks import DLIB, Points, dlib_finder, landmarks_of, read_landma
 from tools.sources import read_manifest
 from trainer.config import as_record, check_types
 from trainer.data.decode import decode_image
+from trainer.data.resize import resized
 from trainer.data.shards import NO_GROUP, SampleRef, ShardReader, list_shards, open_index
 from trainer.data.storage import is_url
 from trainer.errors import ConfigError, DataError
@@ -333,7 +334,7 @@ def whole_morph(
     """Warp both photographs to the blended shape and blend them, on the canvas of the first."""
     height, width = first_HWC.shape[:2]
     scale = np.array([width / second_HWC.shape[1], height / second_HWC.shape[0]], dtype=np.float32)
-    second_HWC = np.asarray(cv2.resize(second_HWC, (width, height), interpolation=cv2.INTER_AREA))
+    second_HWC = resized(second_HWC, height, width)
     second_L2 = second_L2 * scale
     target_L2 = ((1 - blend) * first_L2 + blend * second_L2).astype(np.float32)
     ours, theirs = warp(first_HWC, first_L2, target_L2), warp(second_HWC, second_L2, target_L2)

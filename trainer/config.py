@@ -81,6 +81,9 @@ class Recipe:
     """Largest share of the image that a random crop keeps."""
     flip_probability: float = 0.5
     """Chance of mirroring a training image left to right."""
+    view_resize: Literal["antialias", "former"] = "antialias"
+    """antialias: every view is scaled by antialiased cubic interpolation, as in the published MAE; former: as release
+    0.1 did (training crops cubic without antialiasing, detectors' by area where they shrink, tests by area)."""
     balance_by: Literal["none", "label", "source", "attack"] = "none"
     """Give each class, or each value of that field of the samples' json, an equal part of every batch."""
     use_balanced_sampler: bool = False
@@ -458,6 +461,7 @@ LEGACY_VALUES: dict[str, Any] = {
     "max_steps": None,
     "image_member": None,
     "mix_group": 0,
+    "view_resize": "former",
 }
 """Recipe field -> the value, as JSON gives it, under which a run begun before the field existed behaved, or a run begun
 before its default changed. Whoever adds a field, or changes a default that changes numbers, adds a line: without it no

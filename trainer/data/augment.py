@@ -8,6 +8,7 @@ Shapes: H, W input size, S output size, N positions, R views of one image, K dra
 
 import math
 import os
+import typing
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from trainer.data import selfmorph
 from trainer.data.decode import Scratch, decode_image, upright_jpeg_size
+from trainer.data.resize import Resize, resize_into, resized
 from trainer.seeds import Purpose, uniforms
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for a newer version at import
@@ -73,7 +75,7 @@ class PretrainView:
     """Random resized crop and mirror, as the published MAE (He et al. 2021, arXiv 2111.06377, appendix A.1).
 
     Crops are drawn as torchvision's RandomResizedCrop draws them: ten attempts at an area and a ratio, then the whole
-    of a centre. Sides are scaled with bicubic interpolation.
+    of a centre. Sides are scaled as `trainer.data.resize` does.
 
     Args:
         size: side of the view [pixels].
@@ -82,12 +84,20 @@ class PretrainView:
         seed: run seed.
         fast: decode with libjpeg-turbo's faster transforms, and reduced where all crops are at least twice the view.
             Never for detection: artefacts are the signal.
+        resize: former: cubic without antialiasing.
     """
 
     def __init__(
-        self, *, size: int, crop_scale: tuple[float, float], flip_probability: float, seed: int, fast: bool
+        self,
+        *,
+        size: int,
+        crop_scale: tuple[float, float],
+        flip_probability: float,
+        seed: int,
+        fast: bool,
+        resize: Resize = "antialias",
     ) -> None:
-        self.size = size
+        self.size, self._resize = size, resize
         self._scratch = Scratch()
         self._crop_scale, self._flip_probability, self._seed, self._fast = crop_scale, flip_probability, seed, fast
 
@@ -114,7 +124,11 @@ class PretrainView:
         for (top, left, height, width), draws_K, out_SSC in zip(boxes, draws_RK, out_RSSC, strict=True):
             rows = slice(top // shrink, (top + height) // shrink)
             columns = slice(left // shrink, (left + width) // shrink)
-            cv2.resize(image_HWC[rows, columns], (self.size, self.size), dst=out_SSC, interpolation=cv2.INTER_CUBIC)
+            crop_HWC = image_HWC[rows, columns]
+            if self._resize == "former":
+                cv2.resize(crop_HWC, (self.size, self.size), dst=out_SSC, interpolation=cv2.INTER_CUBIC)
+            else:
+                resize_into(crop_HWC, out_SSC)
             if draws_K[-1] < self._flip_probability:
                 cv2.flip(out_SSC, 1, dst=out_SSC)
         return [photo.label] * len(boxes)
@@ -152,6 +166,7 @@ class DetectorView:
         before: distortions of the whole image, such as a passport's way from the camera to the chip.
         after: distortions of the view, such as RandAugment.
         self_morph_share: share of the bona fides (label 0) that become attacks (label 1) before anything else.
+        resize: former: by area where both sides shrink, else cubic without antialiasing.
     """
 
     def __init__(
@@ -164,8 +179,9 @@ class DetectorView:
         before: Sequence[Distortion] = (),
         after: Sequence[Distortion] = (),
         self_morph_share: float = 0.0,
+        resize: Resize = "antialias",
     ) -> None:
-        self.size = size
+        self.size, self._resize = size, resize
         self._crop_scale, self._flip_probability, self._seed = crop_scale, flip_probability, seed
         self._before, self._after, self._self_morph_share = before, after, self_morph_share
         self._stages = [2 * _CROP_ATTEMPTS + 3, 1 + selfmorph.NUM_DRAWS, *(d.num_draws for d in (*before, *after))]
@@ -199,15 +215,19 @@ class DetectorView:
         box = crop_box(image_HWC.shape[0], image_HWC.shape[1], crop.tolist(), scale=self._crop_scale)
         top, left, height, width = box
         view_HWC = image_HWC[top : top + height, left : left + width]
-        shrinks = min(height, width) > self.size
-        interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-        resized_SSC = cv2.resize(view_HWC, (self.size, self.size), interpolation=interpolation)
+        scaled_SSC = self._scaled(view_HWC)
         mirrored = crop[-1] < self._flip_probability
-        view_SSC = np.asarray(cv2.flip(resized_SSC, 1) if mirrored else resized_SSC, dtype=np.uint8)
+        view_SSC = np.asarray(cv2.flip(scaled_SSC, 1) if mirrored else scaled_SSC, dtype=np.uint8)
         for distortion, mine in zip(self._after, distort[len(self._before) :], strict=True):
             view_SSC = distortion(view_SSC, mine)
         out_SSC[...] = view_SSC
         return label
+
+    def _scaled(self, view_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if self._resize == "antialias":
+            return resized(view_HWC, self.size, self.size)
+        interpolation = cv2.INTER_AREA if min(view_HWC.shape[:2]) > self.size else cv2.INTER_CUBIC
+        return np.asarray(cv2.resize(view_HWC, (self.size, self.size), interpolation=interpolation), dtype=np.uint8)
 
     def _parts(self, draws_K: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         return np.split(draws_K, np.cumsum(self._stages)[:-1])
@@ -219,15 +239,18 @@ class DetectorView:
 class CenterView:
     """Resize the shorter side and cut the centre: the same view of an image every time, fully decoded."""
 
-    description = "shorter side to the size with area interpolation, then the centre; RGB; decoded in full"
+    descriptions: typing.ClassVar[dict[Resize, str]] = {
+        "antialias": "shorter side to the size, antialiased bicubic as Pillow's, then the centre; RGB; decoded in full",
+        "former": "shorter side to the size with area interpolation, then the centre; RGB; decoded in full",
+    }
     """What a detector records of its view of test images."""
 
-    def __init__(self, *, size: int) -> None:
+    def __init__(self, *, size: int, resize: Resize = "antialias") -> None:
         self.size = size
-        self._pipeline = A.Compose(
-            [A.SmallestMaxSize(max_size=size, interpolation=cv2.INTER_AREA), A.CenterCrop(height=size, width=size)],
-            seed=0,
-        )
+        self._former: A.Compose | None = None
+        if resize == "former":
+            scale = A.SmallestMaxSize(max_size=size, interpolation=cv2.INTER_AREA)
+            self._former = A.Compose([scale, A.CenterCrop(height=size, width=size)], seed=0)
 
     def draw(self, position_N: ArrayLike) -> NDArray[np.float32]:
         """Return nothing for each position: there is nothing random."""
@@ -239,5 +262,13 @@ class CenterView:
 
     def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> list[int]:
         """Decode one image and write its centre."""
-        out_RSSC[...] = self._pipeline(image=decode_image(photo.payload))["image"]
+        image_HWC = decode_image(photo.payload)
+        out_RSSC[...] = self._former(image=image_HWC)["image"] if self._former else self._centre(image_HWC)
         return [photo.label] * len(draws_RK)
+
+    def _centre(self, image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        shorter = min(image_HWC.shape[:2])
+        height, width = (round(side * self.size / shorter) for side in image_HWC.shape[:2])
+        scaled_HWC = resized(image_HWC, height, width)
+        top, left = (height - self.size) // 2, (width - self.size) // 2
+        return scaled_HWC[top : top + self.size, left : left + self.size]

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import signal
@@ -20,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 from typing import Any, Generic, NoReturn, TypeVar
 
 import fire
@@ -37,6 +39,7 @@ EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 85
 EXIT_PEER_LOST = 86
 EXIT_SUPERSEDED = 87
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 _MAIN_SPEAKS_FIRST_S = 15.0
 _HELP, _VERSION = frozenset({"--help", "-h"}), frozenset({"--version", "-V"})
 
@@ -50,28 +53,67 @@ def run(command: Callable[[], int]) -> NoReturn:
     """Run a command and end the process.
 
     The exit code is the command's own; 2 with one message on stderr if the user can mend what went wrong; 86 if another
-    rank or its host was lost, which the same command may survive; 87 if a newer attempt has taken over; 1 with a
-    traceback for anything else.
+    rank or its host was lost, which the same command may survive; 87 if a newer attempt has taken over; 130 with one
+    line after Ctrl-C; 1 with a traceback for anything else.
     """
+    interrupt = _Interrupt()
     try:
-        code = command()
-    except TrainerError as error:
+        try:
+            code = command()
+        except Exception as error:  # noqa: BLE001  (every error is shown; this process must not linger)
+            code = EXIT_INTERRUPTED if interrupt.seen else _explain(error)
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    if interrupt.seen:
+        mark(Phase.FAILED)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a rank that failed must not wait in the clean-up of a group that lost its members
+
+
+def _explain(error: Exception) -> int:
+    """Show an error, and return the exit code."""
+    if isinstance(error, TrainerError):
         mark(Phase.FAILED)
         code = EXIT_SUPERSEDED if isinstance(error, SupersededError) else EXIT_USER_ERROR
         _let_main_speak_first(code)
         print(f"\nerror: {error}", file=sys.stderr)
-    except Exception as error:  # noqa: BLE001  (every error is shown; this process must not linger)
-        code, loss = 1, explain_loss(error)
-        if loss is None:
-            mark(Phase.FAILED)
-            traceback.print_exc()
-        else:
-            code = EXIT_PEER_LOST
-            if _is_main():
-                print(f"\nerror: {loss}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a rank that failed must not wait in the clean-up of a group that lost its members
+        return code
+    loss = explain_loss(error)
+    if loss is None:
+        mark(Phase.FAILED)
+        traceback.print_exception(error)
+        return 1
+    if _is_main():
+        print(f"\nerror: {loss}", file=sys.stderr)
+    return EXIT_PEER_LOST
+
+
+class _Interrupt:
+    """Answers Ctrl-C with one line and `KeyboardInterrupt`, so that what is half written is removed; a second one ends.
+
+    Processes that this one has started get SIGTERM, and forks of it end in silence: a terminal interrupts them too.
+    """
+
+    def __init__(self) -> None:
+        self.seen, self._pid = False, os.getpid()
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self.seen or os.getpid() != self._pid:
+            os._exit(EXIT_INTERRUPTED)
+        self.seen = True
+        say_interrupted()
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise KeyboardInterrupt
+
+
+def say_interrupted() -> None:
+    """Write the one line of a command that Ctrl-C ends."""
+    if _is_main():
+        os.write(2, b"\ninterrupted: nothing half written stays; the same command starts it again\n")
 
 
 @dataclass(frozen=True, slots=True)

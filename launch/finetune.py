@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from launch.command_line import EXIT_REQUEUE, answered, read_command, recipes_help, run
+from launch.command_line import answered, read_command, recipes_help, run
 from launch.data import describe_shares, find_sources, open_sets, order_of, span_reader, tell_all_ranks
 from launch.detectors import build_detector, preprocessing_of, training_view
 from launch.init_weights import describe, read_init
@@ -27,7 +27,7 @@ from launch.run_setup import (
     use_devices,
     versions,
 )
-from launch.training import Training, record_end
+from launch.training import Ending, Training, record_end
 from trainer import checkpoint
 from trainer.config import DetectorRecipe, DetectorRuntime, as_record
 from trainer.data.augment import CenterView
@@ -52,15 +52,15 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """Return the exit code: 0 finished, 85 stopped by a signal after saving."""
+    """Return the exit code: 0 finished; after saving, 85 stopped by a scheduler's signal, 130 by Ctrl-C."""
     if answered(argv, functools.partial(recipes_help, DETECTOR_RECIPES, DETECTOR_DEFAULT)):
         return 0
     line = read_command(argv, DETECTOR_RECIPES, DETECTOR_DEFAULT)
-    return 0 if finetune(line.recipe, line.runtime) else EXIT_REQUEUE
+    return finetune(line.recipe, line.runtime).exit_code
 
 
-def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
-    """Train to the end of the schedule; False if a signal asked to stop, after saving."""
+def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> Ending:
+    """Train to the end of the schedule, or until a signal asks to stop."""
     world = world_from_environment()
     use_devices(world, runtime)
     ds_config = engine_settings(recipe, runtime, world)
@@ -103,11 +103,11 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> bool:
     lease = begin(output, identity, runtime, world)
     with noting_the_end(lease, world):
         best = BestDetector(engine, index, recipe, runtime, origin | {"overlap": overlap, "data": runtime.data}, lease)
-        finished = training_of(engine, order, index["data"], best, identity, lease, recipe, runtime).run()
+        ending = training_of(engine, order, index["data"], best, identity, lease, recipe, runtime).run()
     mark(Phase.LEAVING)
-    world.on_main(lambda: tell_where(output, finished, best, lease))
+    world.on_main(lambda: tell_where(output, ending, best, lease))
     disconnect()
-    return finished
+    return ending
 
 
 def check_groups(recipe: DetectorRecipe, micro_batch: int) -> None:
@@ -286,9 +286,9 @@ def inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
     return batch.images_BCHW, labels_B, batch.noise_BN
 
 
-def tell_where(output: Path, finished: bool, best: BestDetector, lease: Lease) -> None:
+def tell_where(output: Path, ending: Ending, best: BestDetector, lease: Lease) -> None:
     """Record the end and print what a newcomer wants to know."""
-    record_end(output, finished, lease)
+    record_end(output, ending, lease)
     if (best.folder / "detector.json").exists():
         print(f"  detector     {best.folder}")
     print(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from launch.command_line import EXIT_REQUEUE, answered, read_command, recipes_help, run
+from launch.command_line import answered, read_command, recipes_help, run
 from launch.data import describe_shares, find_sources, open_sets, order_of, span_reader, tell_all_ranks
 from launch.init_weights import check_heads, check_init, read_init
 from launch.recipes import DEFAULT, RECIPES
@@ -27,7 +27,7 @@ from launch.run_setup import (
     start_watchdog,
     use_devices,
 )
-from launch.training import Training, record_end
+from launch.training import Ending, Training, record_end
 from trainer import checkpoint, heldout
 from trainer.config import PretrainRecipe, PretrainRuntime, as_record
 from trainer.data.augment import CenterView, PretrainView
@@ -55,15 +55,15 @@ _PICTURES = 8
 
 
 def main(argv: list[str]) -> int:
-    """Return the exit code: 0 finished, 85 stopped by a signal after saving."""
+    """Return the exit code: 0 finished; after saving, 85 stopped by a scheduler's signal, 130 by Ctrl-C."""
     if answered(argv, functools.partial(recipes_help, RECIPES, DEFAULT)):
         return 0
     line = read_command(argv, RECIPES, DEFAULT)
-    return 0 if pretrain(line.recipe, line.runtime) else EXIT_REQUEUE
+    return pretrain(line.recipe, line.runtime).exit_code
 
 
-def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
-    """Train to the end of the schedule; False if a signal asked to stop, after saving."""
+def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> Ending:
+    """Train to the end of the schedule, or until a signal asks to stop."""
     world = world_from_environment()
     use_devices(world, runtime)
     ds_config = engine_settings(recipe, runtime, world)
@@ -101,13 +101,13 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> bool:
     )
     lease = begin(output, identity, runtime, world)
     with noting_the_end(lease, world):
-        finished = training_of(engine, order, index["data"], held_out, identity, lease, recipe, runtime).run()
+        ending = training_of(engine, order, index["data"], held_out, identity, lease, recipe, runtime).run()
         if held_out and math.isnan(held_out.last_loss):  # nothing was left to train
             held_out.loss(engine)
     mark(Phase.LEAVING)
-    world.on_main(lambda: tell_where(output, finished, held_out, lease))
+    world.on_main(lambda: tell_where(output, ending, held_out, lease))
     disconnect()
-    return finished
+    return ending
 
 
 def build_model(recipe: PretrainRecipe, runtime: PretrainRuntime) -> MaskedAutoencoder:
@@ -298,9 +298,9 @@ def training_of(
     )
 
 
-def tell_where(output: Path, finished: bool, held_out: HeldOutView | None, lease: Lease) -> None:
+def tell_where(output: Path, ending: Ending, held_out: HeldOutView | None, lease: Lease) -> None:
     """Record the end and print what a newcomer wants to know."""
-    record_end(output, finished, lease)
+    record_end(output, ending, lease)
     if held_out:
         print(f"  pictures     {output / 'pictures'}  (rows: original, masked, reconstructed)")
     print(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")

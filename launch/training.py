@@ -6,7 +6,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGINT
 
+from launch.command_line import EXIT_INTERRUPTED, EXIT_REQUEUE
 from launch.data import span_reader
 from launch.run_setup import claim, resume, versions
 from trainer import checkpoint
@@ -18,7 +20,7 @@ from trainer.data.shards import ShardIndex
 from trainer.data.stream import Slice, train_stream
 from trainer.engine import Engine
 from trainer.lease import Lease
-from trainer.loop import BadSamples, Dates, Guards, Hooks, Inputs, Outcome, StopRequest, train
+from trainer.loop import BadSamples, Dates, Guards, Hooks, Inputs, Outcome, StopRequest, name_of_signal, train
 from trainer.monitor import Ledger, Monitor, Speedometer
 from trainer.numerics import BadSteps, SpikeWatch
 from trainer.optim import learning_rate_at
@@ -56,8 +58,8 @@ class Training:
     group: int = 1
     """Samples that are mixed with each other."""
 
-    def run(self) -> bool:
-        """Train to the end of the schedule; False if a signal asked to stop. The state is saved either way.
+    def run(self) -> "Ending":
+        """Train to the end of the schedule, or until a signal asks to stop. The state is saved either way.
 
         After a loss spike the run goes back to a checkpoint in the same process, exactly as a restart would.
         """
@@ -68,7 +70,11 @@ class Training:
         if outcome is Outcome.FINISHED:
             self.at_end(progress.step)
         stop.close()
-        return outcome is Outcome.FINISHED
+        total_steps = self.recipe.num_steps(len(self.index))
+        if outcome is Outcome.FINISHED:
+            return Ending(progress.step, total_steps)
+        asked = self.engine.world.gather_over_ranks(stop.number)
+        return Ending(progress.step, total_steps, next(filter(None, asked)))
 
     def _resume(self) -> checkpoint.Progress:
         output, runtime = Path(self.runtime.output_dir), self.runtime
@@ -174,9 +180,38 @@ class Training:
             )
 
 
-def record_end(output: Path, finished: bool, lease: Lease) -> None:
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a training ended, alike on every rank."""
+
+    step: int
+    total_steps: int
+    signal: int = 0
+    """The signal that asked to stop, or 0."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 finished; 85 queue the same command again; 130 a person pressed Ctrl-C, and no scheduler shall go on."""
+        if not self.signal:
+            return 0
+        return EXIT_INTERRUPTED if self.signal == SIGINT else EXIT_REQUEUE
+
+    def __str__(self) -> str:
+        again = "start the same command again to go on"
+        if self.signal:
+            where = f"at step {self.step} of {self.total_steps}, saved"
+            return f"Stopped by {name_of_signal(self.signal)} {where}: {again}."
+        if self.step < self.total_steps:
+            return (
+                f"Stopped at step {self.step} of {self.total_steps}, as --stop_at_step says; saved. "
+                "Without it the same command goes on."
+            )
+        return f"Finished: step {self.step} of {self.total_steps}."
+
+
+def record_end(output: Path, ending: Ending, lease: Lease) -> None:
     """Record how a run has ended, and print it with its newest checkpoint. On one rank."""
-    lease.ended("finished" if finished else "stopped by a signal")
-    print(f"\n{'Finished.' if finished else 'Stopped by a signal, saved; start the same command again to go on.'}")
+    lease.ended("stopped by a signal" if ending.signal else "finished")
+    print(f"\n{ending}")
     if found := checkpoint.newest_manifest(output / "checkpoints"):
         print(f"  checkpoint   {found[0]}")

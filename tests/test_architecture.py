@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = (
-    *("errors", "files", "world", "seeds", "foreign_names", "config", "data.labels"),
+    *("errors", "files", "parallel", "world", "seeds", "foreign_names", "config", "data.labels"),
     *("data.storage", "data.tar", "data.members", "data.shards"),
     *("data.plan", "data.sampler", "data.mixture", "data.overlap"),
     *(

@@ -20,10 +20,8 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -37,6 +35,7 @@ from trainer.data.shards import list_shards
 from trainer.data.storage import is_url
 from trainer.data.tar import MAX_MEMBER_BYTES, walk_tar
 from trainer.errors import ConfigError, DataError, SampleError
+from trainer.parallel import parallel_map
 
 EXIT_DAMAGED = 1
 _LISTED = 20
@@ -123,15 +122,9 @@ def _all(shards: list[str], target: Path | None, settings: Settings) -> Iterator
     num_processes = min(settings.num_processes or len(os.sched_getaffinity(0)), len(shards))
     work = partial(check, target=target, image_member=settings.image_member)
     with tqdm(total=len(shards), unit="shard", disable=not settings.progress_bar) as bar:
-        if num_processes == 1:
-            for shard in shards:
-                yield work(shard)
-                bar.update()
-            return
-        with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-            for found in pool.map(work, shards):
-                yield found
-                bar.update()
+        for found in parallel_map(work, shards, num_processes=num_processes):
+            yield found
+            bar.update()
 
 
 def check(location: str, *, target: Path | None = None, image_member: str | None = None) -> Findings:

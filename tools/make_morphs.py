@@ -29,9 +29,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -53,6 +51,7 @@ from trainer.data.shards import NO_GROUP, SampleRef, ShardReader, list_shards, o
 from trainer.data.storage import is_url
 from trainer.errors import ConfigError, DataError
 from trainer.files import write_atomically
+from trainer.parallel import parallel_map
 
 _COLUMNS = ("path", "key", "label", "identity", "identity_2", "attack", "blend", "parent_a", "parent_b", "control")
 _FEATHER = 0.04
@@ -258,15 +257,9 @@ def _each(work: Callable[[_T], _R], items: Sequence[_T], settings: Settings, wha
     """Do the work for each item, in order, on all processes and under a progress bar."""
     processes = settings.num_processes or len(os.sched_getaffinity(0))
     with tqdm(total=len(items), desc=what, unit="image", disable=not settings.progress_bar) as bar:
-        if processes == 1:
-            for item in items:
-                yield work(item)
-                bar.update()
-        else:
-            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-                for result in pool.map(work, items, chunksize=8):
-                    yield result
-                    bar.update()
+        for result in parallel_map(work, items, num_processes=processes, chunksize=8):
+            yield result
+            bar.update()
 
 
 def draw_pairs(faces: Sequence[Face], settings: Settings) -> list[tuple[Face, Face, float]]:

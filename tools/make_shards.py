@@ -32,9 +32,8 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +52,7 @@ from trainer.data.storage import SpanReader
 from trainer.data.tar import MAX_MEMBER_BYTES, Member, walk_tar
 from trainer.errors import ConfigError, DataError, SampleError
 from trainer.files import write_atomically
+from trainer.parallel import parallel_map
 
 _PLAN_NAME = "make_shards.json"
 _BAD_NAME = "bad_images.csv"
@@ -363,15 +363,7 @@ def _without(job: _Job, bad: list[Bad]) -> _Job:
 
 def _results(jobs: list[_Job], settings: Settings) -> Iterator[_Result]:
     num_processes = min(settings.num_processes or len(os.sched_getaffinity(0)), max(1, len(jobs)))
-    if num_processes == 1:
-        yield from map(_write_shard, jobs)
-        return
-    pool = ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"))
-    try:
-        for future in as_completed([pool.submit(_write_shard, job) for job in jobs]):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an error the other shards need not be written first
+    return parallel_map(_write_shard, jobs, num_processes=num_processes, in_order=False)
 
 
 def _read_bad(path: Path) -> list[Bad]:

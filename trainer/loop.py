@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 _ENOUGH_FOR_A_SHARE = 10_000
 """With fewer samples read, one bad image would already be a large share."""
-_SAME_REQUEST_S = 5.0
+_SAME_REQUEST_S, _SAME_KEY_S = 5.0, 1.0
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 Inputs = Callable[[Batch], tuple[Tensor, ...]]
 
@@ -96,33 +97,46 @@ class BadSamples:
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGUSR1, which a scheduler sends before it takes the machine away.
+    """Remembers SIGTERM and SIGUSR1, which a scheduler sends before it takes the machine away, and Ctrl-C.
 
-    A second signal ends the process at once, with 128 + signal. Schedulers signal every process of a job and launchers
-    pass on what they get, so what arrives within a few seconds of the first is the same request.
+    A second signal ends the process at once, with 128 + signal. Schedulers and terminals signal every process of a job
+    and launchers pass on what they get, so what arrives within a few seconds of the first is the same request; a second
+    Ctrl-C counts earlier, because people do not wait.
     """
 
     def __init__(self) -> None:
-        self.seen = False
-        self._ends_s = 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        self.number = 0
+        """The signal that asked, or 0."""
+        self._came_s = 0.0
+        for number in _STOP_SIGNALS:
             signal.signal(number, self._note)
+
+    @property
+    def seen(self) -> bool:
+        """Whether a signal has asked to stop."""
+        return self.number != 0
 
     def close(self) -> None:
         """Ignore the signals from here on: all is saved, and srun ends the others when the first rank has left."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        name, now = signal.Signals(number).name, time.monotonic()
+        name, now = name_of_signal(number), time.monotonic()
         if not self.seen:
-            self.seen, self._ends_s = True, now + _SAME_REQUEST_S
-            logger.warning("got %s: saving after this step or the next, then leaving", name)
-        elif now >= self._ends_s:
+            self.number, self._came_s = number, now
+            once_more = "; once more leaves at once, without saving" if number == signal.SIGINT else ""
+            logger.warning("got %s: saving after this step or the next, then leaving%s", name, once_more)
+        elif now >= self._came_s + (_SAME_KEY_S if number == self.number == signal.SIGINT else _SAME_REQUEST_S):
             logger.warning("got %s, the second request: leaving at once, without saving", name)
             mark(Phase.LEAVING)
             os._exit(128 + number)
+
+
+def name_of_signal(number: int) -> str:
+    """Name a signal as its sender knows it."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 class Outcome(Enum):

@@ -167,7 +167,7 @@ def explain_loss(error: BaseException) -> str | None:
             f"the ranks could not connect ({reason}): see that every host was started and reaches MASTER_ADDR, "
             "or raise --timeout_s"
         )
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the launcher ends us too, but not before the message
     with contextlib.suppress(OSError):
         stacks = _watch.logs / "stacks"

@@ -66,12 +66,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def _prepare_worker(worker: int) -> None:
     """Workers are the parallelism: threads inside each would only fight over the cores.
 
-    A scheduler sends its warning to every process of the job. The training process answers it by saving, for which it
-    needs its workers alive. A killed training process takes them along: they hold copies of its connections, so that
-    the other ranks would learn of its end only when its workers end, and one that hangs with the storage never does.
+    A scheduler sends its warning to every process of the job, as a terminal does Ctrl-C. The training process answers
+    by saving, for which it needs its workers alive. A killed training process takes them along: they hold copies of its
+    connections, so that the other ranks would learn of its end only when its workers end, and one that hangs with the
+    storage never does.
     """
     del worker
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -32,10 +32,8 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +53,7 @@ from trainer.data.storage import Span, SpanReader, find, is_url, place_of, stamp
 from trainer.data.tar import walk_tar
 from trainer.errors import ConfigError, DataError, SampleError
 from trainer.files import sync_files
+from trainer.parallel import parallel_map
 
 logger = logging.getLogger(__name__)
 
@@ -499,11 +498,7 @@ class _Writer:
 def _read_shards(job: _Job, num_processes: int) -> Iterator[_ShardContents | DataError]:
     shards, read = job.shards, partial(_read_shard_or_error, image_member=job.image_member)
     num_processes = min(num_processes, sum(_stamp(shard)["num_bytes"] for shard in shards) // _BYTES_WORTH_A_PROCESS)
-    if num_processes <= 1:
-        yield from map(read, shards)
-        return
-    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(read, shards)
+    yield from parallel_map(read, shards, num_processes=num_processes)
 
 
 def _read_shard_or_error(shard: str, *, image_member: str | None) -> _ShardContents | DataError:

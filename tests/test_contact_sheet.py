@@ -5,9 +5,20 @@ import pytest
 from conftest import jpeg, members_of, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageFont
+from PIL import Image
 
-from tools.contact_sheet import Contents, Tile, draw_sheet, main, read_images, shorten, title_of
+from tools.contact_sheet import (
+    Contents,
+    Tile,
+    draw_sheet,
+    main,
+    names_of,
+    read_images,
+    readable,
+    sheet_font,
+    shorten,
+    title_of,
+)
 from trainer.errors import ConfigError
 
 GREY = (160, 160, 160)
@@ -34,7 +45,7 @@ def test_a_damaged_image_is_a_grey_tile_with_its_reason(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "s.tar", members)
     contents = read_images(str(shard), 64)
     assert [tile.reason for tile in contents.tiles] == ["", "", "", "not_an_image", "corrupt"]
-    assert title_of(contents) == "5 (2 damaged) of 5 images in 1 shards; no label: 2, label 0: 2, label 1: 1"
+    assert title_of(contents) == "5 (2 damaged) of 5 images in 1 shards; no label: 2, 0 bonafide: 2, 1 morph: 1"
     side = 160
     assert side * side < count_of(draw_sheet(contents), GREY) <= 2 * side * side
 
@@ -52,12 +63,30 @@ def test_many_labels_are_counted_not_listed() -> None:
 
 @given(st.text(max_size=80), st.integers(20, 200))
 def test_a_key_keeps_its_end_and_fits(key: str, width: int) -> None:
-    font = ImageFont.load_default(12)
+    font = sheet_font()
     text = shorten(key, width, font)
-    assert text.isascii()
+    assert text.isprintable()
     assert font.getlength(text) <= width
-    escaped = key.encode("unicode_escape").decode()
-    assert text == escaped or (text.startswith("...") and escaped.endswith(text[3:]))
+    whole = readable(key)
+    assert text == whole or (text.startswith("...") and whole.endswith(text[3:]))
+
+
+def test_names_are_drawn_as_people_write_them_and_what_the_font_lacks_is_escaped() -> None:
+    assert readable("faces/Müller-Åsa Łukasz Жук") == "faces/Müller-Åsa Łukasz Жук"
+    assert readable("Mu\u0308ller") == "Müller"
+    assert readable("a\n\\日\udcff") == "a\\n\\\\\\u65e5\\udcff"
+
+
+def test_labels_have_the_names_of_the_two_classes_unless_there_are_others() -> None:
+    assert names_of([-1, 0, 1]) == {-1: "no label", 0: "0 bonafide", 1: "1 morph"}
+    assert names_of([0, 1, 2]) == {0: "label 0", 1: "label 1", 2: "label 2"}
+
+
+def test_a_long_title_is_broken_and_not_cut() -> None:
+    counts = {label: 10**9 + label for label in range(6)}
+    sheet = draw_sheet(Contents(10**6, counts, tiles(1)))
+    assert (np.asarray(sheet)[:, -4:] == 255).all(), "nothing is written up to the edge"
+    assert sheet.height > draw_sheet(Contents(1, {0: 1}, tiles(1))).height
 
 
 def test_the_command_writes_a_png_and_replaces_an_older_one(
@@ -68,7 +97,7 @@ def test_the_command_writes_a_png_and_replaces_an_older_one(
     assert main(["--data", f"{shards}/*.tar", "--output", str(output), "--num_images", "9"]) == 0
     with Image.open(output) as sheet:
         assert sheet.format == "PNG"
-    assert "9 of 64 images in 3 shards; label 0: 32, label 1: 32" in capsys.readouterr().out
+    assert "9 of 64 images in 3 shards; 0 bonafide: 32, 1 morph: 32" in capsys.readouterr().out
     assert not list(tmp_path.glob(".sheet*"))
 
 

@@ -12,11 +12,15 @@ Shapes: H, W image size; HWC uint8 RGB.
 
 import math
 import sys
-import uuid
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.ft2font import FT2Font
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -26,6 +30,7 @@ from trainer.data.decode import decode_image
 from trainer.data.members import NO_LABEL
 from trainer.data.shards import ShardReader, list_shards, open_index
 from trainer.errors import ConfigError, SampleError
+from trainer.files import atomic_draft
 
 _SIDE = 160
 _LINE = 16
@@ -87,12 +92,8 @@ def main(words: list[str]) -> int:
         return 0
     contents = read_images(settings.data, settings.num_images, settings.index_dir, settings.image_member)
     output = Path(settings.output)
-    draft = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
+    with atomic_draft(output) as draft:
         draw_sheet(contents).save(draft, "PNG")
-        draft.replace(output)
-    finally:
-        draft.unlink(missing_ok=True)
     print(f"{output}: {title_of(contents)}")
     return 0
 
@@ -125,32 +126,47 @@ def title_of(contents: Contents) -> str:
     if len(by_label) > _MAX_LABELS_NAMED:
         labels = f"{len(by_label)} labels"
     else:
-        labels = ", ".join(f"{_name_of(label)}: {count}" for label, count in by_label.items())
+        names = names_of(by_label)
+        labels = ", ".join(f"{names[label]}: {count}" for label, count in by_label.items())
     num_damaged = sum(tile.image_HWC is None for tile in contents.tiles)
     damaged = f" ({num_damaged} damaged)" if num_damaged else ""
     total = sum(by_label.values())
     return f"{len(contents.tiles)}{damaged} of {total} images in {contents.num_shards} shards; {labels}"
 
 
+def names_of(labels: Iterable[int]) -> dict[int, str]:
+    """Name labels: as the classes of detection where there are no others, else by their numbers."""
+    known, labels = {0: "bonafide", 1: "morph"}, set(labels)
+    detection = labels <= {NO_LABEL, *known}
+    return {
+        label: "no label" if label == NO_LABEL else f"{label} {known[label]}" if detection else f"label {label}"
+        for label in labels
+    }
+
+
 def draw_sheet(contents: Contents) -> Image.Image:
     """Draw the tiles in a grid below a title, row by row."""
-    font = ImageFont.load_default(_LINE - 4)
+    font, names = sheet_font(), names_of(contents.num_images_by_label)
     num_columns = max(_MIN_COLUMNS, math.ceil(math.sqrt(len(contents.tiles))))
     num_rows = math.ceil(len(contents.tiles) / num_columns)
-    step_x, step_y, top = _SIDE + _GAP, _SIDE + 2 * _LINE + _GAP, _LINE + 2 * _GAP
-    sheet = Image.new("RGB", (num_columns * step_x + _GAP, top + num_rows * step_y), "white")
+    step_x, step_y = _SIDE + _GAP, _SIDE + 2 * _LINE + _GAP
+    width = num_columns * step_x + _GAP
+    title = _wrapped(title_of(contents), width - 2 * _GAP, font)
+    top = len(title) * _LINE + 2 * _GAP
+    sheet = Image.new("RGB", (width, top + num_rows * step_y), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((_GAP, _GAP), title_of(contents), "black", font)
+    for number, line in enumerate(title):
+        draw.text((_GAP, _GAP + number * _LINE), line, "black", font)
     for number, tile in enumerate(contents.tiles):
         row, column = divmod(number, num_columns)
         x, y = _GAP + column * step_x, top + row * step_y
         sheet.paste(_picture(tile, font), (x, y))
         draw.text((x, y + _SIDE), shorten(tile.key, _SIDE, font), "black", font)
-        draw.text((x, y + _SIDE + _LINE), _name_of(tile.label), "dimgrey", font)
+        draw.text((x, y + _SIDE + _LINE), names.get(tile.label, str(tile.label)), "dimgrey", font)
     return sheet
 
 
-def _picture(tile: Tile, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> Image.Image:
+def _picture(tile: Tile, font: ImageFont.FreeTypeFont) -> Image.Image:
     if tile.image_HWC is not None:
         return ImageOps.pad(Image.fromarray(tile.image_HWC), (_SIDE, _SIDE), color="white")
     grey = Image.new("RGB", (_SIDE, _SIDE), _GREY)
@@ -158,17 +174,47 @@ def _picture(tile: Tile, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> 
     return grey
 
 
-def shorten(key: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    """Cut a key from the left until it fits into ``width``; line ends and what is not ASCII are escaped [pixels]."""
-    text = key.encode("unicode_escape").decode()
+def sheet_font() -> ImageFont.FreeTypeFont:
+    """Return the font of the sheet: DejaVu Sans, which comes with matplotlib; Pillow's own knows ASCII only."""
+    return ImageFont.truetype(_font_file(), _LINE - 4)
+
+
+def _font_file() -> str:
+    return str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+
+
+@cache
+def _drawable() -> frozenset[int]:
+    return frozenset(FT2Font(_font_file()).get_charmap())
+
+
+def readable(key: str) -> str:
+    """Write a key with what the font can draw; line ends, controls and other letters are escaped."""
+    return "".join(
+        c if c.isprintable() and ord(c) in _drawable() and c != "\\" else c.encode("unicode_escape").decode()
+        for c in unicodedata.normalize("NFC", key)  # macOS writes letter and accent apart
+    )
+
+
+def shorten(key: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """Cut a key from the left until it fits into ``width`` [pixels]."""
+    text = readable(key)
     if font.getlength(text) <= width:
         return text
     start = next(start for start in range(1, len(text) + 1) if font.getlength("..." + text[start:]) <= width)
     return "..." + text[start:]
 
 
-def _name_of(label: int) -> str:
-    return "no label" if label == NO_LABEL else f"label {label}"
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    """Break a text between words into lines that fit into ``width`` [pixels]."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """tools/check_shards.py finds every damage that the trainer would meet, and saves the rest."""
 
+import io
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import jpeg, members_of, write_tar
+from conftest import display_p3, jpeg, members_of, write_tar
+from PIL import Image
 
 from tools.check_shards import main
 from trainer.data.shards import ShardIndex, ShardReader, open_index
@@ -155,3 +157,11 @@ def test_a_repair_never_overwrites(tmp_path: Path) -> None:
         check("--data", str(path), "--repair", str(path.parent))
     with pytest.raises(ConfigError, match="data is empty"):
         check()
+
+
+def test_colour_profiles_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(file, "JPEG", icc_profile=display_p3())
+    write_tar(tmp_path / "a.tar", [*members_of(range(2)), ("phone.jpg", file.getvalue())])
+    assert main(["--data", str(tmp_path / "a.tar"), "--progress_bar", "false"]) == 0
+    assert "colour profile  none: 2, Display P3: 1" in capsys.readouterr().out

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from launch.command_line import configure_tool, run
 from tools.salvage import Saved, rewrite
 from trainer.config import check_types
-from trainer.data.decode import decode_image
+from trainer.data.decode import colour_profile, decode_image
 from trainer.data.members import GROUP_FIELDS, NO_LABEL, Sample, Tally, check_image_member, samples_of
 from trainer.data.shards import list_shards
 from trainer.data.storage import is_url
@@ -73,6 +73,8 @@ class Findings:
     num_bytes: int = 0
     sides: Counter[tuple[int, int]] = field(default_factory=Counter)
     """(height, width) -> images."""
+    profiles: Counter[str] = field(default_factory=Counter)
+    """Name of the colour profile, "none" without one -> images."""
     groups: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in GROUP_FIELDS})
     digests: list[tuple[bytes, str]] = field(default_factory=list)
     """First 16 bytes of an image's sha256, and the sample's key."""
@@ -149,6 +151,7 @@ def _note(found: Findings, sample: Sample) -> None:
     for name, value in sample.groups.items():
         found.groups[name][value] += 1
     found.digests.append((hashlib.sha256(sample.image.payload).digest()[:16], sample.key))
+    found.profiles[colour_profile(sample.image.payload) or "none"] += 1
     try:
         found.sides[decode_image(sample.image.payload).shape[:2]] += 1
     except SampleError as error:
@@ -168,6 +171,7 @@ def describe(findings: list[Findings]) -> None:
             expanded[side] += count
         print(f"shorter sides {sides[0][0]} to {sides[-1][0]} px, most often {expanded.most_common(1)[0][0]} px")
     _histogram("label", Counter({_label(label): count for label, count in tally.labels.items()}))
+    _histogram("colour profile", sum((f.profiles for f in findings), Counter()))
     for name in GROUP_FIELDS:
         _histogram(name, sum((f.groups[name] for f in findings), Counter()))
     for note in tally.notes():

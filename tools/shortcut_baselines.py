@@ -34,6 +34,7 @@ from trainer.config import check_types
 from trainer.data.augment import CenterView
 from trainer.data.shards import list_shards, open_index
 from trainer.data.stream import fixed_stream
+from trainer.errors import DataError
 from trainer.evaluate import check_labels, truth_of
 from trainer.files import write_atomically
 from trainer.metrics import summarise
@@ -130,11 +131,22 @@ def read_set(shards: str, setting: str, settings: Settings) -> tuple[list[NDArra
     folder = Path(settings.index_dir) if settings.index_dir else None
     index = open_index(list_shards(shards, setting=setting), index_dir=folder, image_member=settings.image_member)
     check_labels(index, setting=setting)
+    images, kept, failed = [], list[int](), list[str]()
+    view = CenterView(size=settings.image_size)
     every = list(range(len(index)))
-    images = []
-    for batch in fixed_stream(index, every, CenterView(size=settings.image_size), batch=64, noise_per_sample=1):
-        images += [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32) for image in _pixels(batch)]
-    return images, truth_of(index, np.array(every))
+    for batch in fixed_stream(index, every, view, batch=64, noise_per_sample=1, substitute=False):
+        grey = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32) for image in _pixels(batch)]
+        for image, number, key, failure in zip(grey, batch.positions, batch.keys, batch.failures, strict=True):
+            if failure:
+                failed.append(f"{key} ({failure})")
+            else:
+                images.append(image)
+                kept.append(number)
+    print(f"{setting}: {len(kept)} of {len(index)} images" + (f"; damaged: {', '.join(failed[:3])}" if failed else ""))
+    truth = truth_of(index, np.array(kept, dtype=np.int64))
+    if len(set(truth.label_N.tolist())) < 2:
+        raise DataError(f"{setting}: no image of one of the two classes can be read: verify with tools/check_shards.py")
+    return images, truth
 
 
 def _pixels(batch: Any) -> NDArray[np.uint8]:

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from trainer.config import Recipe, Runtime
+from trainer.data.augment import Pixels
 from trainer.data.mixture import Mixture, Source, groups_by_value, groups_of_sources, read_sources
 from trainer.data.plan import Order, Plan
 from trainer.data.sampler import WeightedOrder, class_weights
@@ -19,6 +20,11 @@ from trainer.errors import ConfigError, DataError
 from trainer.world import World
 
 logger = logging.getLogger(__name__)
+
+
+def pixels_of(recipe: Recipe) -> Pixels:
+    """Say how pixels come about, which must be the same wherever a model sees images."""
+    return Pixels(resize=recipe.view_resize, srgb=recipe.colours == "srgb")
 
 
 def find_sources(recipe: Recipe, runtime: Runtime, *, others: Mapping[str, str]) -> dict[str, list[Source]]:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launch.data import pixels_of
 from launch.init_weights import Init, check_heads, check_init, read_init
 from trainer.config import DetectorRecipe, from_record
-from trainer.data.augment import CenterView, DetectorView
+from trainer.data.augment import AS_STORED, CenterView, DetectorView, Pixels
 from trainer.data.distort import BasicAugment, PassportChain, RandAugment
-from trainer.data.resize import Resize
 from trainer.errors import CheckpointError
 from trainer.models.detector import STATISTICS, HeadOptions, MorphDetector
 from trainer.models.encoder import PatchEncoder
@@ -93,22 +93,23 @@ def training_view(recipe: DetectorRecipe) -> DetectorView:
         before=[PassportChain(recipe.passport_aug, recipe.passport_p)] if recipe.passport_aug else [],
         after=after,
         self_morph_share=recipe.self_morph_share,
-        resize=recipe.view_resize,
+        pixels=pixels_of(recipe),
     )
 
 
 def preprocessing_of(recipe: DetectorRecipe) -> dict[str, Any]:
     """Describe what happens to a test image before the model sees it; a detector is only ever used with the same."""
-    return preprocessing(recipe.image_size, *STATISTICS[recipe.normalisation], resize=recipe.view_resize)
+    return preprocessing(recipe.image_size, *STATISTICS[recipe.normalisation], pixels=pixels_of(recipe))
 
 
 def preprocessing(
-    image_size: int, mean: Sequence[float], std: Sequence[float], *, resize: Resize = "antialias"
+    image_size: int, mean: Sequence[float], std: Sequence[float], *, pixels: Pixels = AS_STORED
 ) -> dict[str, Any]:
     """Describe the view of a test image and its normalisation."""
-    return {
+    colours = {"colours": "converted to sRGB by the image's ICC profile"} if pixels.srgb else {}
+    return colours | {
         "image_size": image_size,
-        "view": CenterView.descriptions[resize],
+        "view": CenterView.descriptions[pixels.resize],
         "mean": list(mean),
         "std": list(std),
         "colour_order": "RGB",

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from launch.command_line import configure_tool, run
-from launch.data import span_reader
+from launch.data import pixels_of, span_reader
 from launch.detectors import preprocessing_of, rebuild, recipe_of
 from launch.run_setup import versions
 from trainer.config import DetectorRecipe, DetectorRuntime, check_types
@@ -223,7 +223,7 @@ def measure(detector: Detector, test_set: TestSet, settings: Settings) -> tuple[
         fixed_stream(
             index,
             list(range(len(index))),
-            CenterView(size=detector.recipe.image_size, resize=detector.recipe.view_resize),
+            CenterView(size=detector.recipe.image_size, pixels=pixels_of(detector.recipe)),
             batch=min(settings.micro_batch, len(index)),
             noise_per_sample=1,
             spans=span_reader(DetectorRuntime()),
@@ -282,7 +282,7 @@ def hardest_of(detector: Detector, test_set: TestSet, found: ScoredSet, settings
     wrongness_N = np.where(found.label_N == 1, 1 - found.score_N, found.score_N)
     wrongness_N = np.where(np.isnan(wrongness_N), -1, wrongness_N)
     chosen = np.argsort(-wrongness_N, kind="stable")[: settings.num_hardest].tolist()
-    view = CenterView(size=detector.recipe.image_size, resize=detector.recipe.view_resize)
+    view = CenterView(size=detector.recipe.image_size, pixels=pixels_of(detector.recipe))
     if not chosen:
         return []
     stream = fixed_stream(test_set.index, chosen, view, batch=len(chosen), noise_per_sample=1, substitute=False)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from launch.command_line import answered, read_command, recipes_help, run
-from launch.data import describe_shares, find_sources, open_sets, order_of, span_reader, tell_all_ranks
+from launch.data import describe_shares, find_sources, open_sets, order_of, pixels_of, span_reader, tell_all_ranks
 from launch.detectors import build_detector, preprocessing_of, training_view
 from launch.init_weights import describe, read_init
 from launch.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
@@ -195,7 +195,7 @@ class BestDetector:
     def _score(self) -> Scores:
         index, world = self._index["val_data"], self._engine.world
         mine = share_of(len(index), rank=world.rank, num_ranks=world.size)
-        view = CenterView(size=self._recipe.image_size, resize=self._recipe.view_resize)
+        view = CenterView(size=self._recipe.image_size, pixels=pixels_of(self._recipe))
         batch = min(self._runtime.micro_batch, len(mine))
         spans = span_reader(self._runtime)
         stream = fixed_stream(index, mine, view, batch=batch, noise_per_sample=1, spans=spans, substitute=False)

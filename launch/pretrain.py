@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from launch.command_line import answered, read_command, recipes_help, run
-from launch.data import describe_shares, find_sources, open_sets, order_of, span_reader, tell_all_ranks
+from launch.data import describe_shares, find_sources, open_sets, order_of, pixels_of, span_reader, tell_all_ranks
 from launch.init_weights import check_heads, check_init, read_init
 from launch.recipes import DEFAULT, RECIPES
 from launch.run_setup import (
@@ -234,7 +234,7 @@ class HeldOutView:
         return mean_patch.error(self._read("heldout_data", self._chosen), self.draw_mask)
 
     def _read(self, setting: str, samples: list[int], *, batch: int | None = None) -> Iterable[Batch]:
-        view = CenterView(size=self._recipe.image_size, resize=self._recipe.view_resize)
+        view = CenterView(size=self._recipe.image_size, pixels=pixels_of(self._recipe))
         batch = batch or min(self._runtime.micro_batch, len(samples))
         return Loader(
             fixed_stream(
@@ -284,7 +284,7 @@ def training_of(
             flip_probability=recipe.flip_probability,
             seed=recipe.seed,
             fast=recipe.decode_quality == "fast",
-            resize=recipe.view_resize,
+            pixels=pixels_of(recipe),
         ),
         noise_per_sample=encoder.num_patches,
         repeats=recipe.aug_repeats,

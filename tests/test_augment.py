@@ -7,14 +7,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import jpeg
+from conftest import display_p3, jpeg
 from PIL import Image
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from launch.detectors import preprocessing_of
+from tools.image_files import Storing, stored_image
 from trainer.config import DetectorRecipe, from_record
-from trainer.data.augment import CenterView, DetectorView, Photo, PretrainView, crop_box
+from trainer.data.augment import CenterView, DetectorView, Photo, Pixels, PretrainView, View, crop_box
+from trainer.data.decode import decode_image
 from trainer.errors import SampleError
 
 
@@ -89,7 +91,7 @@ def test_views_have_the_detail_of_pillows_antialiased_bicubic(side: int, kind: s
     payload, ratios = textured(side, kind), {"antialias": [], "former": []}
     whole = Image.open(io.BytesIO(payload)).convert("RGB")
     views = {
-        how: PretrainView(size=224, crop_scale=(0.2, 1), flip_probability=0, seed=1, fast=True, resize=how)
+        how: PretrainView(size=224, crop_scale=(0.2, 1), flip_probability=0, seed=1, fast=True, pixels=Pixels(how))
         for how in ratios
     }
     for draws in views["former"].draw(range(10)):
@@ -141,7 +143,7 @@ def test_a_detector_of_release_0_1_keeps_its_view_and_records_of_both_differ() -
     assert preprocessing_of(new)["view"] != preprocessing_of(old)["view"]
     payload, out = textured(48, "PNG"), np.empty((2, 96, 96, 3), np.uint8)
     for row, recipe in zip(out, (old, new), strict=True):
-        CenterView(size=96, resize=recipe.view_resize)(Photo(payload), np.empty((1, 0), np.float32), row[None])
+        CenterView(size=96, pixels=Pixels(recipe.view_resize))(Photo(payload), np.empty((1, 0), np.float32), row[None])
     assert (out[0, ::2, ::2] == out[0, 1::2, 1::2]).all(), "area interpolation enlarges to blocks"
     assert detail(out[0]) > 3 * detail(out[1])
 
@@ -202,3 +204,75 @@ def test_the_centre_is_always_the_same_and_what_is_no_image_is_refused() -> None
         view(Photo(b"nothing"), view.draw([0]), out[:1])
     with pytest.raises(SampleError):
         view_of(jpeg(2)[:200], 0)
+
+
+WHOLE = {"size": 16, "crop_scale": (1.0, 1.0), "flip_probability": 0.0, "seed": 0}
+VIEWS = {
+    "pretrain": lambda pixels: PretrainView(**WHOLE, fast=True, pixels=pixels),
+    "detector": lambda pixels: DetectorView(**WHOLE, pixels=pixels),
+    "test": lambda pixels: CenterView(size=16, pixels=pixels),
+}
+
+
+def seen(view: View, payload: bytes) -> np.ndarray:
+    out_RSSC = np.empty((1, 16, 16, 3), np.uint8)
+    view(Photo(payload), view.draw([0]), out_RSSC)
+    return out_RSSC[0].astype(int)
+
+
+def coloured(kind: str, size: tuple[int, int] = (64, 64), **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (200, 120, 90)).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_training_and_tests_see_the_same_colours_of_a_phones_photograph(name: str, kind: str) -> None:
+    stored, converted = VIEWS[name](Pixels()), VIEWS[name](Pixels(srgb=True))
+    exact = {"lossless": True} if kind == "WEBP" else {}
+    plain, phone = coloured(kind, **exact), coloured(kind, icc_profile=display_p3(), **exact)
+    for payload in (plain, phone):
+        assert np.abs(seen(stored, payload) - (200, 120, 90)).max() <= 4
+    np.testing.assert_array_equal(seen(converted, plain), seen(stored, plain))
+    expected = decode_image(phone, srgb=True)[0, 0]
+    assert np.abs(seen(converted, phone) - expected).max() <= 3
+    assert np.abs(expected.astype(int) - (200, 120, 90)).max() > 8
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_turned_transparent_and_animated_images_look_the_same_packed_or_not_in_training_and_tests(name: str) -> None:
+    view = VIEWS[name](Pixels())
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    half = Image.new("RGB", (64, 64), (200, 0, 0))
+    half.paste((0, 0, 200), (0, 0, 64, 32))
+    clear = half.convert("RGBA")
+    clear.putalpha(0)
+    cases = {
+        "turned": [(half, kind, {"exif": turned.tobytes()}) for kind in ("JPEG", "PNG", "WEBP", "TIFF")],
+        "clear": [(clear, kind, {}) for kind in ("PNG", "WEBP", "TIFF")],
+        "animated": [
+            (half, kind, {"save_all": True, "append_images": [clear.convert("RGB")]}) for kind in ("PNG", "GIF")
+        ],
+    }
+    for case, files in cases.items():
+        for image, kind, options in files:
+            file = io.BytesIO()
+            image.save(file, kind, **options)
+            _, packed = stored_image(file.getvalue(), Storing())
+            _, shrunk = stored_image(file.getvalue(), Storing(max_side=32))
+            top = {"turned": (200, 0, 0), "clear": (0, 0, 0), "animated": (0, 0, 200)}[case]
+            for payload in (packed, shrunk):
+                assert np.abs(seen(view, payload)[2] - top).max() <= 24, (case, kind)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_tiny_image_is_refused_everywhere_for_the_same_reason(name: str) -> None:
+    for act in (
+        lambda payload: seen(VIEWS[name](Pixels()), payload),
+        lambda payload: stored_image(payload, Storing()),
+        lambda payload: stored_image(payload, Storing(max_side=8)),
+    ):
+        with pytest.raises(SampleError, match="too_small"):
+            act(coloured("PNG", (7, 40)))

@@ -84,6 +84,9 @@ class Recipe:
     view_resize: Literal["antialias", "former"] = "antialias"
     """antialias: every view is scaled by antialiased cubic interpolation, as in the published MAE; former: as release
     0.1 did (training crops cubic without antialiasing, detectors' by area where they shrink, tests by area)."""
+    colours: Literal["stored", "srgb"] = "stored"
+    """stored: numbers as they stand in the file; srgb: images with another colour profile (Display P3 of phones, Adobe
+    RGB) are converted to sRGB, in tests as well."""
     balance_by: Literal["none", "label", "source", "attack"] = "none"
     """Give each class, or each value of that field of the samples' json, an equal part of every batch."""
     use_balanced_sampler: bool = False
@@ -462,6 +465,7 @@ LEGACY_VALUES: dict[str, Any] = {
     "image_member": None,
     "mix_group": 0,
     "view_resize": "former",
+    "colours": "stored",
 }
 """Recipe field -> the value, as JSON gives it, under which a run begun before the field existed behaved, or a run begun
 before its default changed. Whoever adds a field, or changes a default that changes numbers, adds a line: without it no

@@ -10,6 +10,7 @@ import math
 import os
 import typing
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -51,6 +52,19 @@ class Photo(NamedTuple):
     """Points (x, y) in the image [pixels]."""
 
 
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """How pixels come about, in the training, validation and tests of a model alike."""
+
+    resize: Resize = "antialias"
+    """former: as release 0.1 scaled."""
+    srgb: bool = False
+    """Convert images with another colour profile to sRGB; otherwise numbers stay as they are stored."""
+
+
+AS_STORED = Pixels()
+
+
 class View(Protocol):
     """A way to look at images."""
 
@@ -84,7 +98,7 @@ class PretrainView:
         seed: run seed.
         fast: decode with libjpeg-turbo's faster transforms, and reduced where all crops are at least twice the view.
             Never for detection: artefacts are the signal.
-        resize: former: cubic without antialiasing.
+        pixels: how they are decoded and scaled; former: cubic without antialiasing.
     """
 
     def __init__(
@@ -95,9 +109,9 @@ class PretrainView:
         flip_probability: float,
         seed: int,
         fast: bool,
-        resize: Resize = "antialias",
+        pixels: Pixels = AS_STORED,
     ) -> None:
-        self.size, self._resize = size, resize
+        self.size, self._pixels = size, pixels
         self._scratch = Scratch()
         self._crop_scale, self._flip_probability, self._seed, self._fast = crop_scale, flip_probability, seed, fast
 
@@ -115,17 +129,17 @@ class PretrainView:
         size = upright_jpeg_size(payload) if self._fast else None
         shrink, image_HWC = 1, None
         if size is None:
-            image_HWC = decode_image(payload, fast=self._fast, scratch=self._scratch)
+            image_HWC = decode_image(payload, fast=self._fast, scratch=self._scratch, srgb=self._pixels.srgb)
             size = image_HWC.shape[0], image_HWC.shape[1]
         boxes = [crop_box(*size, draws, scale=self._crop_scale) for draws in draws_RK.tolist()]
         if image_HWC is None:
             shrink = self._shrink(min(min(height, width) for _, _, height, width in boxes))
-            image_HWC = decode_image(payload, shrink=shrink, fast=True, scratch=self._scratch)
+            image_HWC = decode_image(payload, shrink=shrink, fast=True, scratch=self._scratch, srgb=self._pixels.srgb)
         for (top, left, height, width), draws_K, out_SSC in zip(boxes, draws_RK, out_RSSC, strict=True):
             rows = slice(top // shrink, (top + height) // shrink)
             columns = slice(left // shrink, (left + width) // shrink)
             crop_HWC = image_HWC[rows, columns]
-            if self._resize == "former":
+            if self._pixels.resize == "former":
                 cv2.resize(crop_HWC, (self.size, self.size), dst=out_SSC, interpolation=cv2.INTER_CUBIC)
             else:
                 resize_into(crop_HWC, out_SSC)
@@ -166,7 +180,8 @@ class DetectorView:
         before: distortions of the whole image, such as a passport's way from the camera to the chip.
         after: distortions of the view, such as RandAugment.
         self_morph_share: share of the bona fides (label 0) that become attacks (label 1) before anything else.
-        resize: former: by area where both sides shrink, else cubic without antialiasing.
+        pixels: how they are decoded and scaled; former: by area where both sides shrink, else cubic without
+            antialiasing.
     """
 
     def __init__(
@@ -179,9 +194,9 @@ class DetectorView:
         before: Sequence[Distortion] = (),
         after: Sequence[Distortion] = (),
         self_morph_share: float = 0.0,
-        resize: Resize = "antialias",
+        pixels: Pixels = AS_STORED,
     ) -> None:
-        self.size, self._resize = size, resize
+        self.size, self._pixels = size, pixels
         self._crop_scale, self._flip_probability, self._seed = crop_scale, flip_probability, seed
         self._before, self._after, self._self_morph_share = before, after, self_morph_share
         self._stages = [2 * _CROP_ATTEMPTS + 3, 1 + selfmorph.NUM_DRAWS, *(d.num_draws for d in (*before, *after))]
@@ -196,7 +211,7 @@ class DetectorView:
 
     def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> list[int]:
         """Decode one image once and write views of it."""
-        image_HWC = decode_image(photo.payload)
+        image_HWC = decode_image(photo.payload, srgb=self._pixels.srgb)
         return [self._write(image_HWC, photo, *one) for one in zip(draws_RK, out_RSSC, strict=True)]
 
     def _write(
@@ -224,7 +239,7 @@ class DetectorView:
         return label
 
     def _scaled(self, view_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        if self._resize == "antialias":
+        if self._pixels.resize == "antialias":
             return resized(view_HWC, self.size, self.size)
         interpolation = cv2.INTER_AREA if min(view_HWC.shape[:2]) > self.size else cv2.INTER_CUBIC
         return np.asarray(cv2.resize(view_HWC, (self.size, self.size), interpolation=interpolation), dtype=np.uint8)
@@ -245,10 +260,10 @@ class CenterView:
     }
     """What a detector records of its view of test images."""
 
-    def __init__(self, *, size: int, resize: Resize = "antialias") -> None:
-        self.size = size
+    def __init__(self, *, size: int, pixels: Pixels = AS_STORED) -> None:
+        self.size, self._srgb = size, pixels.srgb
         self._former: A.Compose | None = None
-        if resize == "former":
+        if pixels.resize == "former":
             scale = A.SmallestMaxSize(max_size=size, interpolation=cv2.INTER_AREA)
             self._former = A.Compose([scale, A.CenterCrop(height=size, width=size)], seed=0)
 
@@ -262,7 +277,7 @@ class CenterView:
 
     def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> list[int]:
         """Decode one image and write its centre."""
-        image_HWC = decode_image(photo.payload)
+        image_HWC = decode_image(photo.payload, srgb=self._srgb)
         out_RSSC[...] = self._former(image=image_HWC)["image"] if self._former else self._centre(image_HWC)
         return [photo.label] * len(draws_RK)
 

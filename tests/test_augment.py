@@ -276,3 +276,9 @@ def test_a_tiny_image_is_refused_everywhere_for_the_same_reason(name: str) -> No
     ):
         with pytest.raises(SampleError, match="too_small"):
             act(coloured("PNG", (7, 40)))
+
+
+def test_a_detector_records_whether_colours_are_converted() -> None:
+    stored, converted = (preprocessing_of(DetectorRecipe(colours=how)) for how in ("stored", "srgb"))
+    assert set(converted) - set(stored) == {"colours"}, "detectors of before are compared with what they recorded"
+    assert {name: converted[name] for name in stored} == stored

@@ -8,6 +8,7 @@ types and ranges are checked by `trainer.config` before any work.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import logging
 import multiprocessing
@@ -28,7 +29,17 @@ import fire
 from fire.core import FireExit
 from fire.decorators import SetParseFn
 
-from trainer.config import Bare, Recipe, Runtime, help_text, keep_legacy_values, refuse_unknown, resolve, with_flags
+from trainer.config import (
+    Bare,
+    Recipe,
+    Runtime,
+    expand_home,
+    help_text,
+    keep_legacy_values,
+    refuse_unknown,
+    resolve,
+    with_flags,
+)
 from trainer.errors import ConfigError, SupersededError, TrainerError
 from trainer.guardian import Phase
 from trainer.watchdog import explain_loss, mark
@@ -61,7 +72,7 @@ def run(command: Callable[[], int]) -> NoReturn:
         try:
             code = command()
         except Exception as error:  # noqa: BLE001  (every error is shown; this process must not linger)
-            code = EXIT_INTERRUPTED if interrupt.seen else _explain(error)
+            code = EXIT_INTERRUPTED if interrupt.seen else explain(error)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     if interrupt.seen:
@@ -71,7 +82,7 @@ def run(command: Callable[[], int]) -> NoReturn:
     os._exit(code)  # a rank that failed must not wait in the clean-up of a group that lost its members
 
 
-def _explain(error: Exception) -> int:
+def explain(error: Exception) -> int:
     """Show an error, and return the exit code."""
     if isinstance(error, TrainerError):
         mark(Phase.FAILED)
@@ -84,7 +95,7 @@ def _explain(error: Exception) -> int:
         mark(Phase.FAILED)
         traceback.print_exception(error)
         return 1
-    if _is_main():
+    if is_main():
         print(f"\nerror: {loss}", file=sys.stderr)
     return EXIT_PEER_LOST
 
@@ -112,7 +123,7 @@ class _Interrupt:
 
 def say_interrupted() -> None:
     """Write the one line of a command that Ctrl-C ends."""
-    if _is_main():
+    if is_main():
         os.write(2, b"\ninterrupted: nothing half written stays; the same command starts it again\n")
 
 
@@ -141,7 +152,7 @@ def answered(argv: Sequence[str], help_of: Callable[[list[str]], str]) -> bool:
         text = version_text()
     else:
         return False
-    if _is_main():
+    if is_main():
         print(text)
     return True
 
@@ -194,10 +205,21 @@ def _as_it_began(recipe: R, record: Path, flags: Mapping[str, str]) -> R:
     except (OSError, ValueError, KeyError, TypeError):
         return recipe  # no run, or one that `run_setup.check_output` refuses
     recipe, kept = keep_legacy_values(recipe, recorded, flags)
-    if kept and _is_main():
+    if kept and is_main():
         told = ", ".join(f"{name} {value!r}" for name, value in kept.items())
         logger.warning("this run began before an update of the defaults and goes on as it began, with %s", told)
     return recipe
+
+
+def read_training(argv: Sequence[str], recipes: Recipes[R, T], default: str) -> CommandLine[R, T] | None:
+    """Read the command line of a training, or print its help or version and return None.
+
+    Raises:
+        ConfigError: an unknown argument, name or value.
+    """
+    if answered(argv, functools.partial(recipes_help, recipes, default)):
+        return None
+    return read_command(argv, recipes, default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +242,19 @@ def configure_tool(argv: Sequence[str], settings: S, doc: str, *, required: tupl
         if not getattr(configured, name):
             raise ConfigError(f"{name} is empty: pass --{name}")
     return configured
+
+
+def read_folder(argv: Sequence[str], doc: str) -> Path | None:
+    """Read the command line of a tool that takes one folder, or print its help or version and return None.
+
+    Raises:
+        ConfigError: anything else stands there.
+    """
+    if answered(argv, lambda _: doc):
+        return None
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise ConfigError(f"{' '.join(argv) or 'nothing'!r} is given, but one folder is needed: --help shows how")
+    return Path(expand_home(argv[0]))
 
 
 def read_flags(argv: Sequence[str]) -> dict[str, str]:
@@ -310,12 +345,13 @@ def _let_main_speak_first(code: int) -> None:
 
     Who is ended while it waits leaves with the same code, so that nobody takes a mistake for a lost rank.
     """
-    if not _is_main():
+    if not is_main():
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         time.sleep(_MAIN_SPEAKS_FIRST_S)
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
+    """Whether this is the one rank that talks to the user; true without ranks."""
     return os.environ.get("RANK", "0") == "0"
 
 

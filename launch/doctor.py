@@ -10,6 +10,11 @@ Examples:
     python launch/doctor.py --recipe mae_vit_base --data 'shards/train/*.tar'
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__, loads="torch and DeepSpeed")
+
 import argparse
 import functools
 import json
@@ -33,12 +38,12 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from launch.command_line import EXIT_USER_ERROR, run
+from launch.command_line import EXIT_USER_ERROR, answered, run
 from launch.pretrain import build_model
 from launch.recipes import configure_script
 from launch.run_setup import engine_settings, use_devices, versions
 from trainer.checkpoint import newest_manifest
-from trainer.config import DetectorRecipe, PretrainRecipe, PretrainRuntime, Recipe, Runtime
+from trainer.config import DetectorRecipe, PretrainRecipe, PretrainRuntime, Recipe, Runtime, expand_home
 from trainer.data.mixture import read_sources
 from trainer.data.storage import reading
 from trainer.ds_config import compiled_optimizer
@@ -72,14 +77,28 @@ class Finding:
         return f"{self.level:5} {self.check:13} {self.text}"
 
 
-def main(words: list[str]) -> int:
-    """Return the exit code: 0 if a training can start, else 2."""
+def _path(text: str) -> Path:
+    return Path(expand_home(text))
+
+
+def read(argv: list[str]) -> tuple[argparse.Namespace, list[str], Recipe, Runtime] | None:
+    """Read the command line: options of its own, the rest, and what the training would read; None after help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", choices=("pretrain", "finetune"), default="pretrain", help="the training to come")
-    parser.add_argument("--hostfile", type=Path, help="ask every host of a DeepSpeed hostfile over ssh")
+    parser.add_argument("--hostfile", type=_path, help="ask every host of a DeepSpeed hostfile over ssh")
     parser.add_argument("--facts", action="store_true", help=argparse.SUPPRESS)
-    options, rest = parser.parse_known_args(words)
-    recipe, runtime = configure_script(options.script, rest)
+    if answered(argv, lambda _: parser.format_help()):
+        return None
+    options, rest = parser.parse_known_args(argv)
+    return options, rest, *configure_script(options.script, rest)
+
+
+def main(argv: list[str]) -> int:
+    """Return the exit code: 0 if a training can start, else 2."""
+    line = read(argv)
+    if line is None:
+        return 0
+    options, rest, recipe, runtime = line
     if options.facts:
         print(json.dumps(facts_of(World(), recipe, runtime, list_shards_of(runtime)[:2])))
         return 0

@@ -13,6 +13,11 @@ Examples:
     python launch/evaluate.py --models 'lora=runs/detector' --test_sets 'test=detect/test/*.tar'
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__, loads="torch and the model library")
+
 import csv
 import io
 import json
@@ -116,9 +121,14 @@ class Detector:
     model: MorphDetector
 
 
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__, required=("models", "test_sets"))
+
+
 def main(words: list[str]) -> int:
     """Return the exit code."""
-    settings = configure_tool(words, Settings(), __doc__, required=("models", "test_sets"))
+    settings = read(words)
     if settings is None:
         return 0
     evaluate(settings)

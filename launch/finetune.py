@@ -3,6 +3,11 @@
 `finetune` is the table of contents; ``--help`` lists every setting.
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__, loads="torch and DeepSpeed")
+
 import functools
 import logging
 import sys
@@ -12,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from launch.command_line import answered, read_command, recipes_help, run
+from launch.command_line import CommandLine, read_training, run
 from launch.data import describe_shares, find_sources, open_sets, order_of, pixels_of, span_reader, tell_all_ranks
 from launch.detectors import build_detector, preprocessing_of, training_view
 from launch.init_weights import describe, read_init
@@ -51,11 +56,16 @@ from trainer.world import world_from_environment
 logger = logging.getLogger(__name__)
 
 
+def read(argv: list[str]) -> CommandLine[DetectorRecipe, DetectorRuntime] | None:
+    """Read the command line; None where it asked for help."""
+    return read_training(argv, DETECTOR_RECIPES, DETECTOR_DEFAULT)
+
+
 def main(argv: list[str]) -> int:
     """Return the exit code: 0 finished; after saving, 85 stopped by a scheduler's signal, 130 by Ctrl-C."""
-    if answered(argv, functools.partial(recipes_help, DETECTOR_RECIPES, DETECTOR_DEFAULT)):
+    line = read(argv)
+    if line is None:
         return 0
-    line = read_command(argv, DETECTOR_RECIPES, DETECTOR_DEFAULT)
     return finetune(line.recipe, line.runtime).exit_code
 
 

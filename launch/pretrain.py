@@ -3,6 +3,11 @@
 `pretrain` is the table of contents; ``--help`` lists every setting.
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__, loads="torch and DeepSpeed")
+
 import dataclasses
 import functools
 import logging
@@ -13,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from launch.command_line import answered, read_command, recipes_help, run
+from launch.command_line import CommandLine, read_training, run
 from launch.data import describe_shares, find_sources, open_sets, order_of, pixels_of, span_reader, tell_all_ranks
 from launch.init_weights import check_heads, check_init, read_init
 from launch.recipes import DEFAULT, RECIPES
@@ -54,11 +59,16 @@ _MEAN_FACE_IMAGES = 2048
 _PICTURES = 8
 
 
+def read(argv: list[str]) -> CommandLine[PretrainRecipe, PretrainRuntime] | None:
+    """Read the command line; None where it asked for help."""
+    return read_training(argv, RECIPES, DEFAULT)
+
+
 def main(argv: list[str]) -> int:
     """Return the exit code: 0 finished; after saving, 85 stopped by a scheduler's signal, 130 by Ctrl-C."""
-    if answered(argv, functools.partial(recipes_help, RECIPES, DEFAULT)):
+    line = read(argv)
+    if line is None:
         return 0
-    line = read_command(argv, RECIPES, DEFAULT)
     return pretrain(line.recipe, line.runtime).exit_code
 
 

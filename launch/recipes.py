@@ -205,12 +205,12 @@ def _detecting() -> DetectorRuntime:
     return DetectorRuntime(output_dir="runs/detector", micro_batch=64, num_workers=8, log_every=20, val_every=200)
 
 
-def configure_script(script: str, words: list[str]) -> tuple[Recipe, Runtime]:
-    """Read the words of ``pretrain`` or ``finetune`` as that script does.
+def configure_script(script: str, argv: list[str]) -> tuple[Recipe, Runtime]:
+    """Read the command line of ``pretrain`` or ``finetune`` as that script does.
 
     Raises:
         ConfigError: as `configure`.
     """
     if script == "pretrain":
-        return configure(words, RECIPES, DEFAULT)
-    return configure(words, DETECTOR_RECIPES, DETECTOR_DEFAULT)
+        return configure(argv, RECIPES, DEFAULT)
+    return configure(argv, DETECTOR_RECIPES, DETECTOR_DEFAULT)

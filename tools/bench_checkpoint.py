@@ -11,6 +11,11 @@ and bandwidth with the writer for a while. Rounds of both ways are interleaved i
 Usage: python tools/bench_checkpoint.py [--model NAME] [--steps N] [--repeats N]
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import os
 import platform
 import statistics
@@ -84,9 +89,14 @@ class Training:
         return times
 
 
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__)
+
+
 def main(words: list[str]) -> int:
     """Measure and print; returns the exit code."""
-    settings = configure_tool(words, Settings(), __doc__, required=())
+    settings = read(words)
     if settings is None:
         return 0
     training = Training(settings)

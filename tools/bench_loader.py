@@ -15,6 +15,11 @@ that stays in memory.
 Usage: python tools/bench_loader.py [--repeats 5] [--train true]
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import io
 import os
 import platform
@@ -24,6 +29,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +40,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from launch.command_line import read_flags, run
-from trainer.config import refuse_unknown
+from launch.command_line import configure_tool, run
+from trainer.config import check_types
 from trainer.data.augment import PretrainView
 from trainer.data.loader import Loader
 from trainer.data.plan import Plan, Repeated
 from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch, Slice, train_stream
+from trainer.errors import ConfigError
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask
@@ -201,21 +208,42 @@ def compare_training(index: ShardIndex, repeats: int) -> None:
     print(f"  data-wait share of the steps fed by the loader {waited_s / total_s:.2%}")
 
 
-def main(words: list[str]) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the user may set."""
+
+    repeats: int = 5
+    """How often each is measured; the median counts."""
+    train: bool = True
+    """Compare training steps that the loader feeds with steps on a batch in memory as well."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.repeats < 1:
+            raise ConfigError(f"repeats is {self.repeats}, but must be at least 1")
+
+
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__)
+
+
+def main(argv: list[str]) -> int:
     """Print the comparison."""
-    flags = {"repeats": "5", "train": "true"} | read_flags(words)
-    refuse_unknown(flags, {"repeats", "train"})
+    settings = read(argv)
+    if settings is None:
+        return 0
     cores = os.cpu_count()
     print(f"{platform.processor() or platform.machine()}, {cores} cores, torch {torch.__version__}, one process")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for side in (256, 512):
-        compare(side, int(flags["repeats"]))
+        compare(side, settings.repeats)
     torch.set_num_threads(threads)
-    if flags["train"] == "true":
+    if settings.train:
         with tempfile.TemporaryDirectory() as name:
             _, shard = prepare(Path(name), 256)
-            compare_training(open_index([shard]), int(flags["repeats"]))
+            compare_training(open_index([shard]), settings.repeats)
     return 0
 
 

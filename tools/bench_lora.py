@@ -7,6 +7,11 @@ one process and their medians compared; memory is the peak of a process of its o
 Usage: python tools/bench_lora.py [--model NAME] [--micro_batch N] [--repeats N]
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import os
 import platform
 import resource
@@ -78,9 +83,14 @@ class Mode:
         return sum(2 * 4 * parameter.numel() for parameter in self.trained)
 
 
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__)
+
+
 def main(words: list[str]) -> int:
     """Measure and print; returns the exit code."""
-    settings = configure_tool(words, Settings(), __doc__, required=())
+    settings = read(words)
     if settings is None:
         return 0
     if settings.only:

@@ -6,6 +6,11 @@ shard ends, what 10,000 samples a shard give. Each size is measured in a process
 Usage: python tools/bench_plan.py [--largest 1000000000] [--plot plan_scale.png]
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import json
 import os
 import platform
@@ -14,13 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 
-from launch.command_line import read_flags, run
-from trainer.config import refuse_unknown
+from launch.command_line import configure_tool, run
+from trainer.config import check_types
 from trainer.data.members import Tally
 from trainer.data.plan import Plan, positions_of
 from trainer.data.shards import INDEX_VERSION, SHARD_COLUMNS, ShardIndex
@@ -137,18 +143,39 @@ def draw(rows: dict[int, dict[str, float]], path: str) -> None:
     print(f"plot: {path}")
 
 
-def main(words: list[str]) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the user may set."""
+
+    largest: int = 10**9
+    """Largest index to make up [samples]."""
+    plot: str = "plan_scale.png"
+    """PNG file for the picture."""
+    one: int | None = None
+    """Measure this size only, in this process, and print JSON [samples]."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__)
+
+
+def main(argv: list[str]) -> int:
     """Print the tables."""
-    flags = {"largest": "1000000000", "plot": "plan_scale.png", "one": ""} | read_flags(words)
-    refuse_unknown(flags, {"largest", "plot", "one"})
-    if flags["one"]:
+    settings = read(argv)
+    if settings is None:
+        return 0
+    if settings.one is not None:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(measure(Path(folder), int(flags["one"]))))
+            print(json.dumps(measure(Path(folder), settings.one)))
         return 0
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     print(f"rank 5 of {RANKS} (x {WORKERS} workers, which share its memory), {LANES} lanes, batch {GLOBAL_BATCH}:")
     rows = {}
-    for size in (n for n in (10**6, 10**7, 10**8, 10**9) if n <= int(flags["largest"])):
+    for size in (n for n in (10**6, 10**7, 10**8, 10**9) if n <= settings.largest):
         words = [sys.executable, "-m", "tools.bench_plan", "--one", str(size)]
         done = subprocess.run(words, check=True, capture_output=True, text=True)
         row = rows[size] = json.loads(done.stdout.splitlines()[-1])
@@ -160,7 +187,7 @@ def main(words: list[str]) -> int:
     for num_ranks in (8, 64, 192, 5, 1024):
         print(reads(num_ranks))
     shuffle_quality()
-    draw(rows, flags["plot"])
+    draw(rows, settings.plot)
     return 0
 
 

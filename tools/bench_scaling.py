@@ -8,6 +8,11 @@ forward and the backward pass.
 Usage: python tools/bench_scaling.py [--model NAME] [--micro_batch N] [--steps N] [--repeats N] [--stages 0,1,2,3]
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import json
 import os
 import platform
@@ -116,9 +121,14 @@ def measure(words: list[str], stage: int, worlds: list[int]) -> tuple[float, flo
     return max(seconds), max(gib)
 
 
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__)
+
+
 def main(words: list[str]) -> int:
     """Measure and print; returns the exit code."""
-    settings = configure_tool(words, Settings(), __doc__, required=())
+    settings = read(words)
     if settings is None:
         return 0
     if settings.stage is not None:

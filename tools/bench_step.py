@@ -14,6 +14,11 @@ Usage: python tools/bench_step.py [--model NAME] [--micro_batch N] [--repeats N]
            [--device cuda] [--num_threads N] [--memory true]
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import functools
 import os
 import platform
@@ -94,8 +99,6 @@ class Settings:
         unknown = [name for name in self.variants if name not in (*VARIANTS, PEER)]
         if unknown:
             raise ConfigError(f"variants has {unknown[0]!r}, but takes only {', '.join(VARIANTS)}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device is 'cuda', but torch sees no GPU: leave it out")
 
 
 class Contender:
@@ -238,11 +241,18 @@ def peak_of(settings: Settings, name: str) -> float:
     return torch.cuda.max_memory_allocated() / 2**30 if settings.device == "cuda" else peak_resident_gib() - idle
 
 
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__)
+
+
 def main(words: list[str]) -> int:
     """Measure and print; returns the exit code."""
-    settings = configure_tool(words, Settings(), __doc__, required=())
+    settings = read(words)
     if settings is None:
         return 0
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch sees no GPU: leave it out")
     torch.set_num_threads(settings.num_threads)
     device = torch.cuda.get_device_name() if settings.device == "cuda" else platform.machine()
     print(f"{device}, {len(os.sched_getaffinity(0))} cores, {settings.num_threads} threads, torch {torch.__version__}")

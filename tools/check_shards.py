@@ -14,6 +14,11 @@ Examples:
     python tools/check_shards.py --data 'shards/train/*.tar' --repair shards/repaired
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import csv
 import hashlib
 import os
@@ -82,9 +87,14 @@ class Findings:
     saved: Saved | None = None
 
 
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__, required=("data",))
+
+
 def main(words: list[str]) -> int:
     """Check shards; returns the exit code."""
-    settings = configure_tool(words, Settings(), __doc__, required=("data",))
+    settings = read(words)
     if settings is None:
         return 0
     shards = list_shards(settings.data, setting="--data")

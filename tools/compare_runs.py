@@ -9,6 +9,11 @@ The first run is the reference. Seconds are those of optimizer steps (step_s of 
 measuring and drawing. Runs must have seen the same held-out images: give both the same --heldout_data.
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import json
 import sys
 from dataclasses import dataclass
@@ -109,9 +114,14 @@ def draw(curves: dict[str, Curve], path: str) -> None:
     plt.close(figure)
 
 
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__, required=("runs",))
+
+
 def main(words: list[str]) -> int:
     """Compare and print; returns the exit code."""
-    settings = configure_tool(words, Settings(), __doc__, required=("runs",))
+    settings = read(words)
     if settings is None:
         return 0
     named = [part.partition("=") for part in settings.runs.split(",")]

@@ -10,6 +10,11 @@ Examples:
 Shapes: H, W image size; HWC uint8 RGB.
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import math
 import sys
 import unicodedata
@@ -85,9 +90,14 @@ class Contents:
     tiles: list[Tile]
 
 
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__, required=("data",))
+
+
 def main(words: list[str]) -> int:
     """Draw the sheet; returns the exit code."""
-    settings = configure_tool(words, Settings(), __doc__, required=("data",))
+    settings = read(words)
     if settings is None:
         return 0
     contents = read_images(settings.data, settings.num_images, settings.index_dir, settings.image_member)

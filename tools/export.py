@@ -17,6 +17,11 @@ Examples:
     python tools/export.py --source runs/detector --format merged --output exported/merged
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__, loads="torch and the model library")
+
 import hashlib
 import json
 import math
@@ -76,9 +81,14 @@ class Settings:
         parse_size(self.image_size)
 
 
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__, required=("source", "output"))
+
+
 def main(words: list[str]) -> int:
     """Return the exit code."""
-    settings = configure_tool(words, Settings(), __doc__, required=("source", "output"))
+    settings = read(words)
     if settings is None:
         return 0
     output = Path(settings.output)

@@ -21,6 +21,11 @@ Examples:
     python tools/make_morphs.py --source people.csv --landmarks landmarks.npz --output_dir morphs
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import csv
 import hashlib
 import io
@@ -136,9 +141,14 @@ class Job:
     output: Path
 
 
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__, required=("source", "output_dir"))
+
+
 def main(words: list[str]) -> int:
     """Return the exit code."""
-    settings = configure_tool(words, Settings(), __doc__, required=("source", "output_dir"))
+    settings = read(words)
     if settings is not None:
         make_morphs(settings)
     return 0

@@ -22,6 +22,11 @@ Examples:
     python tools/make_shards.py --source splits/train.csv --output_dir detect/train
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import csv
 import hashlib
 import io
@@ -174,9 +179,14 @@ class _Result:
     found: Found
 
 
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__, required=("source", "output_dir"))
+
+
 def main(words: list[str]) -> int:
     """Pack images; returns the exit code."""
-    settings = configure_tool(words, Settings(), __doc__, required=("source", "output_dir"))
+    settings = read(words)
     if settings is None:
         return 0
     make_shards(settings)

@@ -9,12 +9,17 @@ Examples:
     python tools/orl_faces.py demo/orl
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import csv
 import importlib.util
 import sys
 from pathlib import Path
 
-from launch.command_line import run
+from launch.command_line import read_folder, run
 from trainer.errors import DataError
 
 NUM_PEOPLE = 40
@@ -56,12 +61,17 @@ def write_manifests(faces: Path, output: Path) -> dict[str, int]:
     return {name: len(members) * IMAGES_A_PERSON for name, members in people.items()}
 
 
+def read(argv: list[str]) -> Path | None:
+    """Read the command line; None where it asked for help."""
+    return read_folder(argv, __doc__)
+
+
 def main(words: list[str]) -> int:
     """Write the manifests into the folder named on the command line."""
-    if len(words) != 1 or words[0].startswith("-"):
-        print(__doc__)
-        return 0 if {"-h", "--help"} & set(words) else 2
-    counts = write_manifests(find_faces(), Path(words[0]))
+    folder = read(words)
+    if folder is None:
+        return 0
+    counts = write_manifests(find_faces(), folder)
     print(", ".join(f"{name}: {count} photographs" for name, count in counts.items()))
     print("Photographs: AT&T Laboratories Cambridge (the ORL database of faces)")
     return 0

@@ -12,12 +12,17 @@ Examples:
     python tools/orl_morphs.py demo/detect
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from launch.command_line import run
+from launch.command_line import read_folder, run
 from tools.make_morphs import Settings, make_morphs
 from tools.orl_faces import IMAGES_A_PERSON, NUM_PEOPLE, TRAIN_PEOPLE, VALIDATION_PEOPLE, find_faces
 
@@ -87,12 +92,17 @@ def _write(path: Path, rows: list[Row], columns: tuple[str, ...]) -> None:
         writer.writerows(rows)
 
 
+def read(argv: list[str]) -> Path | None:
+    """Read the command line; None where it asked for help."""
+    return read_folder(argv, __doc__)
+
+
 def main(words: list[str]) -> int:
     """Write the manifests into the folder named on the command line."""
-    if len(words) != 1 or words[0].startswith("-"):
-        print(__doc__)
-        return 0 if {"-h", "--help"} & set(words) else 2
-    print(", ".join(f"{name}: {count} images" for name, count in write_manifests(Path(words[0])).items()))
+    folder = read(words)
+    if folder is None:
+        return 0
+    print(", ".join(f"{name}: {count} images" for name, count in write_manifests(folder).items()))
     return 0
 
 

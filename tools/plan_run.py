@@ -11,6 +11,11 @@ Examples:
     python tools/plan_run.py --recipe mae_vit_large --nodes 8 --gpus 8 --hardware h100 --images 300000000
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import dataclasses
 import difflib
 import math
@@ -197,11 +202,19 @@ class Plan:
         return min(self.steps, max(1, wanted))
 
 
+def read(argv: list[str]) -> tuple[Settings, Recipe, Runtime] | None:
+    """Read the command line; None where it asked for help."""
+    if answered(argv, lambda _: f"{__doc__} {help_text(Settings, 'Settings')}"):
+        return None
+    return configure(argv)
+
+
 def main(words: list[str]) -> int:
     """Print the plan; returns the exit code."""
-    if answered(words, lambda _: f"{__doc__} {help_text(Settings, 'Settings')}"):
+    line = read(words)
+    if line is None:
         return 0
-    plan = make_plan(*configure(words))
+    plan = make_plan(*line)
     print("\n".join([*describe_run(plan), *describe_memory(plan), *describe_time(plan), *describe_failures(plan)]))
     print("\n".join(describe_assumptions(plan)))
     if plan.settings.plot:

@@ -14,6 +14,11 @@ Examples:
         --output baselines.json
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import json
 import sys
 from collections.abc import Callable
@@ -96,9 +101,14 @@ FEATURES: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float64]]] = {
 }
 
 
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__, required=("data", "test_sets", "output"))
+
+
 def main(words: list[str]) -> int:
     """Fit and measure; returns the exit code."""
-    settings = configure_tool(words, Settings(), __doc__, required=("data", "test_sets", "output"))
+    settings = read(words)
     if settings is None:
         return 0
     train_images, train_truth = read_set(settings.data, "--data", settings)

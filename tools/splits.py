@@ -14,6 +14,11 @@ Examples:
     python tools/splits.py --source people.csv --output_dir splits
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import csv
 import hashlib
 import itertools
@@ -86,9 +91,14 @@ class Photo:
     """One person, or both parents of a morph."""
 
 
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__, required=("source", "output_dir"))
+
+
 def main(words: list[str]) -> int:
     """Write the splits; returns the exit code."""
-    settings = configure_tool(words, Settings(), __doc__, required=("source", "output_dir"))
+    settings = read(words)
     if settings is None:
         return 0
     make_splits(settings)

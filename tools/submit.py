@@ -15,6 +15,11 @@ The job is kept as OUTPUT/logs/[time]_submit.sbatch; it calls launch/slurm/ and 
 again as it is: a run goes on where it stands.
 """
 
+from launch.early import read_early
+
+if __name__ == "__main__":
+    read_early(__file__)
+
 import argparse
 import os
 import re
@@ -22,15 +27,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from launch.command_line import read_flags, run
+from launch.command_line import answered, read_flags, run
 from launch.recipes import configure_script
 from launch.run_setup import engine_settings
-from trainer.config import Runtime
+from trainer.config import Recipe, Runtime
 from trainer.errors import ConfigError
 from trainer.world import World
 
@@ -59,9 +64,22 @@ class Job:
         return self.nodes * self.gpus
 
 
+def read(argv: list[str]) -> tuple[Job, bool] | None:
+    """Read the command line, that of the training included; None where it asked for help."""
+    if answered(argv, lambda _: parser_of_job().format_help()):
+        return None
+    job, dry_run = read_job(argv)
+    for _ in configurations(job):
+        pass
+    return job, dry_run
+
+
 def main(words: Sequence[str]) -> int:
     """Return the exit code: 0 submitted (or shown), 2 refused by us or by SLURM."""
-    job, dry_run = read_job(words)
+    line = read(list(words))
+    if line is None:
+        return 0
+    job, dry_run = line
     runtime = check(job)
     text = as_sbatch(job)
     if dry_run:
@@ -81,12 +99,8 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def read_job(words: Sequence[str]) -> tuple[Job, bool]:
-    """Take the settings of the job out of the words; the rest belongs to the training.
-
-    Raises:
-        ConfigError: a setting is out of range.
-    """
+def parser_of_job() -> argparse.ArgumentParser:
+    """List the settings of the job."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -101,7 +115,16 @@ def read_job(words: Sequence[str]) -> tuple[Job, bool]:
         parser.add_argument(f"--{name}", help=f"as sbatch's --{name.replace('_', '-')}" if name != "log" else "the log")
     parser.add_argument("--no_gres", action="store_true", help="ask for tasks only: a cluster without GPUs")
     parser.add_argument("--dry_run", action="store_true", help="print the job and submit nothing")
-    options, rest = parser.parse_known_args(list(words))
+    return parser
+
+
+def read_job(argv: Sequence[str]) -> tuple[Job, bool]:
+    """Take the settings of the job out of the command line; the rest belongs to the training.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+    options, rest = parser_of_job().parse_known_args(list(argv))
     for name in ("nodes", "gpus", "cpus", "save_s"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name} is {getattr(options, name)}, but must be at least 1")
@@ -118,7 +141,18 @@ def read_job(words: Sequence[str]) -> tuple[Job, bool]:
 
 
 def check(job: Job) -> Runtime:
-    """Check the words as the training will, with the ranks that it will have, for every value of a sweep.
+    """Check the command line as the training will, with the ranks that it will have, for every value of a sweep.
+
+    Raises:
+        ConfigError: as the training would.
+    """
+    for recipe, runtime in configurations(job):
+        engine_settings(recipe, runtime, World(0, job.num_ranks, 0, job.gpus))
+    return runtime
+
+
+def configurations(job: Job) -> Iterator[tuple[Recipe, Runtime]]:
+    """Read the command line of the training for every value of a sweep.
 
     Raises:
         ConfigError: as the training would.
@@ -132,9 +166,7 @@ def check(job: Job) -> Runtime:
             raise ConfigError(f"{name} is not given: pass --{name}, a path that all nodes see")
     for value in values:
         words = [*job.words, *((f"--{setting}", value) if setting else ())]
-        recipe, runtime = configure_script(job.script, words)
-        engine_settings(recipe, runtime, World(0, job.num_ranks, 0, job.gpus))
-    return runtime
+        yield configure_script(job.script, words)
 
 
 def as_sbatch(job: Job) -> str:

@@ -48,7 +48,7 @@ from trainer.data.mixture import read_sources
 from trainer.data.storage import reading
 from trainer.ds_config import compiled_optimizer
 from trainer.engine import connect, default_device, disconnect
-from trainer.errors import ConfigError, TrainerError
+from trainer.errors import ConfigError, TrainerError, without_secrets
 from trainer.models.encoder import PatchEncoder
 from trainer.world import World, world_from_environment
 
@@ -185,7 +185,7 @@ def read_some(shards: Sequence[str]) -> dict[str, Any]:
                 while time.monotonic() - began < _READ_S and read < _READ_BYTES and (piece := file.read(1 << 20)):
                     read += len(piece)
         except (OSError, TrainerError) as error:
-            return {"problem": f"{shard} cannot be read ({error})", "bytes": read, "s": 0.0}
+            return {"problem": without_secrets(f"{shard} cannot be read ({error})"), "bytes": read, "s": 0.0}
     return {"problem": "", "bytes": read, "s": time.monotonic() - began}
 
 

@@ -44,7 +44,7 @@ from trainer.data.overlap import prints_of
 from trainer.data.shards import ShardIndex, describe_index, list_shards, open_index
 from trainer.data.stream import fixed_stream
 from trainer.engine import default_device
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, without_secrets
 from trainer.evaluate import SUCCESS, Truth, check_labels, score, truth_of
 from trainer.files import write_atomically
 from trainer.metrics import summarise
@@ -153,6 +153,7 @@ def evaluate(settings: Settings) -> Path:
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     evaluation = describe(detectors, sets, scored, codes, warnings, settings)
+    evaluation = json.loads(without_secrets(json.dumps(evaluation)))  # it quotes commands and addresses
     write_atomically(output / f"{stamp}_eval.json", json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
     write_atomically(output / f"{stamp}_scores.csv", scores_csv(scored, codes))
     report = output / f"{stamp}_report.html"

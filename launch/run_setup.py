@@ -18,7 +18,7 @@ from trainer import checkpoint
 from trainer import lease as leases
 from trainer.config import Recipe, Runtime, as_record, complete_record, differing_fields
 from trainer.engine import Engine, default_device, fill_ds_config, owned_by_recipe, read_ds_config
-from trainer.errors import CheckpointError, ConfigError, SupersededError, TrainerError
+from trainer.errors import CheckpointError, ConfigError, SupersededError, TrainerError, without_secrets
 from trainer.lease import Lease
 from trainer.monitor import cut_other_ledgers
 from trainer.watchdog import BACKEND_MARGIN_S, Limits, start
@@ -133,7 +133,7 @@ def claim(lease: Lease, output: Path, recipe: Recipe, runtime: Runtime, step: in
         leases.refuse_hopeless(lease, step, limit=runtime.max_restarts)
         lease.began(step)
         told = {"recipe": as_record(recipe), "runtime": as_record(runtime), "versions": versions()}
-        lease.write(output / "recipe.json", json.dumps(told, indent=1) + "\n")
+        lease.write(output / "recipe.json", without_secrets(json.dumps(told, indent=1)) + "\n")
         ledger = Path(runtime.sample_ledger) if runtime.sample_ledger else None
         cut_other_ledgers(ledger, step, lease=lease, num_ranks=world.size)
 

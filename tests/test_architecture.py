@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = (
     *("errors", "files", "parallel", "world", "seeds", "foreign_names", "config", "data.labels"),
-    *("data.storage", "data.tar", "data.members", "data.shards"),
+    *("data.storage", "data.tar", "data.members", "data.contents", "data.shards"),
     *("data.plan", "data.sampler", "data.mixture", "data.overlap"),
     *(
         "data.icc",

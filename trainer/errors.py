@@ -5,7 +5,7 @@ No message shows what follows the ``?`` of a web address, or its password: signe
 
 import re
 
-_QUERY = re.compile(r"""(https?://[^\s?#'"<>]*)\?(?:(?!,\w+:)[^\s'"<>])*[^\s'"<>:;,.)\]]""")
+_QUERY = re.compile(r"""(https?://[^\s?#'"<>\\]*)\?[^\s,'"<>\\]*[^\s,'"<>\\:;.)\]]""")
 _USER = re.compile(r"""(\w://)[^\s/@'"]+@""")
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.data.overlap import Prints
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, without_secrets
 from trainer.evaluate import Decision
 from trainer.files import describe_files, files_below, sync_files, write_synced
 from trainer.lease import Lease
@@ -75,7 +75,7 @@ def save_detector(
             "thresholds": {name: repr(value) for name, value in decision.thresholds.items()},  # inf is no JSON number
         }
         text = {"format_version": FORMAT_VERSION} | description | fitted | {"files": describe_files(draft)}
-        write_synced(draft / _DESCRIPTION, json.dumps(text, indent=1) + "\n")
+        write_synced(draft / _DESCRIPTION, without_secrets(json.dumps(text, indent=1)) + "\n")
         restore(folder, lease)
         if folder.exists():  # no file system everywhere swaps two folders, so for a moment there is only the old one
             lease.move(folder, _old(folder))

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from trainer.data.plan import Located, Plan
 from trainer.data.shards import NO_GROUP, ShardIndex, list_shards
+from trainer.data.storage import place_of
 from trainer.errors import ConfigError, DataError
 from trainer.seeds import Purpose, random_words
 
@@ -61,7 +62,7 @@ def read_sources(text: str, *, setting: str) -> list[Source]:
     sources = [Source(list_shards(pattern, setting=setting), _share(share, setting)) for pattern, share in pairs]
     owner: dict[str, str] = {}
     for (pattern, _), source in zip(pairs, sources, strict=True):
-        for shard in source.shards:
+        for shard in map(place_of, source.shards):
             if owner.setdefault(shard, pattern) != pattern:
                 raise ConfigError(f"{setting}: {shard} belongs to {owner[shard]!r} and {pattern!r}: keep it in one")
     return sources

@@ -27,7 +27,6 @@ import logging
 import os
 import re
 import shutil
-import time
 import uuid
 import zlib
 from collections import Counter
@@ -40,17 +39,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.members import (
-    GROUP_FIELDS,
-    LANDMARKS,
-    MAX_JSON_BYTES,
-    NO_LABEL,
-    Tally,
-    check_image_member,
-    samples_of,
-)
-from trainer.data.storage import Span, SpanReader, find, is_url, place_of, stamp
-from trainer.data.tar import walk_tar
+from trainer.data.contents import NO_GROUP as NO_GROUP
+from trainer.data.contents import SHARD_COLUMNS as SHARD_COLUMNS
+from trainer.data.contents import ShardContents, patiently, read_contents, stamp_of
+from trainer.data.members import GROUP_FIELDS, LANDMARKS, NO_LABEL, Tally, check_image_member
+from trainer.data.storage import Span, SpanReader, check_ranges, find, is_url, place_of
 from trainer.errors import ConfigError, DataError, SampleError
 from trainer.files import sync_files
 from trainer.parallel import parallel_map
@@ -58,20 +51,9 @@ from trainer.parallel import parallel_map
 logger = logging.getLogger(__name__)
 
 INDEX_VERSION = 4
-NO_GROUP = -1
 
 _BYTES_WORTH_A_PROCESS = 1 << 30
 _LABELS_NAMED = 20
-SHARD_COLUMNS: dict[str, type[np.generic]] = {
-    "offset.i64": np.int64,
-    "size.i64": np.int64,
-    "crc32.u32": np.uint32,
-    "label.i32": np.int32,
-    "marks_offset.i64": np.int64,
-    "marks_size.i32": np.int32,
-    "key_end.i64": np.int64,
-}
-"""Files of an index with a number for each sample."""
 _KEYS = "keys.utf8"
 
 
@@ -92,52 +74,10 @@ def list_shards(patterns: str, *, setting: str) -> list[str]:
     found = [location for part in parts if part for location in find(part, setting=setting, suffix=".tar")]
     if not found:
         raise ConfigError(f"{setting} is empty: name the shards, for example {setting} 'shards/*.tar'")
-    location, count = Counter(found).most_common(1)[0]
+    location, count = Counter(map(place_of, found)).most_common(1)[0]
     if count > 1:
         raise ConfigError(f"{setting} names {location} more than once: every sample must be seen once an epoch")
     return sorted(found)
-
-
-# ---------------------------------------------------------------------------------------------- what is inside
-
-
-@dataclass(slots=True)
-class _ShardContents:
-    """What one shard holds, on its way from a worker process to the index."""
-
-    columns: dict[str, NDArray[Any]]
-    keys: bytes
-    groups: dict[str, tuple[list[str], NDArray[np.int32]]]
-    """Field -> its values in order of appearance, and the code of each sample among them."""
-    sha256: str
-    tally: Tally
-
-
-def _read_shard(location: str, image_member: str | None) -> _ShardContents:
-    digest, tally = hashlib.sha256(), Tally()
-    rows, keys, key_ends, num_key_bytes = [], [], [], 0
-    groups: dict[str, list[str | None]] = {name: [] for name in GROUP_FIELDS}
-    members = walk_tar(location, digest=digest, keep_payload_below=MAX_JSON_BYTES + 1)
-    for sample in samples_of(location, members, image_member=image_member, tally=tally):
-        rows.append((sample.image.offset, sample.image.size, sample.image.crc32, sample.label, *sample.marks))
-        keys.append(sample.key.encode("utf-8", "surrogateescape"))
-        num_key_bytes += len(keys[-1])
-        key_ends.append(num_key_bytes)
-        for name, values in groups.items():
-            values.append(sample.groups.get(name))
-    if not rows:
-        notes = "".join(f" ({note})" for note in tally.notes())
-        raise DataError(f"shard {location}: it holds no sample{notes}: remove the file, or write it anew")
-    values_of = dict(zip(SHARD_COLUMNS, (*zip(*rows, strict=True), key_ends), strict=True))
-    columns = {name: np.array(values_of[name], dtype=dtype) for name, dtype in SHARD_COLUMNS.items()}
-    coded = {name: _coded(values) for name, values in groups.items()}
-    return _ShardContents(columns, b"".join(keys), coded, digest.hexdigest(), tally)
-
-
-def _coded(values: Sequence[str | None]) -> tuple[list[str], NDArray[np.int32]]:
-    codes: dict[str, int] = {}
-    numbers = [NO_GROUP if value is None else codes.setdefault(value, len(codes)) for value in values]
-    return list(codes), np.array(numbers, dtype=np.int32)
 
 
 # ---------------------------------------------------------------------------------------------- the index
@@ -306,6 +246,7 @@ def open_index(
     check_image_member(image_member)
     shards = [os.fspath(location) for location in locations]
     folder = _index_folder(shards, index_dir, image_member)
+    _check_ranges(shards)
     index = _existing(folder, shards)
     if index is None:
         _build(_Job(folder, shards, image_member), num_processes, on_shard)
@@ -359,12 +300,28 @@ class _Job:
     image_member: str | None
 
 
+def _check_ranges(shards: list[str]) -> None:
+    """Refuse web servers that send whole files only, before anything is read from them."""
+    patiently(
+        lambda: check_ranges(shards),
+        lambda error, _: (
+            f"shard {error.filename} cannot be read in parts ({error.strerror}): serve the shards from a server with "
+            "Range requests (nginx, Apache, object stores), or copy them"
+        ),
+    )
+
+
 def _existing(folder: Path, shards: list[str]) -> ShardIndex | None:
-    """Open an index that is whole and of these very shards; None where there is no such."""
+    """Open an index that is whole and of these very shards; None where there is no such.
+
+    Raises:
+        DataError: a shard cannot be looked at; then building the index anew would not help.
+    """
     if not folder.exists():
         return None
+    stamps = [stamp_of(shard) for shard in shards]
     try:
-        _compare(folder, shards)
+        _compare(folder, stamps)
         return ShardIndex(folder, shards)
     except (DataError, OSError, ValueError, KeyError, TypeError) as error:
         logger.info("building the index anew: %s", error)
@@ -379,12 +336,12 @@ def _index_folder(shards: list[str], index_dir: Path | None, image_member: str |
     return (index_dir or Path(home)) / f".index-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
 
 
-def _compare(folder: Path, shards: list[str]) -> None:
+def _compare(folder: Path, stamps: list[dict[str, Any]]) -> None:
     """Raise `DataError` unless the shards are, by name, length and version, those that were indexed."""
     entries = _read_json(folder / "shards.json")["shards"]
-    for entry, shard in zip(entries, shards, strict=True):
-        if {name: entry[name] for name in ("name", "num_bytes", "version")} != _stamp(shard):
-            raise DataError(f"{shard} has changed")
+    for entry, now in zip(entries, stamps, strict=True):
+        if {name: entry[name] for name in now} != now:
+            raise DataError(f"shard {now['name']} has changed")
 
 
 def _build(job: _Job, num_processes: int, on_shard: Callable[[int, int], None] | None) -> None:
@@ -400,6 +357,7 @@ def _build(job: _Job, num_processes: int, on_shard: Callable[[int, int], None] |
     try:
         _Writer(draft).write(job, num_processes, on_shard)
         _publish(draft, folder, shards)
+        shutil.rmtree(_parts_of(folder), ignore_errors=True)
     except OSError as error:
         raise DataError(f"index {folder} cannot be written ({error}): free space or set --index_dir") from error
     finally:
@@ -442,13 +400,13 @@ class _Writer:
         ]
         files = {name: (self._draft / name).open("wb") for name in names}
         try:
-            for shard, contents in zip(shards, _read_shards(job, num_processes), strict=True):
+            for contents in _read_shards(job, num_processes):
                 if isinstance(contents, DataError):
                     self._problems.append(str(contents))
                 else:
                     for name, data in self._joined(contents).items():
                         files[name].write(data)
-                    self._entries.append(_stamp(shard) | {"sha256": contents.sha256})
+                    self._entries.append(contents.stamp | {"sha256": contents.sha256})
                 if on_shard is not None:
                     on_shard(len(self._entries) + len(self._problems), len(shards))
         finally:
@@ -460,7 +418,7 @@ class _Writer:
             raise DataError(self._problems[0] + others)
         self._finish(job.image_member)
 
-    def _joined(self, contents: _ShardContents) -> dict[str, bytes]:
+    def _joined(self, contents: ShardContents) -> dict[str, bytes]:
         columns = contents.columns | {"key_end.i64": contents.columns["key_end.i64"] + self._num_key_bytes}
         self._num_key_bytes += len(contents.keys)
         self._num_samples += len(columns["offset.i64"])
@@ -495,24 +453,23 @@ class _Writer:
         (self._draft / "index.json").write_text(json.dumps(header, indent=1))
 
 
-def _read_shards(job: _Job, num_processes: int) -> Iterator[_ShardContents | DataError]:
-    shards, read = job.shards, partial(_read_shard_or_error, image_member=job.image_member)
-    num_processes = min(num_processes, sum(_stamp(shard)["num_bytes"] for shard in shards) // _BYTES_WORTH_A_PROCESS)
+def _read_shards(job: _Job, num_processes: int) -> Iterator[ShardContents | DataError]:
+    shards = job.shards
+    read = partial(_read_or_error, image_member=job.image_member, parts=_parts_of(job.folder))
+    num_processes = min(num_processes, sum(stamp_of(shard)["num_bytes"] for shard in shards) // _BYTES_WORTH_A_PROCESS)
     yield from parallel_map(read, shards, num_processes=num_processes)
 
 
-def _read_shard_or_error(shard: str, *, image_member: str | None) -> _ShardContents | DataError:
+def _parts_of(folder: Path) -> Path:
+    """Return where the contents of shards are kept until the index is whole."""
+    return folder.with_name(f"{folder.name}.parts")
+
+
+def _read_or_error(shard: str, *, image_member: str | None, parts: Path) -> ShardContents | DataError:
     try:
-        return _read_shard(shard, image_member)
+        return read_contents(shard, image_member=image_member, version=INDEX_VERSION, parts=parts)
     except DataError as error:
         return DataError(str(error))  # rebuilt, because only plain exceptions travel between processes
-
-
-def _stamp(shard: str) -> dict[str, Any]:
-    try:
-        return stamp(shard)
-    except OSError as error:
-        raise DataError(f"shard {shard} cannot be read ({error.strerror}): check the path and access") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -558,24 +515,20 @@ class ShardReader:
     def _read_spans(
         self, spans: list[Span], refs: Sequence[SampleRef], blocks: Sequence[Span] | None = None
     ) -> list[bytes]:
-        wait_s = self._first_wait_s
-        for attempt in range(self._num_retries + 1):
-            try:
-                return self._spans.read(spans, blocks)
-            except OSError as error:
-                shard = str(error.filename)
-                self._spans.forget(shard)
-                lasting = error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EOPNOTSUPP)
-                if lasting or attempt == self._num_retries:
-                    key = next((ref.key for ref in refs if ref.shard == shard), refs[0].key)
-                    raise DataError(
-                        f"shard {shard}: {key} cannot be read ({error.strerror}) after {attempt + 1} attempts: "
-                        "check the storage, then resume"
-                    ) from error
-                logger.warning("reading %s failed (%s), trying again in %.1f s", shard, error.strerror, wait_s)
-                time.sleep(wait_s)
-                wait_s *= 2
-        raise AssertionError("the last attempt returns or raises")
+        def describe(error: OSError, attempts: int) -> str:
+            key = next((ref.key for ref in refs if ref.shard == error.filename), refs[0].key)
+            return (
+                f"shard {error.filename}: {key} cannot be read ({error.strerror}) after {attempts} attempts: "
+                "check the storage, then resume"
+            )
+
+        return patiently(
+            lambda: self._spans.read(spans, blocks),
+            describe,
+            forget=lambda error: self._spans.forget(str(error.filename)),
+            num_retries=self._num_retries,
+            first_wait_s=self._first_wait_s,
+        )
 
     def read_landmarks(self, refs: Sequence[SampleRef]) -> list[NDArray[np.float32] | None]:
         """Return the landmarks (L, 2) of several samples [pixels], None where a sample has none that can be read."""

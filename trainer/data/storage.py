@@ -1,7 +1,7 @@
 """Where bytes lie: local files, and objects behind a few URL schemes through fsspec.
 
 A *location* is a path or a URL. Nothing here retries or judges: every failure of a library becomes an `OSError` whose
-``filename`` is the location, and `trainer.data.shards` decides what it means.
+``filename`` is the location, and `trainer.data.contents` and `trainer.data.shards` decide what it means.
 
 Commands (``pipe:``), standard input, chained file systems (``::``) and environment variables in URLs are refused: a
 list of shards is data, and data must not run programs or give secrets away.
@@ -10,8 +10,10 @@ list of shards is data, and data must not run programs or give secrets away.
 import asyncio
 import errno
 import hashlib
+import logging
 import os
 import re
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,7 @@ from typing import Any, BinaryIO
 
 import braceexpand
 import fsspec
+import fsspec.asyn
 
 from trainer.errors import ConfigError, TrainerError, without_secrets
 
@@ -34,10 +37,20 @@ _SIGNATURE = re.compile(
     r"|key-pair-id|awsaccesskeyid|googleaccessid|ossaccesskeyid|security-token)[^=]*=",
     re.IGNORECASE,
 )
+_WHOLE_FILE, _RANGE_OF_NOTHING = 200, 416
+_NO_RANGES = "the server ignores Range requests and sends whole files"
+_STATUS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT}
+"""Answers of web servers that asking again does not change; also 403 for a signature that has expired."""
+LASTING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EOPNOTSUPP)
+"""Failures that asking again does not change."""
 _VERSIONS = ("ETag", "etag", "LastModified", "updated", "Last-Modified", "Content-MD5", "Digest")
 """What file systems call that which changes with the content."""
 _READ_AHEAD_BYTES = 8 << 20
 _REMEMBERED_BLOCKS = 4096
+_CACHE_REST_S = 60.0
+"""How long a cache that failed is left alone."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +135,41 @@ def _find_path(name: str, setting: str, suffix: str) -> list[str]:
 
 
 def _find_url(pattern: str, setting: str) -> list[str]:
-    if not set("*?[") & set(pattern):
+    is_web = pattern.startswith(_WEB)
+    if not set("*[" if is_web else "*?[") & set(pattern.partition("?")[0] if is_web else pattern):
         return [pattern]
     scheme = pattern.partition(":")[0]
-    if scheme in ("http", "https"):
+    if is_web:
         raise ConfigError(f"{setting} is {pattern!r}, but web servers list no files: write shard-{{000..099}}.tar")
     try:
         return sorted(f"{scheme}://{name}" for name in _file_system(pattern).glob(pattern))
     except Exception as error:  # each scheme has exceptions of its own
         raise ConfigError(f"{setting}: {pattern!r} cannot be listed ({error!r}): check address and access") from error
+
+
+def check_ranges(locations: Sequence[str]) -> None:
+    """Look whether each web server among the locations answers a request for a part of a file with that part.
+
+    Raises:
+        OSError: one sends whole files, or cannot be reached.
+    """
+    hosts = {location.split("/")[2]: location for location in reversed(locations) if location.startswith(_WEB)}
+    for location in hosts.values():
+        with _AsOSError(location):
+            fs = _file_system(location)
+            sends_parts = fsspec.asyn.sync(fs.loop, _sends_parts, fs, location)
+        if not sends_parts:
+            raise OSError(errno.EOPNOTSUPP, _NO_RANGES, location)
+
+
+async def _sends_parts(fs: Any, location: str) -> bool:
+    """Ask for the first block; the answer's content is not read, because it may be the whole file."""
+    session = await fs.set_session()
+    headers = {"Range": "bytes=0-511", "Accept-Encoding": "identity"}
+    async with session.get(fs.encode_url(location), **(fs.kwargs | {"headers": headers})) as answer:
+        if answer.status != _RANGE_OF_NOTHING:
+            answer.raise_for_status()
+        return bool(answer.status != _WHOLE_FILE)
 
 
 def stamp(location: str) -> dict[str, Any]:
@@ -178,6 +217,7 @@ class SpanReader:
 
     def __init__(self, *, cache_dir: Path | None = None, cache_bytes: int = 0, max_open_files: int = 64) -> None:
         self._cache = (cache_dir, cache_bytes)
+        self._cache_rests_until_s = 0.0
         self._files = _OpenFiles(max_open_files)
         self._asked_for: OrderedDict[Span, None] = OrderedDict()
 
@@ -209,11 +249,20 @@ class SpanReader:
 
     def _read_remote(self, spans: list[Span], blocks: list[Span] | None) -> list[bytes]:
         folder, max_bytes = self._cache
-        if folder is None or blocks is None:
+        if folder is None or blocks is None or time.monotonic() < self._cache_rests_until_s:
             return _fetch(spans)
         cache = _BlockCache(folder, max_bytes)
-        cache.fill(dict.fromkeys(blocks))
-        payloads = [cache.read(span, block) for span, block in zip(spans, blocks, strict=True)]
+        try:
+            cache.fill(dict.fromkeys(blocks))
+            payloads = [cache.read(span, block) for span, block in zip(spans, blocks, strict=True)]
+        except _CacheError as error:
+            logger.warning(
+                "cache_dir %s cannot be used (%s): shards are read past it; free space, lower cache_bytes, or name "
+                "another folder",
+                *(folder, error),
+            )
+            self._cache_rests_until_s = time.monotonic() + _CACHE_REST_S
+            return _fetch(spans)
         lost = [i for i, payload in enumerate(payloads) if payload is None]  # evicted in between by another process
         for i, payload in zip(lost, _fetch([spans[i] for i in lost]), strict=True):
             payloads[i] = payload
@@ -267,6 +316,21 @@ class _OpenFiles:
             os.close(descriptor)
 
 
+class _CacheError(Exception):
+    """The folder of the block cache cannot be used; nothing is wrong with the remote storage."""
+
+
+class _AsCacheError:
+    """Turns failures of the cache's own folder into `_CacheError`."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise _CacheError(error.strerror or repr(error)) from error
+
+
 class _BlockCache:
     """Blocks of remote files in a local folder that processes share; the longest unused ones make room.
 
@@ -278,22 +342,34 @@ class _BlockCache:
         self._folder, self._max_bytes = folder, max_bytes
 
     def fill(self, blocks: "dict[Span, None]") -> None:
-        missing = [block for block in blocks if not self._touch(self._path(block))]
-        if not missing:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._make_room(sum(block.size for block in missing))
+        """Bring the blocks that are not here.
+
+        Raises:
+            _CacheError: the folder cannot be used.
+            OSError: the remote storage fails.
+        """
+        with _AsCacheError():
+            missing = [block for block in blocks if not self._touch(self._path(block))]
+            if not missing:
+                return
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._make_room(sum(block.size for block in missing))
         for block, payload in zip(missing, _fetch(missing), strict=True):
             draft = self._folder / f".{uuid.uuid4().hex}.tmp"
-            draft.write_bytes(payload)
-            draft.replace(self._path(block))
+            with _AsCacheError():
+                try:
+                    draft.write_bytes(payload)
+                    draft.replace(self._path(block))
+                finally:
+                    draft.unlink(missing_ok=True)
 
     def read(self, span: Span, block: Span) -> bytes | None:
-        try:
-            with self._path(block).open("rb") as file:
-                return os.pread(file.fileno(), span.size, span.offset - block.offset)
-        except FileNotFoundError:
-            return None
+        with _AsCacheError():
+            try:
+                with self._path(block).open("rb") as file:
+                    return os.pread(file.fileno(), span.size, span.offset - block.offset)
+            except FileNotFoundError:
+                return None
 
     def _path(self, block: Span) -> Path:
         name = f"{place_of(block.location)}\0{block.tag}\0{block.offset}\0{block.size}"
@@ -341,7 +417,7 @@ def _fetch(spans: Sequence[Span]) -> list[bytes]:
             if isinstance(payload, BaseException):
                 raise payload
         if len(payload) > span.size:
-            raise OSError(errno.EOPNOTSUPP, "the server ignores Range requests and sends whole files", span.location)
+            raise OSError(errno.EOPNOTSUPP, _NO_RANGES, span.location)
         payloads.append(bytes(payload))
     return payloads
 
@@ -370,9 +446,17 @@ class _AsOSError:
             return
         if isinstance(error, OSError) and error.errno and error.filename == self._location:
             return
-        number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-        if isinstance(error, FileNotFoundError):
-            number = errno.ENOENT
-        elif isinstance(error, PermissionError):
-            number = errno.EACCES
-        raise OSError(number, f"{type(error).__name__}: {error}", self._location) from error
+        cause = error.__cause__ if hasattr(error.__cause__, "status") else error  # fsspec calls every failure a 404
+        raise OSError(_number_of(cause), without_secrets(f"{type(cause).__name__}: {cause}"), self._location) from error
+
+
+def _number_of(error: BaseException | None) -> int:
+    """Return the number of the system's error that is nearest."""
+    if isinstance(error, FileNotFoundError):
+        return errno.ENOENT
+    if isinstance(error, PermissionError):
+        return errno.EACCES
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        return _STATUS.get(status, errno.EIO)
+    return error.errno if isinstance(error, OSError) and error.errno else errno.EIO

@@ -8,6 +8,7 @@ types and ranges are checked by `trainer.config` before any work.
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import json
 import logging
@@ -90,6 +91,10 @@ def explain(error: Exception) -> int:
         _let_main_speak_first(code)
         print(f"\nerror: {error}", file=sys.stderr)
         return code
+    if isinstance(error, OSError) and (place := _place_of(error)):
+        mark(Phase.FAILED)
+        print(f"\nerror: {place}", file=sys.stderr)
+        return EXIT_USER_ERROR
     loss = explain_loss(error)
     if loss is None:
         mark(Phase.FAILED)
@@ -98,6 +103,21 @@ def explain(error: Exception) -> int:
     if is_main():
         print(f"\nerror: {loss}", file=sys.stderr)
     return EXIT_PEER_LOST
+
+
+_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+
+
+def _place_of(error: OSError) -> str | None:
+    """Say which setting leads to a file that the system refuses; None where none does: then it is a mistake of ours."""
+    if error.errno not in _NOT_OURS or not isinstance(error.filename, str):
+        return None
+    path = Path(error.filename).absolute()
+    for name, value in _pairs(sys.argv[1:]):
+        given = Path(expand_home(value)).absolute()
+        if path == given or given in path.parents:
+            return f"{name} is {value!r}, but {path} cannot be used: {error.strerror}. Name another place"
+    return None
 
 
 class _Interrupt:
@@ -219,7 +239,9 @@ def read_training(argv: Sequence[str], recipes: Recipes[R, T], default: str) -> 
     """
     if answered(argv, functools.partial(recipes_help, recipes, default)):
         return None
-    return read_command(argv, recipes, default)
+    line = read_command(argv, recipes, default)
+    check_places(line.runtime)
+    return line
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +263,34 @@ def configure_tool(argv: Sequence[str], settings: S, doc: str, *, required: tupl
     for name in required:
         if not getattr(configured, name):
             raise ConfigError(f"{name} is empty: pass --{name}")
+    check_places(configured)
     return configured
+
+
+_FOLDERS, _PLACES = ("output_dir", "cache_dir", "sample_ledger", "repair", "folder"), ("output", "plot")
+
+
+def check_places(settings: Any) -> None:
+    """Refuse a place to write that is a file, or where nobody may write, before any work; nothing is created.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    for name in (*_FOLDERS, *_PLACES):
+        if value := getattr(settings, name, None):
+            _check_place(name, value)
+
+
+def _check_place(name: str, value: str) -> None:
+    path, noun = Path(value).absolute(), "folder" if name in _FOLDERS else "place"
+    try:
+        there = next(place for place in (path, *path.parents) if place.exists())
+    except OSError as error:
+        raise ConfigError(f"{name} is {value!r}, which cannot be used: {error.strerror}") from error
+    if not there.is_dir() and (there != path or name in _FOLDERS):
+        raise ConfigError(f"{name} is {value!r}, but {there} is a file: name another {noun}")
+    if not os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)):
+        raise ConfigError(f"{name} is {value!r}, but you may not write in {there}: name another {noun}")
 
 
 def read_folder(argv: Sequence[str], doc: str) -> Path | None:

@@ -305,7 +305,8 @@ def tell_where(output: Path, ending: Ending, best: BestDetector, lease: Lease) -
     print(f"  numbers      {output / 'metrics.jsonl'}")
     if best.best is not None:
         print(f"  best validation D-EER {100 * best.best[0]:.2f} %")
-    print("Next: python launch/evaluate.py --models NAME=RUN --test_sets 'NAME=shards/*.tar'", flush=True)
+    told = f"--models {output.name}={output} --test_sets 'NAME=test/*.tar'"
+    print(f"Next: python launch/evaluate.py {told}   (a test set of other people)", flush=True)
 
 
 if __name__ == "__main__":

@@ -319,7 +319,9 @@ def tell_where(output: Path, ending: Ending, held_out: HeldOutView | None, lease
         print(
             f"  held-out masked MSE {held_out.last_loss:.4f}; predicting the mean face gives {held_out.mean_face:.4f}"
         )
-    print("Next: deepspeed launch/pretrain.py --help   (every setting, and the recipes for a cluster)", flush=True)
+    told = f"--init {output} --data 'labelled/*.tar' --val_data 'val/*.tar'"
+    print(f"Next: deepspeed launch/finetune.py --recipe lora {told}   (a detector)")
+    print(f"  or: python tools/export.py --source {output} --output {output}-timm   (the encoder for timm)", flush=True)
 
 
 if __name__ == "__main__":

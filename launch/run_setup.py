@@ -96,7 +96,7 @@ def check_output(output: Path, recipe: Recipe, resume: str) -> None:
     if differing:
         raise ConfigError(
             f"output_dir {output} holds the run of another recipe, differing in {'; '.join(differing)}: "
-            "undo the change, or name a new output_dir"
+            f"undo the change, or name a new output_dir; --init {output} there starts from this run's weights"
         )
 
 

@@ -1,11 +1,14 @@
 import dataclasses
+import errno
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from launch.command_line import answered, configure, read_command, read_flags, recipes_help
+from launch.command_line import answered, check_places, configure, explain, read_command, read_flags, recipes_help
 from launch.recipes import DEFAULT, DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
+from launch.run_setup import check_output
 from trainer import foreign_names
 from trainer.config import (
     LEGACY_VALUES,
@@ -19,6 +22,7 @@ from trainer.config import (
     from_record,
     help_text,
 )
+from trainer.data.shards import list_shards
 from trainer.errors import ConfigError
 
 
@@ -192,3 +196,39 @@ def test_a_record_is_read_back_and_a_name_of_another_version_is_one_message() ->
     assert from_record(DetectorRecipe, {"seed": 3}) == DetectorRecipe(seed=3, **legacy)
     with pytest.raises(ConfigError, match="the recorded recipe has lora_flavour, which this version does not know"):
         from_record(DetectorRecipe, as_record(recipe) | {"lora_flavour": 1})
+
+
+def test_a_place_where_nobody_can_write_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/run"):
+        with pytest.raises(ConfigError, match=r"output_dir is '.*', but .*file is a file: name another folder"):
+            check_places(PretrainRuntime(output_dir=str(tmp_path / place)))
+    check_places(PretrainRuntime(output_dir=str(tmp_path / "new" / "run")))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_that_the_system_refuses_is_a_message_and_what_no_setting_names_is_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--output_dir", str(tmp_path)])
+    refused = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "logs"))
+    assert explain(refused) == 2
+    assert f"output_dir is {str(tmp_path)!r}, but {tmp_path}/logs cannot be used" in capsys.readouterr().err
+    assert explain(PermissionError(errno.EACCES, "Permission denied", "/elsewhere/logs")) == 1
+    assert "PermissionError" in capsys.readouterr().err
+
+
+def test_a_run_of_another_recipe_leads_on_to_init(tmp_path: Path) -> None:
+    record = {"recipe": as_record(PretrainRecipe(seed=1))}
+    (tmp_path / "recipe.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=f"seed .*--init {tmp_path} there starts from this run's weights"):
+        check_output(tmp_path, PretrainRecipe(seed=2), "auto")
+
+
+def test_images_instead_of_shards_lead_to_the_tool_that_packs_them(tmp_path: Path) -> None:
+    (tmp_path / "anna").mkdir()
+    (tmp_path / "anna" / "1.JPG").write_bytes(b"")
+    with pytest.raises(ConfigError, match=f"it holds images such as 1.JPG; .*make_shards.py --source {tmp_path}"):
+        list_shards(str(tmp_path), setting="--data")
+    with pytest.raises(ConfigError, match=r"1.JPG is an image, not a shard: .*make_shards.py"):
+        list_shards(str(tmp_path / "anna" / "*"), setting="--data")

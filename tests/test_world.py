@@ -26,6 +26,42 @@ def test_more_ranks_than_devices_are_refused_with_the_fitting_number() -> None:
     with pytest.raises(ConfigError, match="--oversubscribe true"):
         check_devices(World(0, 4, 0, 4), 2, "cpu", oversubscribe=False)
     check_devices(World(0, 4, 0, 4), 2, "cpu", oversubscribe=True)
+    with pytest.raises(ConfigError, match=r"shows no GPU.*DS_ACCELERATOR=cpu"):
+        check_devices(World(), 0, "cuda", oversubscribe=False)
+
+
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "starter"),
+    [
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "srun"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "srun"),
+        (BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "0"}, "srun"),
+        (BATCH | {"SLURM_PROCID": "3"}, "srun"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun"),
+        ({"PMI_SIZE": "4"}, "mpirun"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, ""),
+        (BATCH, ""),  # the shell of salloc
+        (BATCH | {"SLURM_PROCID": "0"}, ""),  # the script of a batch job
+        (BATCH | {"SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, ""),  # srun --ntasks 1
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, ""),
+    ],
+)
+def test_several_processes_that_know_nothing_of_each_other_do_not_train(
+    variables: dict[str, str], starter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "PMI_", "MV2_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if not starter:
+        assert world_from_environment() == World()
+        return
+    with pytest.raises(ConfigError, match=f"^{starter} has started .* launch/slurm"):
+        world_from_environment()
 
 
 def _talk(rank: int, port: int, answers: Any) -> None:

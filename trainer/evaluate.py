@@ -139,7 +139,7 @@ def check_labels(index: ShardIndex, *, setting: str, both: bool = True) -> None:
         raise DataError(
             f"{setting}: {len(wrong)} of {len(index)} samples are neither 0 (bona fide) nor 1 (morph); {ref.key} "
             f"in {ref.shard} has {what}{f' ({missing})' if missing else ''}: write the shards from a manifest with a "
-            "column label"
+            "column label, or from a folder for each class with tools/make_shards.py --folder_labels true"
         )
     if both:
         for label, name in enumerate(CLASSES):

@@ -111,9 +111,11 @@ def world_from_environment() -> World:
     """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE as the deepspeed launcher and torchrun set them.
 
     Raises:
-        ConfigError: a variable is not an integer, or the set of them is incomplete.
+        ConfigError: a variable is not an integer, the set of them is incomplete, or this is one of several processes
+            that know nothing of each other.
     """
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        _refuse_lone_tasks()
         return World()
     numbers = {}
     for name, fallback in (("RANK", None), ("WORLD_SIZE", None), ("LOCAL_RANK", None), ("LOCAL_SIZE", "1")):
@@ -122,6 +124,31 @@ def world_from_environment() -> World:
             raise ConfigError(f"environment variable {name} is {text!r}, but must be an integer: start with deepspeed")
         numbers[name] = int(text)
     return World(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers["LOCAL_SIZE"])
+
+
+def _refuse_lone_tasks() -> None:
+    """Refuse one of several processes of srun or mpirun: each would train alone, all into one output_dir.
+
+    The script of a batch job and the shell of salloc see the number of tasks of their job too, but are one process:
+    they have a job id and no step id.
+    """
+    alone = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ and not _number("SLURM_PROCID")
+    slurm_tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
+    for name, starter in (
+        *([] if alone else [(slurm_tasks, "srun")]),
+        *((name, "mpirun") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")),
+    ):
+        if _number(name) > 1:
+            raise ConfigError(
+                f"{starter} has started {_number(name)} of these processes ({name}), but RANK is not set, so that each "
+                "would train alone and write into one output_dir: start with deepspeed or torchrun, or submit with "
+                "tools/submit.py or the scripts of launch/slurm, which set RANK for every task"
+            )
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else 0
 
 
 def check_devices(world: World, num_devices: int, kind: str, *, oversubscribe: bool) -> None:
@@ -135,6 +162,11 @@ def check_devices(world: World, num_devices: int, kind: str, *, oversubscribe: b
     """
     if world.local_size <= num_devices or (kind == "cpu" and oversubscribe):
         return
+    if num_devices == 0:
+        raise ConfigError(
+            f"this host shows no {'GPU' if kind == 'cuda' else 'CPU core'}: see nvidia-smi and CUDA_VISIBLE_DEVICES, "
+            "or set DS_ACCELERATOR=cpu to train on the CPU"
+        )
     remedy = f"start with --num_gpus {num_devices}"
     if kind == "cpu":
         remedy += ", or pass --oversubscribe true to let CPU ranks share cores"

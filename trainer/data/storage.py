@@ -100,7 +100,11 @@ def find(pattern: str, *, setting: str, suffix: str) -> list[str]:
     for name in _braces(pattern):
         matches = _find_url(name, setting) if is_url(name) else _find_path(name, setting, suffix)
         if not matches:
-            raise ConfigError(f"{setting}: no shard matches {name!r}: check the path (from {Path.cwd()})")
+            raise ConfigError(f"{setting}: no shard matches {name!r}: {_remedy(name)}")
+        if suffix == ".tar" and Path(matches[0]).suffix.lower() in _IMAGE_SUFFIXES:
+            raise ConfigError(
+                f"{setting}: {matches[0]} is an image, not a shard: {_PACK.format(Path(matches[0]).parent)}"
+            )
         found += matches
     return found
 
@@ -119,6 +123,26 @@ def _braces(pattern: str) -> Iterator[str]:
         yield from braceexpand.braceexpand(pattern)
     except ValueError as error:  # braceexpand's UnbalancedBracesError
         raise ConfigError(f"{pattern!r} has unbalanced braces: write ranges like shard-{{000..099}}.tar") from error
+
+
+_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".heic", ".pgm", ".ppm"})
+_PACK = "pack images into shards first: python tools/make_shards.py --source {} --output_dir shards"
+
+
+def _remedy(name: str) -> str:
+    """Say what to do about a path without shards; images in a folder want to be packed."""
+    folder = Path(name)
+    if folder.is_dir():
+        for number, path in enumerate(folder.rglob("*")):
+            if path.suffix.lower() in _IMAGE_SUFFIXES:
+                return f"it holds images such as {path.name}; {_PACK.format(name)}"
+            if number > _LOOKED_AT:
+                break
+    return f"check the path (from {Path.cwd()})"
+
+
+_LOOKED_AT = 10_000
+"""Files of a folder: enough to find out what it holds."""
 
 
 def _find_path(name: str, setting: str, suffix: str) -> list[str]:

@@ -269,3 +269,18 @@ def test_dlib_finds_the_points_of_the_mesh(people: dict[str, str], tmp_path: Pat
     assert find(picture(0)) is None
     with pytest.raises(DataError, match="12 of 12 photographs have no landmarks"):
         made(people, tmp_path / "out", landmarks="dlib")
+
+
+@pytest.mark.parametrize(
+    ("names", "points", "message"),
+    [
+        (["a", "a"], np.ones((2, 3, 2)), "2 entries 'a'"),
+        (["a", "b"], np.array([[[1, 2]] * 3, [[1, np.nan]] * 3]), "points of 'b' are not all numbers"),
+    ],
+)
+def test_landmarks_that_contradict_or_mean_nothing_are_refused(
+    tmp_path: Path, names: list[str], points: np.ndarray, message: str
+) -> None:
+    np.savez(tmp_path / "points.npz", names=np.array(names), points=points)
+    with pytest.raises(ConfigError, match=message):
+        read_landmarks(tmp_path / "points.npz")

@@ -1,4 +1,5 @@
 import csv
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -273,3 +274,51 @@ def test_an_output_that_holds_something_is_left_alone(manifest: Path) -> None:
     with pytest.raises(ConfigError, match="is not empty: name a new folder"):
         make_splits(settings(manifest))
     assert [path.name for path in (manifest.parent / "out").iterdir()] == ["mine.txt"]
+
+
+def test_what_does_not_match_is_said_and_not_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    people = [f"{number:03d}" for number in range(10)]
+    for person in people:
+        path = tmp_path / "faces" / "bonafide" / f"{person}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    (tmp_path / "faces" / "attack").mkdir()
+    (tmp_path / "faces" / "attack" / "000_000.jpg").write_bytes(b"x")
+    (tmp_path / "faces" / "list.txt").write_text("x")
+    rows = [f"bonafide/{person}.jpg;{person}" for person in people] + ["attack/000_000.jpg;000", "bonafide/999.jpg;1"]
+    (tmp_path / "ids.csv").write_text("\n".join(["path;identity", *rows]))
+    options = {"source": str(tmp_path / "faces"), "identities": str(tmp_path / "ids.csv"), "folder_labels": True}
+    make_splits(Settings(output_dir=str(tmp_path / "out"), **options))
+    said = capsys.readouterr().out
+    assert "11 images among 12 files; left out: 1 .txt (such as list.txt)" in said
+    assert "classes: bonafide -> 0, attack -> 1" in said
+    assert "1 rows name no image, such as bonafide/999.jpg" in said
+    assert said.count("warning: ") == 2, "the one morph is in one of three splits"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "x/*.tar"}, "tars cannot be split"),
+        ({"folder_labels": True}, "'a' is no known class"),
+        ({"identity_pattern": None, "identities": "ids.csv"}, "column 'Identity', which no command reads"),
+    ],
+)
+def test_a_source_that_would_be_misread_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/001.jpg", "b/002.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "ids.csv").write_text("path,Identity\na/001.jpg,1\n")
+    common = {"source": ".", "output_dir": "out", "identity_pattern": "frll"}
+    with pytest.raises(ConfigError, match=message):
+        make_splits(Settings(**(common | options)))
+
+
+def test_a_file_name_that_no_csv_can_hold_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / os.fsdecode(b"M\xfcller_001.jpg")).write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"M\\xfcller_001\.jpg: this name is no UTF-8"):
+        make_splits(Settings(source=str(tmp_path / "f"), output_dir=str(tmp_path / "o"), identity_pattern="(?P<a>.)"))

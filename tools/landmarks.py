@@ -7,6 +7,7 @@ Shapes: N photographs, L landmarks (x, y) [pixels]; images are HWC uint8 RGB.
 
 import importlib
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -40,6 +41,12 @@ def read_landmarks(path: Path) -> dict[str, Points]:
         raise ConfigError(f"landmarks {path} cannot be read ({error}): name an .npz with names and points") from error
     if points.ndim != 3 or points.shape[2] != 2 or points.shape[1] < 3 or len(points) != len(names):
         raise ConfigError(f"landmarks {path} hold points of shape {points.shape}, but must be (names, points, 2)")
+    twice, count = Counter(names).most_common(1)[0] if names else ("", 0)
+    if count > 1:
+        raise ConfigError(f"landmarks {path} hold {count} entries {twice!r}: keep one of them")
+    if not np.isfinite(points).all():
+        lost = names[int(np.flatnonzero(~np.isfinite(points).all(axis=(1, 2)))[0])]
+        raise ConfigError(f"landmarks {path}: the points of {lost!r} are not all numbers: leave that entry out")
     return dict(zip(names, points.astype(np.float32), strict=True))
 
 

@@ -179,7 +179,8 @@ def make_morphs(settings: Settings) -> Path:
     manifest = output / "morphs.csv"
     write_atomically(manifest, _manifest(jobs, same_person=settings.same_person))
     people = len({face.identity for face in faces})
-    print(f"{len(jobs)} pictures of {len(pairs)} pairs among {len(faces)} photographs of {people} people: {manifest}")
+    print(f"{len(faces)} photographs of {people} people; {people * settings.pairs_per_identity} pairs drawn")
+    print(f"{len(jobs)} pictures of {len(pairs)} distinct pairs: {manifest}")
     return manifest
 
 

@@ -123,6 +123,10 @@ def make_splits(settings: Settings) -> None:
     _refuse_empty(placed, shares, len(people))
     _write(output, placed, dropped, split_of)
     print(_table(placed, dropped, split_of))
+    for split in SPLITS:
+        missing = {_label(photo) for photo in photos} - {_label(photo) for photo in placed[split]}
+        if placed[split] and missing:
+            print(f"warning: {split} has no image with {', '.join(sorted(missing))}: try another seed or other shares")
     print(f"Next: python tools/make_shards.py --source {output / 'train.csv'} --output_dir shards/train")
 
 

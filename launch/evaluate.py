@@ -7,6 +7,8 @@ those that were fitted on a detector's validation data; nothing is fitted on tes
     [timestamp]_scores.csv    a row for each model and image: key, label, score = P(morph), isMorph, return code
     [timestamp]_report.html   one self-contained page: DET curves, tables, histograms, hardest images
 
+All three appear at the end, together. Until then the scores so far are in [timestamp]_scores.partial.csv.
+
 Usage: python launch/evaluate.py --models 'lora=runs/lora;full=runs/full' --test_sets 'frll=frll/*.tar;mad=mad/*.tar'
 
 Examples:
@@ -18,8 +20,8 @@ from launch.early import read_early
 if __name__ == "__main__":
     read_early(__file__, loads="torch and the model library")
 
-import csv
-import io
+import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,6 +38,7 @@ from tqdm.auto import tqdm
 from launch.command_line import configure_tool, run
 from launch.data import pixels_of, span_reader
 from launch.detectors import preprocessing_of, rebuild, recipe_of
+from launch.results import Results, markdown_table, terminal_table
 from launch.run_setup import versions
 from trainer.config import DetectorRecipe, DetectorRuntime, check_types
 from trainer.data.augment import CenterView
@@ -45,11 +48,11 @@ from trainer.data.shards import ShardIndex, describe_index, list_shards, open_in
 from trainer.data.stream import fixed_stream
 from trainer.engine import default_device
 from trainer.errors import ConfigError, DataError, without_secrets
-from trainer.evaluate import SUCCESS, Truth, check_labels, score, truth_of
-from trainer.files import write_atomically
-from trainer.metrics import summarise
+from trainer.evaluate import CLASSES, SUCCESS, Scores, Truth, check_labels, score, truth_of
+from trainer.files import readable
+from trainer.metrics import FEW_IDENTITIES, json_threshold, summarise
 from trainer.models.detector import MorphDetector
-from trainer.report import HardSample, ScoredSet, write_report
+from trainer.report import HardSample, ScoredSet, report_html
 from trainer.saved_detector import SavedDetector, load_detector
 
 
@@ -75,10 +78,12 @@ class Settings:
     """Replicates of the bootstrap over people, for the intervals; 0 for none."""
     seed: int = 0
     """Of the bootstrap."""
-    num_hardest: int = 12
-    """Hardest images of each model and test set in the report [images]."""
+    num_hardest: int = 8
+    """So many hardest morphs, and as many hardest bona fides, of each model and test set in the report [images]."""
     baselines: str | None = None
     """JSON of tools/shortcut_baselines.py, to stand beside the models."""
+    markdown: str | None = None
+    """Also write a table of D-EERs in Markdown into this file, for a README."""
     micro_batch: int = 64
     """Images in one forward pass [images]."""
     num_workers: int = 2
@@ -136,32 +141,39 @@ def main(words: list[str]) -> int:
 
 
 def evaluate(settings: Settings) -> Path:
-    """Measure every model on every test set; returns the path of the report."""
+    """Measure every model on every test set; returns the path of the report.
+
+    Raises:
+        ConfigError: before any work, about settings; DataError: about test sets. What was scored before stays on disk.
+    """
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     detectors = [open_detector(name, Path(path), settings) for name, path in named_values(settings.models, "models")]
     sets = [open_test_set(name, shards, settings) for name, shards in named_values(settings.test_sets, "test_sets")]
+    baselines = read_baselines(Path(settings.baselines), sets) if settings.baselines else []
     warnings = [warning for d in detectors for s in sets for warning in overlaps(d, s, settings)]
     scored, hardest = [], []
     codes: dict[tuple[str, str], list[str]] = {}
-    for detector in detectors:
-        for test_set in sets:
-            found, codes[detector.name, test_set.name] = measure(detector, test_set, settings)
+    with Results(Path(settings.output_dir)) as results:
+        for detector, test_set in itertools.product(detectors, sets):
+            scores = score_set(detector, test_set, settings)
+            codes[detector.name, test_set.name] = scores.code_N
+            found = scored_set(detector, test_set, scores, settings)
+            results.add(found, scores.code_N)
+            found = dataclasses.replace(found, summary=summary_of(found, test_set, settings))
             scored.append(found)
             hardest += hardest_of(detector, test_set, found, settings)
-    stamp = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    output = Path(settings.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    evaluation = describe(detectors, sets, scored, codes, warnings, settings)
-    evaluation = json.loads(without_secrets(json.dumps(evaluation)))  # it quotes commands and addresses
-    write_atomically(output / f"{stamp}_eval.json", json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
-    write_atomically(output / f"{stamp}_scores.csv", scores_csv(scored, codes))
-    report = output / f"{stamp}_report.html"
-    write_report(report, evaluation, scored, hardest)
-    print(table(evaluation) + "\n")
+        evaluation = describe(detectors, sets, scored, codes, warnings, baselines, settings)
+        others = {Path(settings.markdown): markdown_table(evaluation)} if settings.markdown else {}
+        evaluation = json.loads(without_secrets(json.dumps(evaluation)))  # it quotes commands and addresses
+        text = json.dumps(evaluation, indent=1, allow_nan=False) + "\n"
+        results.commit(text, report_html(evaluation, scored, hardest), others)
+    print(terminal_table(evaluation) + "\n")
+    for warning in evaluation["warnings"]:
+        print(f"  note: {warning}")
     for what, name in (("figures", "eval.json"), ("scores", "scores.csv"), ("report", "report.html")):
-        print(f"  {what:8} {output / f'{stamp}_{name}'}")
-    return report
+        print(f"  {what:8} {results.path(name)}")
+    return results.path("report.html")
 
 
 def open_detector(name: str, path: Path, settings: Settings) -> Detector:
@@ -222,14 +234,39 @@ def overlaps(detector: Detector, test_set: TestSet, settings: Settings) -> list[
     return found
 
 
-def measure(detector: Detector, test_set: TestSet, settings: Settings) -> tuple[ScoredSet, list[str]]:
-    """Score a test set and compute every figure; images that cannot be read count as failures and not as scores.
+def read_baselines(path: Path, sets: Sequence[TestSet]) -> list[dict[str, Any]]:
+    """Read what tools/shortcut_baselines.py wrote.
 
-    Returns:
-        scored: scores and figures.
-        codes: a return code for each image.
+    Raises:
+        ConfigError: it is something else, or speaks of other test sets.
     """
-    index, truth, decision = test_set.index, test_set.truth, detector.saved.decision
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text())
+        found = {row["test_set"]: row.get("fingerprint") for row in rows if row["name"] and row["summary"]["pooled"]}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"baselines is {path}, which cannot be read ({error!r}): write it with tools/shortcut_baselines.py"
+        ) from error
+    for test_set in sets:
+        if test_set.name not in found:
+            raise ConfigError(
+                f"baselines {path} measured {', '.join(found) or 'nothing'}, but not {test_set.name}: run "
+                "tools/shortcut_baselines.py with the same --test_sets"
+            )
+        if found[test_set.name] not in (None, test_set.index.fingerprint):
+            raise ConfigError(
+                f"baselines {path} measured other images as {test_set.name}: run tools/shortcut_baselines.py again"
+            )
+    return rows
+
+
+def score_set(detector: Detector, test_set: TestSet, settings: Settings) -> Scores:
+    """Score every image of a test set; one that cannot be read has a reason instead.
+
+    Raises:
+        DataError: none can be read, or the storage failed.
+    """
+    index = test_set.index
     batches = Loader(
         fixed_stream(
             index,
@@ -242,7 +279,6 @@ def measure(detector: Detector, test_set: TestSet, settings: Settings) -> tuple[
         ),
         num_workers=settings.num_workers,
     )
-    device = default_device()
     with (
         tqdm(
             total=len(index),
@@ -258,63 +294,108 @@ def measure(detector: Detector, test_set: TestSet, settings: Settings) -> tuple[
             logits_BC: torch.Tensor = detector.model(images_BCHW, want="logits")
             return logits_BC
 
-        scores = score(forward, batches, device)
-    probability_N = decision.probability(scores.logit_N)
-    read_N = ~np.isnan(probability_N)
-    if not read_N.any():
+        scores = score(forward, batches, default_device())
+    if np.isnan(scores.logit_N).all():
         raise DataError(f"test set {test_set.name}: none of {len(index)} images can be read ({scores.code_N[0]})")
-    threshold = decision.thresholds[settings.threshold]
+    return scores
+
+
+def scored_set(detector: Detector, test_set: TestSet, scores: Scores, settings: Settings) -> ScoredSet:
+    """Put scores beside what is known of the images; the figures come later."""
+    index, truth, decision = test_set.index, test_set.truth, detector.saved.decision
+    return ScoredSet(
+        model=detector.name,
+        test_set=test_set.name,
+        key_N=[readable(ref.key) for ref in index.samples(np.arange(len(index)))],
+        label_N=truth.label_N,
+        tool_N=truth.tool_N,
+        score_N=decision.probability(scores.logit_N),
+        threshold=decision.thresholds[settings.threshold],
+        threshold_name=settings.threshold,
+        summary={},
+    )
+
+
+def summary_of(found: ScoredSet, test_set: TestSet, settings: Settings) -> dict[str, Any]:
+    """Compute every figure; images that cannot be read count as failures and not as scores.
+
+    Raises:
+        DataError: no image of a class can be read.
+    """
+    read_N = ~np.isnan(found.score_N)
     chosen = np.flatnonzero(read_N).tolist()
-    summary = summarise(
-        probability_N[read_N],
-        truth.label_N[read_N],
-        [truth.tool_N[i] for i in chosen],
-        [truth.people_N[i] for i in chosen],
-        threshold=threshold,
+    for label, name in enumerate(CLASSES):
+        if not (found.label_N[read_N] == label).any():
+            raise DataError(f"test set {test_set.name}: no {name} can be read, so nothing can be measured: repair it")
+    return summarise(
+        found.score_N[read_N],
+        found.label_N[read_N],
+        [found.tool_N[i] for i in chosen],
+        [test_set.truth.people_N[i] for i in chosen],
+        threshold=found.threshold,
         num_replicates=settings.num_replicates,
         seed=settings.seed,
     )
-    scored = ScoredSet(
-        model=detector.name,
-        test_set=test_set.name,
-        key_N=[ref.key for ref in index.samples(np.arange(len(index)))],
-        label_N=truth.label_N,
-        tool_N=truth.tool_N,
-        score_N=probability_N,
-        threshold=threshold,
-        threshold_name=settings.threshold,
-        summary=summary,
-    )
-    return scored, scores.code_N
 
 
 def hardest_of(detector: Detector, test_set: TestSet, found: ScoredSet, settings: Settings) -> list[HardSample]:
-    """Draw the images on which a detector is most wrong, with the flow of its attention."""
-    wrongness_N = np.where(found.label_N == 1, 1 - found.score_N, found.score_N)
-    wrongness_N = np.where(np.isnan(wrongness_N), -1, wrongness_N)
-    chosen = np.argsort(-wrongness_N, kind="stable")[: settings.num_hardest].tolist()
-    view = CenterView(size=detector.recipe.image_size, pixels=pixels_of(detector.recipe))
-    if not chosen:
-        return []
-    stream = fixed_stream(test_set.index, chosen, view, batch=len(chosen), noise_per_sample=1, substitute=False)
-    images_BCHW = next(iter(Loader(stream))).images_BCHW
-    with torch.inference_mode():
-        maps_BRC = detector.model(images_BCHW.to(default_device()), want="attention").cpu().numpy()
-    pictures: NDArray[np.uint8] = images_BCHW.permute(0, 2, 3, 1).numpy()
-    return [
-        HardSample(
-            model=found.model,
-            test_set=found.test_set,
-            key=found.key_N[i],
-            label=int(found.label_N[i]),
-            tool=found.tool_N[i],
-            score=float(found.score_N[i]),
-            image_HWC=pictures[place],
-            attention_HW=maps_BRC[place],
-        )
-        for place, i in enumerate(chosen)
-        if not np.isnan(found.score_N[i])
-    ]
+    """Draw the images of each class on which a detector is most wrong, with the flow of its attention."""
+    worst = []
+    for label in range(len(CLASSES)):
+        mine_N = np.flatnonzero((found.label_N == label) & ~np.isnan(found.score_N))
+        surest_N = np.argsort(found.score_N[mine_N] * (1 if label else -1), kind="stable")
+        worst += mine_N[surest_N[: settings.num_hardest]].tolist()
+    view, hardest = CenterView(size=detector.recipe.image_size, pixels=pixels_of(detector.recipe)), []
+    stream = fixed_stream(test_set.index, worst, view, batch=settings.micro_batch, noise_per_sample=1, substitute=False)
+    for batch in Loader(stream):
+        with torch.inference_mode():
+            maps_BRC = detector.model(batch.images_BCHW.to(default_device()), want="attention").cpu().numpy()
+        pictures: NDArray[np.uint8] = batch.images_BCHW.permute(0, 2, 3, 1).numpy()
+        hardest += [
+            HardSample(
+                model=found.model,
+                test_set=found.test_set,
+                key=found.key_N[i],
+                label=int(found.label_N[i]),
+                tool=found.tool_N[i],
+                score=float(found.score_N[i]),
+                image_HWC=pictures[place],
+                attention_HW=maps_BRC[place],
+            )
+            for place, i in enumerate(batch.positions)
+        ]
+    return hardest
+
+
+def cautions(detectors: Sequence[Detector], scored: Sequence[ScoredSet], settings: Settings) -> list[str]:
+    """Say where intervals claim too much, and which detectors' thresholds decide nothing."""
+    found = []
+    for detector in detectors:
+        decision, name = detector.saved.decision, settings.threshold
+        if not np.isfinite(decision.thresholds[name]):
+            what = "nothing" if decision.thresholds[name] > 0 else "every image"
+            why = [note for note in decision.notes if note.startswith(f"{name} ")]
+            found.append(f"{detector.name} calls {what} a morph at its threshold {'; '.join(why) or name}")
+    if not settings.num_replicates:
+        return found
+    for test_set, about in {s.test_set: s.summary["resampling"] for s in scored}.items():
+        num_units = about["num_units"]
+        if about["unit"] == "images":
+            found.append(
+                f"test set {test_set} names no identities: its intervals are from a bootstrap over images, too "
+                "narrow if people appear more than once; pack it from a manifest with columns identity and identity_2"
+            )
+        elif about["num_unnamed"]:
+            found.append(
+                f"test set {test_set}: {about['num_unnamed']} images name no identity and count as a person each: "
+                "intervals are too narrow if people appear more than once among them"
+            )
+        if num_units < FEW_IDENTITIES:
+            found.append(
+                f"test set {test_set} has {num_units} {'images' if about['unit'] == 'images' else 'identities'} in one "
+                f"class: with fewer than {FEW_IDENTITIES}, 95 % intervals of the bootstrap cover less than that"
+            )
+    return found
 
 
 def describe(
@@ -323,6 +404,7 @@ def describe(
     scored: Sequence[ScoredSet],
     codes: Mapping[tuple[str, str], list[str]],
     warnings: list[str],
+    baselines: list[dict[str, Any]],
     settings: Settings,
 ) -> dict[str, Any]:
     """Put everything into one JSON-able record."""
@@ -342,7 +424,9 @@ def describe(
                 "init": told["init"]["source"],
                 "train_data": told["data"],
                 "selection": {"data": told["selection"]["data"], "d_eer": figures["d_eer"]} if figures else None,
-                "thresholds": {n: v if np.isfinite(v) else None for n, v in detector.saved.decision.thresholds.items()},
+                "thresholds": {n: json_threshold(v) for n, v in detector.saved.decision.thresholds.items()},
+                "threshold_rule": detector.saved.decision.rule,
+                "threshold_notes": list(detector.saved.decision.notes),
             }
             | {name: told[name] for name in ("step", "calibration", "preprocessing", "recipe")}
         )
@@ -365,69 +449,27 @@ def describe(
                 "return_codes": sorted(set(mine)),
             }
         )
-    baselines = json.loads(Path(settings.baselines).read_text()) if settings.baselines else []
     return {
         "version": 1,
         "created": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
         "versions": versions(),
         "command": " ".join(sys.argv),
         "threshold_name": settings.threshold,
-        "warnings": warnings,
+        "num_hardest": settings.num_hardest,
+        "warnings": warnings + cautions(detectors, scored, settings),
         "models": models,
         "test_sets": test_sets,
         "results": [
-            {"model": s.model, "test_set": s.test_set, "threshold": s.threshold, "summary": s.summary} for s in scored
+            {
+                "model": s.model,
+                "test_set": s.test_set,
+                "threshold": None if s.threshold is None else json_threshold(s.threshold),
+                "summary": s.summary,
+            }
+            for s in scored
         ],
         "baselines": baselines,
     }
-
-
-def scores_csv(scored: Sequence[ScoredSet], codes: Mapping[tuple[str, str], list[str]]) -> str:
-    """Write a row for each model and image, in the terms of NIST's FATE MORPH (isMorph, score, return code)."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["model", "test_set", "key", "label", "attack", "score", "isMorph", "returnCode"])
-    for found in scored:
-        threshold = np.inf if found.threshold is None else found.threshold
-        rows = zip(
-            found.key_N,
-            found.label_N.tolist(),
-            found.tool_N,
-            found.score_N.tolist(),
-            codes[found.model, found.test_set],
-            strict=True,
-        )
-        for key, label, tool, value, code in rows:
-            read = code == SUCCESS
-            is_morph = str(bool(value >= threshold)).lower() if read else ""
-            writer.writerow(
-                [found.model, found.test_set, key, label, tool, f"{value:.6f}" if read else "", is_morph, code]
-            )
-    return file.getvalue()
-
-
-def table(evaluation: dict[str, Any]) -> str:
-    """Write the main figures for a terminal."""
-    rows = [("model", "test set", "D-EER [95 % interval]", "BSCER@MACER=0.10", "AUC", "worst tool")]
-    everything = evaluation["results"] + [dict(row, model=row["name"]) for row in evaluation["baselines"]]
-    for result in everything:
-        pooled, worst = result["summary"]["pooled"], result["summary"]["worst"]
-        eer, interval = pooled["d_eer"], pooled["d_eer"]["ci"]
-        within = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
-        rows.append(
-            (
-                result["model"],
-                result["test_set"],
-                f"{100 * eer['value']:.1f} %{within}",
-                f"{100 * pooled['bscer_at_macer']['0.10']['bscer']:.1f} %",
-                f"{pooled['auc']['value']:.3f}",
-                f"{worst['d_eer_tool']} {100 * worst['d_eer']:.1f} %",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 def named_values(text: str, setting: str) -> list[tuple[str, str]]:

@@ -301,6 +301,8 @@ def tell_where(output: Path, ending: Ending, best: BestDetector, lease: Lease) -
     record_end(output, ending, lease)
     if (best.folder / "detector.json").exists():
         print(f"  detector     {best.folder}")
+        for note in read_description(best.folder).get("threshold_notes", ()):
+            print(f"  note         {note}")
     print(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")
     print(f"  numbers      {output / 'metrics.jsonl'}")
     if best.best is not None:

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import jpeg, write_tar
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainer.data.overlap import Prints, prints_of
 from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch
 from trainer.errors import CheckpointError, DataError
 from trainer.evaluate import (
+    RULE,
     Decision,
     Scores,
     check_labels,
@@ -23,7 +26,7 @@ from trainer.evaluate import (
     validation_figures,
 )
 from trainer.lease import take
-from trainer.metrics import Calibration, rates_at
+from trainer.metrics import Calibration, threshold_for_bscer, threshold_for_macer
 from trainer.saved_detector import load_detector, save_detector
 from trainer.world import World
 
@@ -127,37 +130,83 @@ def test_one_class_is_enough_where_both_are_not_asked_for(tmp_path: Path) -> Non
     check_labels(index_of(tmp_path / "a.tar", [{"label": 1}]), setting="--data", both=False)
 
 
-def test_thresholds_keep_their_promise_on_the_data_they_were_fitted_on() -> None:
+def test_an_image_that_could_not_be_read_takes_no_part_in_a_decision() -> None:
     generator = np.random.default_rng(0)
     label_N = np.arange(300) % 2
     logit_N = generator.normal(label_N * 2.0 - 1, 1.5)
-    with_failures = fit_decision(np.append(logit_N, np.nan), np.append(label_N, 1))
     decision = fit_decision(logit_N, label_N)
-    assert with_failures == decision, "an image that could not be read took part"
-    probability_N = decision.probability(logit_N)
+    assert fit_decision(np.append(logit_N, np.nan), np.append(label_N, 1)) == decision
     assert set(decision.thresholds) == {
         *("d_eer", "macer_0.01", "macer_0.05", "macer_0.10", "macer_0.20", "bscer_0.01", "bscer_0.10")
     }
-    for name, threshold in decision.thresholds.items():
-        point = rates_at(probability_N, label_N, threshold)
-        kind, _, limit = name.rpartition("_")
-        if kind in ("macer", "bscer"):
-            assert getattr(point, kind) <= float(limit)
-            neighbours = np.sort(probability_N)
-            place = int(np.searchsorted(neighbours, threshold)) + (1 if kind == "macer" else -1)
-            beyond = rates_at(probability_N, label_N, float(neighbours[place]))
-            assert getattr(beyond, kind) > float(limit) or beyond == point, "a better threshold was within the limit"
     figures = validation_figures(Scores(np.arange(301), np.append(logit_N, np.nan), []), np.append(label_N, 0))
     plain = torch.nn.functional.binary_cross_entropy_with_logits(torch.tensor(logit_N), torch.tensor(label_N * 1.0))
     assert figures["loss"] == pytest.approx(float(plain))
     assert figures["num_failed"] == 1
 
 
+@pytest.mark.parametrize("steps", [10, 1 << 40], ids=["ties", "no ties"])
+@pytest.mark.parametrize("size", [99, 100, 230])
+def test_stored_thresholds_keep_their_limits_on_new_images_on_average(size: int, steps: int) -> None:
+    """Scores are uniform on a grid, so that the rates on new images are known and not sampled."""
+    generator = np.random.default_rng(size)
+    for limit in (0.01, 0.05, 0.10):
+        found = []
+        for _ in range(2000):
+            missed = threshold_for_macer(generator.integers(0, steps, size) / steps, limit)
+            stopped = threshold_for_bscer(generator.integers(0, steps, size) / steps, limit)
+            found.append([np.ceil(t * steps) / steps for t in (missed, stopped)])  # the share of scores below
+        mean_2, error = np.abs([0, 1] - np.mean(found, axis=0)), 4 * np.std(found, axis=0) / np.sqrt(len(found))
+        assert (mean_2 <= limit + error).all()
+        expected = int(limit * (size + 1) + 1e-9) / (size + 1)
+        assert steps == 10 or (mean_2 >= expected - error).all(), "stricter than it need be"
+
+
+@given(st.lists(st.integers(0, 12), min_size=2, max_size=60), st.sampled_from([0.01, 0.05, 0.1, 0.2]))
+def test_of_any_scores_at_most_the_limits_share_fails_the_threshold_that_the_others_set(
+    scores: list[int], limit: float
+) -> None:
+    """The exact law behind the expectation: leave each out in turn; with ties."""
+    rests = [(left_out, scores[:i] + scores[i + 1 :]) for i, left_out in enumerate(scores)]
+    allowed = limit * len(scores) + 1e-9
+    assert sum(left_out < threshold_for_macer(rest, limit) for left_out, rest in rests) <= allowed
+    assert sum(left_out >= threshold_for_bscer(rest, limit) for left_out, rest in rests) <= allowed
+
+
+def test_a_stored_threshold_is_as_good_as_its_limit_allows() -> None:
+    scores = np.random.default_rng(0).permutation(200) / 200
+    for limit, k in ((0.01, 2), (0.05, 10), (0.2, 40)):
+        assert (scores < threshold_for_macer(scores, limit)).sum() == k - 1
+        assert (scores >= threshold_for_bscer(scores, limit)).sum() == k - 1
+    assert fit_decision(np.arange(200.0), np.arange(200) % 2).thresholds["macer_0.05"] == pytest.approx(
+        fit_decision(np.arange(200.0), np.arange(200) % 2).probability(np.array([9.0]))[0]
+    ), "the fifth lowest of 100 morphs"
+
+
+def test_a_limit_that_the_validation_data_are_too_few_for_is_infinite_and_said() -> None:
+    generator = np.random.default_rng(0)
+    for num_morphs, is_enough in ((98, False), (99, True)):
+        label_N = np.repeat([0, 1], [8, num_morphs])
+        decision = fit_decision(generator.normal(label_N * 2.0), label_N)
+        assert np.isfinite(decision.thresholds["macer_0.01"]) == is_enough
+        told = [
+            "bscer_0.01 is infinity: 8 bona fides cannot guarantee 1 %: need at least 99",
+            "bscer_0.10 is infinity: 8 bona fides cannot guarantee 10 %: need at least 9",
+        ]
+        if not is_enough:
+            assert decision.thresholds["macer_0.01"] == -np.inf, "calls everything a morph, so that none is missed"
+            told.insert(0, "macer_0.01 is minus infinity: 98 attacks cannot guarantee 1 %: need at least 99")
+        assert list(decision.notes) == told
+        assert decision.thresholds["bscer_0.01"] == np.inf
+
+
 # ---------------------------------------------------------------------------------------------- on disk
 
 
 DESCRIPTION = {"recipe": {"model": "x"}, "preprocessing": {}, "init": {}, "selection": {}}
-DECISION = Decision(Calibration(1.5, -0.25), {"d_eer": 0.1 + 0.2, "macer_0.01": np.inf})
+DECISION = Decision(
+    Calibration(1.5, -0.25), {"d_eer": 0.1 + 0.2, "bscer_0.01": np.inf, "macer_0.01": -np.inf}, RULE, ("too few",)
+)
 PRINTS = Prints(np.array([1, 2**64 - 1], dtype=np.uint64), np.array([], dtype=np.uint64))
 
 
@@ -178,6 +227,13 @@ def test_a_detector_comes_back_as_it_was_saved_and_a_new_one_takes_its_place(tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["attempts", "detector"]
     assert not list(tmp_path.glob("attempts/*/drafts/*")), "drafts were left"
     assert load_detector(tmp_path).path == tmp_path / "detector"
+
+
+def test_thresholds_of_an_older_detector_are_what_they_were(tmp_path: Path) -> None:
+    """They met their limits on the validation data, and nothing else was promised."""
+    alter(saved(tmp_path / "detector"), threshold_rule=None, threshold_notes=None)
+    found = load_detector(tmp_path / "detector").decision
+    assert (found.thresholds, found.rule, found.notes) == (DECISION.thresholds, "", ())
 
 
 def test_a_detector_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:

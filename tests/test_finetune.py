@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,59 @@ def test_the_command_as_typed_with_its_defaults_scores_every_image_once(sets: Pa
     assert (pooled["num_bona_fide"], pooled["num_morphs"]) == (20, 20)
     alone = judge(lora, f"plain={sets / 'test' / '*.tar'}", tmp_path / "alone")
     assert next(alone.parent.glob("*_scores.csv")).read_text() == found["scores.csv"].read_text()
+
+
+@pytest.mark.slow
+def test_a_set_that_cannot_be_measured_costs_no_scores_of_the_sets_before_it_and_odd_names_cost_nothing(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def members(name: str, payload: Callable[[int], bytes]) -> list[tuple[str, bytes]]:
+        labels = [(f"{name}{n}", n, json.dumps({"label": n % 2}).encode()) for n in range(600, 612)]
+        return [part for key, n, text in labels for part in ((f"{key}.png", payload(n)), (f"{key}.json", text))]
+
+    odd = write_tar(tmp_path / "odd.tar", members("caf\udce9", lambda n: picture(n, n % 2)))
+    broken = write_tar(
+        tmp_path / "broken.tar", members("x", lambda n: b"\x89PNG\r\n\x1a\n" if n % 2 else picture(n, 0))
+    )
+    with pytest.raises(DataError, match="test set broken: no morph can be read"):
+        judge(lora, f"odd={odd};broken={broken}", tmp_path)
+    (partial,) = (tmp_path / "results").iterdir()
+    assert str(partial) in capsys.readouterr().err
+    rows = list(csv.DictReader(partial.read_text().splitlines()))
+    assert [row["key"] for row in rows if row["test_set"] == "odd"] == [f"caf\\xe9{n}" for n in range(600, 612)]
+    assert len([row for row in rows if row["test_set"] == "broken"]) == 12, "they were scored"
+    partial.unlink()
+    report = judge(lora, f"odd={odd}", tmp_path, num_hardest=2, markdown=str(tmp_path / "table.md"))
+    told = capsys.readouterr().out
+    assert "note: test set odd names no identities" in told
+    figures = json.loads(next(report.parent.glob("*_eval.json")).read_text())
+    assert any("names no identities" in warning for warning in figures["warnings"])
+    assert any("6 images in one class" in warning for warning in figures["warnings"])
+    page = report.read_text()
+    assert page.count("caf\\xe9") == 4, "two of each class"
+    assert "bootstrap over images." in page
+    assert (
+        (tmp_path / "table.md")
+        .read_text()
+        .startswith("| D-EER in %, 95 % interval | odd |\n| --- | --- |\n| lora | **")
+    )
+
+
+@pytest.mark.slow
+def test_an_infinite_threshold_is_said_and_costs_nothing(sets: Path, lora: Path, tmp_path: Path) -> None:
+    """The 16 morphs and 16 bona fides of the validation data cannot guarantee 1 %."""
+    for name, what, called in (
+        ("macer_0.01", "minus infinity: 16 attacks", "true"),
+        ("bscer_0.01", "infinity", "false"),
+    ):
+        report = judge(lora, f"plain={sets / 'test' / '*.tar'}", tmp_path / name, threshold=name)
+        figures = json.loads(next(report.parent.glob("*_eval.json")).read_text())
+        assert figures["results"][0]["threshold"] == {"true": "-inf", "false": None}[called]
+        assert any(f"{name} is {what}" in warning for warning in figures["warnings"])
+        rows = csv.DictReader(next(report.parent.glob("*_scores.csv")).read_text().splitlines())
+        assert {row["isMorph"] for row in rows} == {called}
+        assert "need at least 99" in report.read_text()
+    assert "need at least 99" in (lora / "detector" / "detector.json").read_text()
 
 
 @pytest.mark.slow

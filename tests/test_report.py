@@ -2,7 +2,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -19,6 +18,7 @@ from trainer.report import (
     ScoredSet,
     decimal,
     det_figure,
+    det_points,
     heat,
     interval,
     percent,
@@ -27,12 +27,11 @@ from trainer.report import (
     report_html,
     score_figure,
     spread,
-    write_report,
 )
 
 VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
 HOSTILE = "</svg></style><script>alert(1)</script>\"'><img src=x onerror=y>_$x_{$&amp;\x01\u00fc\u5b57\ud800"
-EDGE = 0.0005
+EDGE, TOP = 0.0005, 0.99
 
 
 class Page(HTMLParser):
@@ -268,9 +267,11 @@ def test_every_figure_of_a_summary_is_shown(four: list[ScoredSet], html: str) ->
             assert f"{row['ece']:.4f}" in words
             for name, total in (("macer", "num_morphs"), ("bscer", "num_bona_fide")):
                 at, n = row["at_threshold"], row[total]
-                exact = f"{round(at[name] * n)} of {n} {interval(clopper_pearson(round(at[name] * n), n))}"
-                assert f"{percent(at[name])}, {exact} over identities {spread(at[f'{name}_cluster_ci'])}" in words
-            assert f"{row['num_replicates']} used, {row['num_skipped_replicates']} skipped" in words
+                exact = f"if images were independent {interval(clopper_pearson(round(at[name] * n), n))}"
+                counted = f"{percent(at[name])}, {round(at[name] * n)} of {n}; {exact}"
+                assert f"{counted} over identities {spread(at[f'{name}_cluster_ci'])}" in words
+            used = f"{row['num_replicates']} used, {row['num_skipped_replicates']} skipped drawing identities"
+            assert used in words
         assert f"{s.summary['worst']['d_eer_tool']} {percent(s.summary['worst']['d_eer'])}" in words
 
 
@@ -303,15 +304,39 @@ def test_failures_are_counted_out_and_in() -> None:
     assert "frll 3 bona fides, 5 morphs; 3 failed to process" in words
 
 
-def test_only_the_hardest_are_shown_worst_first_and_wrong_decisions_are_marked() -> None:
+def test_the_hardest_of_each_class_are_shown_worst_first_and_wrong_decisions_are_marked() -> None:
     missed = [hard(n, score=0.9 - n / 20) for n in range(12)]  # 12 morphs, the last ones lowest
     alarms = [hard(50 + n, label=0, score=n / 10) for n in range(10)]
-    page = page_of([scored()], [*missed, *alarms])
+    page = page_of([scored()], [*missed, *alarms], num_hardest=12)
     shown = re.findall(r"key(\d+)", page.words)
-    assert shown == [f"{n:03d}" for n in (*range(11, 3, -1), *range(59, 51, -1))]
-    assert page.words.count(" missed key") == 3, "of 0.35 ... 0.70, those below 0.5"
-    assert page.words.count(" false alarm key") == 5, "of 0.9 ... 0.2, those from 0.5"
+    assert shown == [f"{n:03d}" for n in (*range(11, -1, -1), *range(59, 49, -1))]
+    assert page.words.count(" missed key") == 3, "of 0.35 ... 0.90, those below 0.5"
+    assert page.words.count(" false alarm key") == 5, "of 0.9 ... 0.0, those from 0.5"
     assert page.words.index("Morphs that look bona fide") < page.words.index("Bona fides that look like morphs")
+    told = "The 12 morphs with the lowest and the 12 bona fides with the highest scores"
+    assert told in page.words
+    assert "None were asked for" in page_of([scored()], num_hardest=0).words
+
+
+def test_a_page_without_identities_claims_no_bootstrap_over_them() -> None:
+    one = scored()
+    people = summarise(one.score_N, one.label_N, one.tool_N, num_replicates=20, threshold=0.5)
+    words = page_of([replace(one, summary=people)]).words
+    assert "95 % intervals from a bootstrap over images." in words
+    assert "over images [" in words
+    assert "over identities [" not in words
+    assert "95 % intervals from a bootstrap over identities." in page_of([one]).words
+
+
+def test_thresholds_say_what_their_limits_hold_for() -> None:
+    evaluation = evaluation_of([scored(threshold=-np.inf)])
+    note = "macer_0.01 is minus infinity: 98 attacks cannot guarantee 1 %: need at least 99"
+    evaluation["models"][0] |= {"thresholds": {"d_eer": 0.5, "macer_0.01": "-inf"}}
+    assert "limits: met on the validation data themselves" in Page(report_html(evaluation, [], [])).words
+    evaluation["models"][0] |= {"threshold_rule": "expected error on new images", "threshold_notes": [note]}
+    words = Page(report_html(evaluation, [scored(threshold=-np.inf)], [])).words
+    assert "macer_0.01: minus infinite limits: expected error on new images" in words
+    assert note in words
 
 
 @pytest.mark.parametrize(
@@ -323,6 +348,7 @@ def test_only_the_hardest_are_shown_worst_first_and_wrong_decisions_are_marked()
         pytest.param(scored(tools={"opencv": 1}, num_bona_fide=1), id="two samples"),
         pytest.param(scored(threshold=None, threshold_name=""), id="no threshold"),
         pytest.param(scored(threshold=float("inf")), id="infinite threshold"),
+        pytest.param(scored(threshold=-float("inf")), id="minus infinite threshold"),
         pytest.param(scored(shift=40), id="no errors"),
         pytest.param(scored(shift=-3), id="worse than chance"),
         pytest.param(scored(num_replicates=0), id="no bootstrap"),
@@ -364,16 +390,8 @@ def test_thousands_of_samples_stay_below_three_megabytes() -> None:
     for model in ("a", "bb", "ccc"):
         for name in ("one", "three"):
             sets.append(scored(model, name, tools, num_bona_fide=9000, shift=1.5, num_replicates=0))
-            hardest += [hard(n, label=n % 2, model=model, test_set=name, image_HWC=noise_HWC) for n in range(40)]
+            hardest += [hard(n, label=n % 2, model=model, test_set=name, image_HWC=noise_HWC) for n in range(16)]
     assert len(report_html(evaluation_of(sets), sets, hardest)) < 3e6
-
-
-def test_an_older_page_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
-    one, path = scored(), tmp_path / "report.html"
-    path.write_text("older")
-    write_report(path, evaluation_of([one]), [one], [hard()])
-    assert path.read_text() == report_html(evaluation_of([one]), [one], [hard()])
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
 # ---------------------------------------------------------------------------------------------- figures
@@ -391,7 +409,7 @@ def stairs(x_T: np.ndarray, y_T: np.ndarray, at_N: np.ndarray) -> np.ndarray:
 
 
 def probit(rate: np.ndarray) -> np.ndarray:
-    return norm.ppf(np.clip(rate, EDGE, 1 - EDGE))
+    return norm.ppf(np.clip(rate, EDGE, TOP))
 
 
 def test_a_det_curve_is_the_probit_of_both_rates() -> None:
@@ -405,13 +423,18 @@ def test_a_det_curve_is_the_probit_of_both_rates() -> None:
     axis = figure.axes[0]
     for ticks, texts in ((axis.get_xticks(), axis.get_xticklabels()), (axis.get_yticks(), axis.get_yticklabels())):
         shown = [float(text.get_text()) / 100 for text in texts]
-        assert shown == pytest.approx([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4])
+        assert shown == pytest.approx([0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99])
         np.testing.assert_allclose(ticks, norm.ppf(shown))
-    marks = [axis_line.get_xydata()[0] for axis_line in axis.get_lines() if axis_line.get_marker() in ("o", "D")]
-    np.testing.assert_allclose(marks, [probit(np.array([0.1, 0.05])), probit(np.array([0.02, 0.3]))])
+    marks = [line for line in axis.get_lines() if line.get_marker() == "o"]
+    places = [mark.get_xydata()[0] for mark in marks]
+    np.testing.assert_allclose(places, [probit(np.array([0.1, 0.05])), probit(np.array([0.02, 0.3]))])
+    assert [mark.get_markerfacecolor() for mark in marks] == ["white", line.get_color()], "open limits, filled stated"
     diagonal = line_of(figure, "equal")
     np.testing.assert_allclose(diagonal.get_xdata(), diagonal.get_ydata())
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["m: D-EER 7.50 %"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "m: D-EER 7.50 %",
+        "both rates equal: D-EER",
+    ]
 
 
 @settings(max_examples=30)
@@ -438,11 +461,30 @@ def test_a_large_curve_has_few_points() -> None:
     assert len(line_of(figure, "curve-0").get_xdata()) < 3000 < len(curve.macer_T)
 
 
-def test_axes_reach_further_for_a_curve_near_chance() -> None:
-    curve = DetCurve(name="", macer_T=np.array([0, 0.6, 1]), bscer_T=np.array([1, 0.6, 0]), d_eer=0.6)
-    axis = det_figure("", [curve]).axes[0]
-    assert axis.get_xlim() == axis.get_ylim() == pytest.approx(tuple(norm.ppf([EDGE, 0.98])))
-    assert [text.get_text() for text in axis.get_xticklabels()][-3:] == ["60", "80", "95"]
+def test_all_det_figures_have_the_same_axes_up_to_99_percent() -> None:
+    for rate in (0.01, 0.6):
+        curve = DetCurve(name="", macer_T=np.array([0, rate, 1]), bscer_T=np.array([1, rate, 0]), d_eer=rate)
+        axis = det_figure("", [curve]).axes[0]
+        assert axis.get_xlim() == axis.get_ylim() == pytest.approx(tuple(norm.ppf([0.0005, 0.99])))
+
+
+def test_curves_differ_in_grey_print_too() -> None:
+    curve = DetCurve(name="c", macer_T=np.array([0, 0.1, 1]), bscer_T=np.array([1, 0.1, 0]), d_eer=0.1)
+    lines = det_figure("", [curve] * 30).legends[0].get_lines()
+    looks = {(str(line._dash_pattern), str(line.get_marker())) for line in lines[:-1]}
+    assert len(looks) == 30
+
+
+def test_baselines_are_drawn_in_grey_with_the_pooled_curves(four: list[ScoredSet]) -> None:
+    one = four[0]
+    read_N = ~np.isnan(one.score_N)
+    row = {"name": "file size", "test_set": "frll", "summary": one.summary}
+    for more in ({}, {"det": det_points(one.score_N[read_N], one.label_N[read_N])}):
+        html = report_html(evaluation_of(four, baselines=[row | more]), four, [])
+        assert html.count("(baseline)") == 1, "in one of the figures"
+    whole, points = error_curve(one.score_N[read_N], one.label_N[read_N]), more["det"]
+    pairs = set(zip(whole.macer_T.tolist(), whole.bscer_T.tolist(), strict=True))
+    assert set(zip(points["macer"], points["bscer"], strict=True)) <= pairs
 
 
 def test_histograms_show_shares_and_mark_the_samples_on_the_wrong_side() -> None:

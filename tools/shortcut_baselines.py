@@ -40,9 +40,10 @@ from trainer.data.augment import CenterView
 from trainer.data.shards import list_shards, open_index
 from trainer.data.stream import fixed_stream
 from trainer.errors import DataError
-from trainer.evaluate import check_labels, truth_of
+from trainer.evaluate import Truth, check_labels, truth_of
 from trainer.files import write_atomically
 from trainer.metrics import summarise
+from trainer.report import det_points
 
 _RINGS = 24
 
@@ -111,7 +112,7 @@ def main(words: list[str]) -> int:
     settings = read(words)
     if settings is None:
         return 0
-    train_images, train_truth = read_set(settings.data, "--data", settings)
+    train_images, train_truth, _ = read_set(settings.data, "--data", settings)
     rows: list[dict[str, Any]] = []
     tests = {
         name: read_set(shards, f"--test_sets {name}", settings)
@@ -120,7 +121,7 @@ def main(words: list[str]) -> int:
     for feature, describe in FEATURES.items():
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
         model.fit([describe(image) for image in train_images], train_truth.label_N)
-        for name, (images, truth) in tests.items():
+        for name, (images, truth, fingerprint) in tests.items():
             score_N = model.predict_proba([describe(image) for image in images])[:, 1]
             summary = summarise(
                 score_N,
@@ -130,14 +131,15 @@ def main(words: list[str]) -> int:
                 threshold=0.5,
                 num_replicates=settings.num_replicates,
             )
-            rows.append({"name": feature, "test_set": name, "summary": summary})
+            row = {"name": feature, "test_set": name, "fingerprint": fingerprint, "summary": summary}
+            rows.append(row | {"det": det_points(score_N, truth.label_N)})
             print(f"{feature:16} {name:10} AUC {summary['pooled']['auc']['value']:.3f}")
     write_atomically(Path(settings.output), json.dumps(rows, indent=1) + "\n")
     return 0
 
 
-def read_set(shards: str, setting: str, settings: Settings) -> tuple[list[NDArray[np.float32]], Any]:
-    """Read a set's images as grey values and what is known of them."""
+def read_set(shards: str, setting: str, settings: Settings) -> tuple[list[NDArray[np.float32]], Truth, str]:
+    """Read a set's images as grey values, what is known of them, and the set's fingerprint."""
     folder = Path(settings.index_dir) if settings.index_dir else None
     index = open_index(list_shards(shards, setting=setting), index_dir=folder, image_member=settings.image_member)
     check_labels(index, setting=setting)
@@ -156,7 +158,7 @@ def read_set(shards: str, setting: str, settings: Settings) -> tuple[list[NDArra
     truth = truth_of(index, np.array(kept, dtype=np.int64))
     if len(set(truth.label_N.tolist())) < 2:
         raise DataError(f"{setting}: no image of one of the two classes can be read: verify with tools/check_shards.py")
-    return images, truth
+    return images, truth, index.fingerprint
 
 
 def _pixels(batch: Any) -> NDArray[np.uint8]:

@@ -23,16 +23,19 @@ from trainer.metrics import (
     BSCER_LIMITS,
     MACER_LIMITS,
     Calibration,
-    bscer_at_macer,
     d_eer,
     error_curve,
     fit_platt,
-    macer_at_bscer,
+    samples_needed,
+    threshold_for_bscer,
+    threshold_for_macer,
 )
 from trainer.world import World
 
 CLASSES = ("bonafide", "morph")
 SUCCESS = "Success"
+RULE = "expected error on new images at most the limit, if they come from where the validation data came from"
+"""What the thresholds that `fit_decision` makes promise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,11 @@ class Decision:
 
     calibration: Calibration
     thresholds: dict[str, float]
-    """Name -> threshold on P(morph): ``d_eer``, ``macer_0.05`` (lowest BSCER with MACER <= 5 %), ``bscer_0.01``."""
+    """Name -> threshold on P(morph): ``d_eer``, ``macer_0.05`` (MACER on new images at most 5 %), ``bscer_0.01``."""
+    rule: str = ""
+    """What the limits in the names hold for; "" in detectors of older versions: the validation data themselves."""
+    notes: tuple[str, ...] = ()
+    """Which limits there were too few validation images for."""
 
     def probability(self, logit_N: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the calibrated P(morph); NaN stays NaN."""
@@ -148,14 +155,29 @@ def check_labels(index: ShardIndex, *, setting: str, both: bool = True) -> None:
 
 
 def fit_decision(logit_N: NDArray[np.float64], label_N: NDArray[np.int64]) -> Decision:
-    """Fit calibration and thresholds on validation data; images that could not be read are left out."""
+    """Fit calibration and thresholds on validation data; images that could not be read are left out.
+
+    The thresholds of limits are for new images: there the expected error is at most the limit.
+    """
     read_N = ~np.isnan(logit_N)
-    calibration = fit_platt(logit_N[read_N], label_N[read_N])
-    curve = error_curve(calibration.apply(logit_N[read_N]), label_N[read_N])
-    found = {"d_eer": d_eer(curve).threshold}
-    found |= {f"macer_{limit:.2f}": bscer_at_macer(curve, limit).threshold for limit in MACER_LIMITS}
-    found |= {f"bscer_{limit:.2f}": macer_at_bscer(curve, limit).threshold for limit in BSCER_LIMITS}
-    return Decision(calibration, {name: float(value) for name, value in found.items()})
+    logit_N, label_N = logit_N[read_N], label_N[read_N]
+    calibration = fit_platt(logit_N, label_N)
+    score_N = calibration.apply(logit_N)
+    morph_N, bona_fide_N = score_N[label_N == 1], score_N[label_N == 0]
+    found, notes = {"d_eer": d_eer(error_curve(score_N, label_N)).threshold}, []
+    for limit in MACER_LIMITS:
+        found[name := f"macer_{limit:.2f}"] = threshold_for_macer(morph_N, limit)
+        if len(morph_N) < samples_needed(limit):
+            notes.append(_too_few(f"{name} is minus infinity: {len(morph_N)} attacks", limit))
+    for limit in BSCER_LIMITS:
+        found[name := f"bscer_{limit:.2f}"] = threshold_for_bscer(bona_fide_N, limit)
+        if len(bona_fide_N) < samples_needed(limit):
+            notes.append(_too_few(f"{name} is infinity: {len(bona_fide_N)} bona fides", limit))
+    return Decision(calibration, {name: float(value) for name, value in found.items()}, RULE, tuple(notes))
+
+
+def _too_few(what: str, limit: float) -> str:
+    return f"{what} cannot guarantee {100 * limit:g} %: need at least {samples_needed(limit)}"
 
 
 def validation_figures(scores: Scores, label_N: NDArray[np.int64]) -> dict[str, Any]:

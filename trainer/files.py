@@ -5,7 +5,7 @@ import hashlib
 import os
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,26 @@ _PRIVATE = 0o600
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file: readers see the old text or the new one, also after a power cut."""
-    draft = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    write_synced(draft, text)
-    draft.replace(path)
-    sync_folder(path.parent)
+    write_together({path: text})
+
+
+def write_together(texts: Mapping[Path, str]) -> None:
+    """Replace several small files: all of them, or none if the storage refuses one.
+
+    Raises:
+        OSError: the storage refuses; what was there stays, and no draft is left.
+    """
+    drafts = {path: path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}") for path in texts}
+    try:
+        for path, draft in drafts.items():
+            write_synced(draft, texts[path])
+        for path, draft in drafts.items():
+            draft.replace(path)
+    finally:
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
+    for folder in {path.parent for path in texts}:
+        sync_folder(folder)
 
 
 @contextlib.contextmanager
@@ -38,11 +54,16 @@ def atomic_draft(path: Path) -> Iterator[Path]:
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Write a small file to stable storage."""
-    with path.open("w") as file:
+    """Write a small file to stable storage, as UTF-8 in every locale; a character that has no UTF-8 is escaped."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def readable(name: str) -> str:
+    r"""Return a name from data in a form that every file takes: bytes that are no UTF-8 become ``\xNN``."""
+    return "".join(f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in name)
 
 
 def sync_files(paths: Iterable[Path]) -> None:

@@ -12,12 +12,14 @@ MACER@BSCER=b  lowest MACER over the thresholds with BSCER(t) <= b
 
 Thresholds run over the distinct scores and infinity. Equal scores cannot be parted, no point between two thresholds is
 interpolated, and a limit is never exceeded; the usual ``argmin |MACER - a|`` exceeds it in half of all cases and
-flatters BSCER@MACER=1 % by 1.7 points on 204 bona fides. Sources: ISO/IEC 30107-3 and 20059 (the rates, and that the
-worst attack tool counts); Maio et al. 2002, FVC2000, IEEE TPAMI 24(3) (the equal error rate and its interval).
+flatters BSCER@MACER=1 % by 1.7 points on 204 bona fides. On new images a threshold exceeds a limit that it just met on
+the old ones: see `threshold_for_macer`. Sources: ISO/IEC 30107-3 and 20059 (the rates, and that the worst attack tool
+counts); Maio et al. 2002, FVC2000, IEEE TPAMI 24(3) (the equal error rate and its interval).
 
 Shapes: N samples, T thresholds, R replicates, I identities.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +38,8 @@ from trainer.errors import DataError
 
 MACER_LIMITS = (0.01, 0.05, 0.10, 0.20)
 BSCER_LIMITS = (0.01, 0.10)
+FEW_IDENTITIES = 20
+"""With fewer, percentile intervals of a bootstrap cover less than they claim."""
 _ROUNDING = 1e-12
 """Shares are sums of weights divided by their sum; a limit is met up to this."""
 
@@ -62,6 +66,11 @@ class OperatingPoint:
     threshold: float
     macer: float
     bscer: float
+
+
+def json_threshold(threshold: float) -> float | str | None:
+    """Return a threshold as JSON can hold it: infinity, which calls nothing a morph, is None; minus infinity "-inf"."""
+    return threshold if np.isfinite(threshold) else None if threshold > 0 else "-inf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +126,37 @@ def bscer_at_macer(curve: ErrorCurve, limit: float) -> OperatingPoint:
 def macer_at_bscer(curve: ErrorCurve, limit: float) -> OperatingPoint:
     """Return the point of lowest MACER among those with BSCER at most the limit; infinity always is one."""
     return _point(curve, _first_within(curve.bscer_T[None], limit)[0])
+
+
+def threshold_for_macer(morph_scores: ArrayLike, limit: float) -> float:
+    """Return the highest threshold whose MACER on new images is expected to be at most the limit.
+
+    With n morphs it is their k-th lowest score, k = floor(limit * (n + 1)): a new morph scores below it with a chance
+    of at most k / (n + 1), whatever the distribution, if it comes from where these came from. The threshold that just
+    meets the limit on the n themselves has about (k + 1) / (n + 1): 1.97 % for 1 % and n = 100. Minus infinity, which
+    calls everything a morph, where k is 0: see `samples_needed`.
+
+    Source: Vovk, Gammerman and Shafer 2005, "Algorithmic Learning in a Random World" (conformal prediction).
+    """
+    score_N = np.sort(np.asarray(morph_scores, dtype=np.float64))
+    k = _allowed(len(score_N), limit)
+    return float(score_N[k - 1]) if k else -np.inf
+
+
+def threshold_for_bscer(bona_fide_scores: ArrayLike, limit: float) -> float:
+    """Return the lowest threshold whose BSCER on new images is expected to be at most the limit.
+
+    It lies just above the k-th highest of n bona fides, k = floor(limit * (n + 1)), as `threshold_for_macer` explains.
+    Infinity, which calls nothing a morph, where k is 0.
+    """
+    score_N = np.sort(np.asarray(bona_fide_scores, dtype=np.float64))
+    k = _allowed(len(score_N), limit)
+    return float(np.nextafter(score_N[-k], np.inf)) if k else np.inf
+
+
+def samples_needed(limit: float) -> int:
+    """Return how many samples of a class a threshold for new images needs at least, to hold a limit of its errors."""
+    return math.ceil(1 / limit - 1 - _ROUNDING)
 
 
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -175,6 +215,23 @@ def bootstrap_weights(people: Sequence[Sequence[str]], *, num_replicates: int, s
     return weights_RN
 
 
+def resampling_of(people: Sequence[Sequence[str]], labels: ArrayLike) -> dict[str, Any]:
+    """Say what `bootstrap_weights` draws.
+
+    Returns:
+        resampling: ``unit``, "identities", "images" where none names a person, or "identities and unnamed images";
+            ``num_identities``; ``num_unnamed`` images; ``num_units`` drawn from in the class that has fewer.
+    """
+    named = {name for names in people for name in names}
+    num_unnamed = sum(not names for names in people)
+    units = []
+    for label in (0, 1):
+        mine = [names for names, its in zip(people, np.asarray(labels).tolist(), strict=True) if its == label]
+        units.append(len({name for names in mine for name in names}) + sum(not names for names in mine))
+    unit = "images" if not named else "identities and unnamed images" if num_unnamed else "identities"
+    return {"unit": unit, "num_identities": len(named), "num_unnamed": num_unnamed, "num_units": min(units)}
+
+
 def summarise(
     scores: ArrayLike,
     labels: ArrayLike,
@@ -199,8 +256,8 @@ def summarise(
         confidence: of the intervals.
 
     Returns:
-        summary: JSON-able, {"pooled": row, "tools": {tool: row}, "worst": {...}}; see `_row`. An infinite threshold is
-        None.
+        summary: JSON-able, {"pooled": row, "tools": {tool: row}, "worst": {...}, "resampling": see `resampling_of`};
+        see `_row`. An infinite threshold is None, minus infinity "-inf".
 
     Raises:
         DataError: as `error_curve`.
@@ -208,14 +265,17 @@ def summarise(
     score_N, label_N = _checked(scores, labels)
     tool_N, everyone = np.array(tools, dtype=object), people or [()] * len(score_N)
     weights_RN = bootstrap_weights(everyone, num_replicates=num_replicates, seed=seed) if num_replicates else None
+    resampling = resampling_of(everyone, label_N)
 
     def row_of(chosen_N: NDArray[np.bool_]) -> dict[str, Any]:
         weights = None if weights_RN is None else weights_RN[:, chosen_N]
-        return _row(score_N[chosen_N], label_N[chosen_N], weights, threshold, confidence)
+        row = _row(score_N[chosen_N], label_N[chosen_N], weights, threshold, confidence)
+        return row | {"resampled": resampling["unit"]}
 
     names = sorted({str(tool) for tool in tool_N[label_N == 1]})
     rows = {name: row_of((label_N == 0) | (tool_N == name)) for name in names}
-    return {"pooled": row_of(np.ones(len(score_N), dtype=bool)), "tools": rows, "worst": _worst(rows)}
+    pooled = row_of(np.ones(len(score_N), dtype=bool))
+    return {"pooled": pooled, "tools": rows, "worst": _worst(rows), "resampling": resampling}
 
 
 def _row(
@@ -226,7 +286,7 @@ def _row(
     eer = d_eer(curve)
     counts = {"num_bona_fide": int((label_N == 0).sum()), "num_morphs": int((label_N == 1).sum())}
     row: dict[str, Any] = counts | {
-        "d_eer": {"value": eer.value, "low": eer.low, "high": eer.high, "threshold": _finite(eer.threshold)}
+        "d_eer": {"value": eer.value, "low": eer.low, "high": eer.high, "threshold": json_threshold(eer.threshold)}
         | limits.of("d_eer"),
         "bscer_at_macer": {},
         "macer_at_bscer": {},
@@ -248,6 +308,7 @@ def _row(
             f"{name}_ci": list(clopper_pearson(round(rate * counts[count]), counts[count], confidence))
             for name, rate, count in (("macer", point.macer, "num_morphs"), ("bscer", point.bscer, "num_bona_fide"))
         }
+        row["at_threshold"] |= {"ci_assumes": "independent images"}  # Clopper-Pearson's; *_cluster_ci does not
         row["at_threshold"] |= {f"{name}_cluster_ci": limits.of(name).get("ci") for name in ("macer", "bscer")}
     return row
 
@@ -364,12 +425,12 @@ def _point(curve: ErrorCurve, at: int) -> OperatingPoint:
     return OperatingPoint(float(curve.threshold_T[at]), float(curve.macer_T[at]), float(curve.bscer_T[at]))
 
 
+def _allowed(num_samples: int, limit: float) -> int:
+    return math.floor(limit * (num_samples + 1) + 1e-9)  # 0.29 * 100 is a little less than 29
+
+
 def _plain(point: OperatingPoint) -> dict[str, Any]:
-    return {"threshold": _finite(point.threshold), "macer": point.macer, "bscer": point.bscer}
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
+    return {"threshold": json_threshold(point.threshold), "macer": point.macer, "bscer": point.bscer}
 
 
 def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.int64]]:

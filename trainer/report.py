@@ -22,20 +22,19 @@ from markupsafe import Markup
 from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
+from matplotlib.lines import Line2D
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps
 from scipy.special import ndtri
 
-from trainer.files import write_atomically
-from trainer.metrics import clopper_pearson, error_curve
+from trainer.metrics import FEW_IDENTITIES, clopper_pearson, error_curve
 
 Floats = NDArray[np.float64]
 Row = Mapping[str, Any]
 
-_EDGE = 0.0005
-"""A rate of 0 or 1 has no place on a probit axis; it is drawn at this distance from 0 or 1, the end of the axis."""
-_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
-_HIGH_TICKS = (0.6, 0.8, 0.95)
+_ENDS = (0.0005, 0.99)
+"""Of the axes of all DET curves. A rate of 0 or 1 has no place on a probit axis; it is drawn at the end."""
+_TICKS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
 _GRID = 0.004
 """Points of a DET curve that are closer than this are one: half a pixel [probits]."""
 _BINS = 25
@@ -43,13 +42,13 @@ _RELIABILITY_BINS = 15
 _FEW = 50
 """Up to so many samples, each is drawn."""
 _SIDE = 128
-_SHOWN = 8
-"""Hardest samples shown of each model, test set and kind; thumbnails are the bulk of a page."""
 _MATRIX_COLUMNS = 12
 _LABEL_LENGTH = 44
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito 2008, told apart by colour-blind people; line styles go on where they end."""
-_DASHES = ("-", "--", ":", "-.")
+"""Okabe and Ito 2008, told apart by colour-blind people; dashes and markers tell curves apart in grey print."""
+_DASHES: Any = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (9, 3)), (0, (3, 1, 1, 1, 1, 1)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h")
+_BASELINE_COLOUR = "#6e6e6e"
 _STYLE: Any = [
     "default",
     {
@@ -117,27 +116,17 @@ class DetCurve:
     """(MACER, BSCER) of each BSCER@MACER."""
     stated: tuple[float, float] | None = None
     """(MACER, BSCER) at the stated threshold."""
-
-
-def write_report(
-    path: Path, evaluation: dict[str, Any], sets: Sequence[ScoredSet], hardest: Sequence[HardSample]
-) -> None:
-    """Write the page, whole or not at all.
-
-    Args:
-        path: the .html file; an older one is replaced.
-        evaluation: JSON of the run. Tables show its results and baselines, models and test sets in its order.
-        sets: scores for the figures and for counting failures.
-        hardest: up to 8 of each model, test set and class are shown, the worst first.
-
-    Raises:
-        OSError: the storage refuses; what was there stays.
-    """
-    write_atomically(path, report_html(evaluation, sets, hardest))
+    is_baseline: bool = False
 
 
 def report_html(evaluation: dict[str, Any], sets: Sequence[ScoredSet], hardest: Sequence[HardSample]) -> str:
-    """Return the page, in ASCII, so that no locale can spoil it."""
+    """Return the page, in ASCII, so that no locale can spoil it.
+
+    Args:
+        evaluation: JSON of the run. Tables show its results and baselines, models and test sets in its order.
+        sets: scores for the figures and for counting failures.
+        hardest: of each model, test set and class, shown the worst first.
+    """
     filters: dict[str, Callable[..., Any]] = {
         f.__name__: f for f in (percent, interval, spread, count, decimal, plain, heat, row_facts)
     }
@@ -151,10 +140,11 @@ def report_html(evaluation: dict[str, Any], sets: Sequence[ScoredSet], hardest: 
         matrices=_matrices(evaluation["test_sets"]),
         detectors=_detectors(evaluation),
         threshold_names={(scored.model, scored.test_set): scored.threshold_name for scored in sets},
-        figures=_figures(sets),
+        figures=_figures(sets, evaluation.get("baselines") or []),
         failures=[_failures(scored) for scored in sets],
         hard=_hard_groups(hardest, sets),
-        num_shown=_SHOWN,
+        resampled=_resampled(evaluation),
+        few=FEW_IDENTITIES,
     )
     return page.encode("ascii", "xmlcharrefreplace").decode()
 
@@ -202,7 +192,9 @@ def count(rate: float | None, total: int) -> str:
 def decimal(value: float | str | None) -> str:
     """Write a threshold, AUC or ECE with four digits; None is infinity, which JSON does not have."""
     number = math.inf if value is None else float(value)
-    return f"{number:.4f}" if math.isfinite(number) else "infinite"
+    if not math.isfinite(number):
+        return "infinite" if number > 0 else "minus infinite"
+    return f"{number:.4f}"
 
 
 def plain(value: Any) -> str:
@@ -240,14 +232,27 @@ def row_facts(row: Row) -> list[tuple[str, str, str]]:
     facts.append(("ECE", "-" if row["ece"] is None else decimal(row["ece"]), ""))
     at = row["at_threshold"]
     for name, total in totals.items() if at else ():
-        text = f"{percent(at[name])}, {count(at[name], total)} {interval(at[f'{name}_ci'])}"
-        clustered = f"over identities {spread(at[f'{name}_cluster_ci'])}"
+        text = f"{percent(at[name])}, {count(at[name], total)}; if images were independent {interval(at[f'{name}_ci'])}"
+        clustered = f"over {resampled(row)} {spread(at[f'{name}_cluster_ci'])}"
         facts.append((f"{name.upper()}({decimal(at['threshold'])})", text, clustered))
     used = f"{row['num_replicates']} used, {row['num_skipped_replicates']} skipped"
-    return [*facts, ("Bootstrap replicates", used, "")]
+    return [*facts, ("Bootstrap replicates", used, f"drawing {resampled(row)}")]
+
+
+def resampled(row: Row) -> str:
+    """Name what the bootstrap drew; files of older versions do not say, and drew identities where there were any."""
+    return str(row.get("resampled", "identities"))
 
 
 # ---------------------------------------------------------------------------------------------- tables
+
+
+def _resampled(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """List what bootstraps drew, each with the test sets where they did."""
+    found: dict[str, dict[str, None]] = {}
+    for result in evaluation["results"]:
+        found.setdefault(resampled(result["summary"]["pooled"]), {})[result["test_set"]] = None
+    return [(unit, list(names)) for unit, names in found.items()]
 
 
 def _detectors(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -313,7 +318,7 @@ def _hard_groups(hardest: Sequence[HardSample], sets: Sequence[ScoredSet]) -> li
 def _tiles(hardest: Sequence[HardSample], which: tuple[str, str, int], threshold: float | None) -> list[dict[str, Any]]:
     mine = [sample for sample in hardest if (sample.model, sample.test_set, sample.label) == which]
     mine.sort(key=lambda sample: (sample.score if sample.label else -sample.score, sample.key))
-    return [_tile(sample, threshold) for sample in mine[:_SHOWN]]
+    return [_tile(sample, threshold) for sample in mine]
 
 
 def _tile(sample: HardSample, threshold: float | None) -> dict[str, Any]:
@@ -348,35 +353,37 @@ def _data_uri(image: Image.Image) -> str:
 
 
 def det_figure(title: str, curves: Sequence[DetCurve]) -> Figure:
-    """Draw DET curves: MACER across, BSCER up, both as probits.
+    """Draw DET curves: MACER across, BSCER up, both as probits, on the same axes in every figure.
 
     A curve is the staircase of what some threshold reaches, never better: between two thresholds it stays at the higher
-    BSCER. Points that lie within half a pixel are left out.
+    BSCER. Points that lie within half a pixel are left out. Each curve has dashes and a marker of its own.
     """
-    is_high = any(curve.d_eer >= _TICKS[-1] for curve in curves)
-    ticks = _TICKS + _HIGH_TICKS if is_high else _TICKS
-    ends = ndtri([_EDGE, 0.98 if is_high else 0.55])
+    ends = ndtri(_ENDS)
     with style.context(_STYLE):
-        height = 5.5 + 0.18 * len(curves)  # all measures are inches, so that the axes of all figures are equal
+        height = 5.5 + 0.18 * (1 + len(curves))  # all measures are inches, so that the axes of all figures are equal
         figure = Figure(figsize=(5.3, height))
         axis = figure.add_axes((0.6 / 5.3, 1 - 4.9 / height, 4.6 / 5.3, 4.6 / height))
-        axis.plot(ends, ends, color="#999999", linewidth=0.8, linestyle=(0, (6, 3)), label="equal")
+        (diagonal,) = axis.plot(ends, ends, color="#767676", linewidth=0.8, linestyle=(0, (6, 3)), label="equal")
         handles = []
         for number, curve in enumerate(curves):
-            colour, dash = _look(number)
+            colour, dash, marker = _look(number)
+            colour = _BASELINE_COLOUR if curve.is_baseline else colour
             x_T, y_T = _staircase(_probit(curve.macer_T), _probit(curve.bscer_T))
-            handles += axis.plot(
-                x_T, y_T, color=colour, linestyle=dash, linewidth=1.4, drawstyle="steps-post", label=f"curve-{number}"
-            )
-            _mark(axis, curve.limits, "o", colour, "white")
-            _mark(axis, [curve.stated] if curve.stated else [], "D", colour, colour)
-        places, texts = ndtri(ticks), [f"{100 * t:g}" for t in ticks]
+            width, steps = 1.0 if curve.is_baseline else 1.4, "steps-post"
+            axis.plot(x_T, y_T, color=colour, linestyle=dash, linewidth=width, drawstyle=steps, label=f"curve-{number}")
+            _mark(axis, curve.limits, marker, colour, "white")
+            _mark(axis, [curve.stated] if curve.stated else [], marker, colour, colour)
+            shown = {"color": colour, "linestyle": dash, "linewidth": width, "marker": marker, "markersize": 4.5}
+            handles.append(Line2D([], [], markerfacecolor="white", **shown))
+        places, texts = ndtri(_TICKS), [f"{100 * t:g}" for t in _TICKS]
         axis.set(xticks=places, xticklabels=texts, yticks=places, yticklabels=texts, xlim=ends, ylim=ends)
         axis.set(xlabel="MACER: morphs taken for bona fide [%]", ylabel="BSCER: bona fides taken for morphs [%]")
         axis.set_title(_label(title), loc="left")
         axis.grid(visible=True)
         names = [f"{_label(curve.name)}: D-EER {percent(curve.d_eer)}" for curve in curves]
-        figure.legend(handles, names, loc="lower left", bbox_to_anchor=(0.5 / 5.3, 0))
+        names = [f"{name} (baseline)" if c.is_baseline else name for name, c in zip(names, curves, strict=True)]
+        handles, names = [*handles, diagonal], [*names, "both rates equal: D-EER"]
+        figure.legend(handles, names, loc="lower left", bbox_to_anchor=(0.5 / 5.3, 0), handlelength=4)
     return figure
 
 
@@ -425,12 +432,13 @@ def reliability_figure(scored: ScoredSet) -> Figure:
     return figure
 
 
-def _figures(sets: Sequence[ScoredSet]) -> list[dict[str, Any]]:
-    """Draw every test set's figures: DET of all models, DET by tool of each, scores and reliability of each."""
+def _figures(sets: Sequence[ScoredSet], baselines: Sequence[Row]) -> list[dict[str, Any]]:
+    """Draw every test set's figures: DET of all detectors, DET by tool of each, scores and reliability of each."""
     found: list[dict[str, Any]] = []
     for test_set in dict.fromkeys(scored.test_set for scored in sets):
         mine = [scored for scored in sets if scored.test_set == test_set]
         pooled = [curve for s in mine for curve in _curve(s.model, s, s.summary["pooled"], None)]
+        pooled += [_baseline_curve(row) for row in baselines if row["test_set"] == test_set]
         dets = [det_figure(f"{test_set}: all attack tools pooled", pooled)]
         for s in mine:
             curves = [curve for tool, row in s.summary["tools"].items() for curve in _curve(tool, s, row, tool)]
@@ -473,21 +481,46 @@ def _curve(name: str, scored: ScoredSet, row: Row, tool: str | None) -> Iterable
     )
 
 
+def _baseline_curve(row: Row) -> DetCurve:
+    """Take a baseline's curve from its file; files of older versions hold no more than the points at the limits."""
+    pooled, rates = row["summary"]["pooled"], row.get("det") or {"macer": [], "bscer": []}
+    return DetCurve(
+        name=row["name"],
+        macer_T=np.array(rates["macer"], dtype=np.float64),
+        bscer_T=np.array(rates["bscer"], dtype=np.float64),
+        d_eer=pooled["d_eer"]["value"],
+        limits=tuple((point["macer"], point["bscer"]) for point in pooled["bscer_at_macer"].values()),
+        is_baseline=True,
+    )
+
+
+def det_points(scores: ArrayLike, labels: ArrayLike) -> dict[str, list[float]]:
+    """Return the points of a DET curve that can be seen, for a file: {"macer": [...], "bscer": [...]}."""
+    curve = error_curve(scores, labels)
+    seen_T = _seen(_probit(curve.macer_T), _probit(curve.bscer_T))
+    return {"macer": curve.macer_T[seen_T].tolist(), "bscer": curve.bscer_T[seen_T].tolist()}
+
+
 def _probit(rate_T: Floats) -> Floats:
-    probit_T: Floats = ndtri(np.clip(rate_T, _EDGE, 1 - _EDGE))
+    probit_T: Floats = ndtri(np.clip(rate_T, *_ENDS))
     return probit_T
 
 
 def _staircase(x_T: Floats, y_T: Floats) -> tuple[Floats, Floats]:
     """Keep the points that a staircase needs: one a cell of the grid, then the ends of straight runs."""
-    cell_2T = np.round(np.stack([x_T, y_T]) / _GRID)
-    keep_T = np.ones(len(x_T), dtype=bool)
-    keep_T[1:-1] = (cell_2T[:, 1:-1] != cell_2T[:, :-2]).any(axis=0)
-    x_T, y_T = x_T[keep_T], y_T[keep_T]
+    seen_T = _seen(x_T, y_T)
+    x_T, y_T = x_T[seen_T], y_T[seen_T]
     keep_T = np.ones(len(x_T), dtype=bool)
     for z_T in (x_T, y_T):
         keep_T[1:-1] &= (z_T[1:-1] != z_T[:-2]) | (z_T[1:-1] != z_T[2:])
     return x_T[keep_T], y_T[keep_T]
+
+
+def _seen(x_T: Floats, y_T: Floats) -> NDArray[np.bool_]:
+    cell_2T = np.round(np.stack([x_T, y_T]) / _GRID)
+    seen_T = np.ones(len(x_T), dtype=bool)
+    seen_T[1:-1] = (cell_2T[:, 1:-1] != cell_2T[:, :-2]).any(axis=0)
+    return seen_T
 
 
 def _mark(axis: Axes, points: Sequence[tuple[float, float]], marker: str, edge: str, face: str) -> None:
@@ -520,8 +553,9 @@ def _groups(scored: ScoredSet) -> list[tuple[str, int, Floats]]:
     return groups + [(tool, 1, scored.score_N[morph_N & (tool_N == tool)]) for tool in scored.summary["tools"]]
 
 
-def _look(number: int) -> tuple[str, str]:
-    return _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)]
+def _look(number: int) -> tuple[str, Any, str]:
+    """Return colour, dashes and marker; the three repeat after different numbers."""
+    return tuple(kind[number % len(kind)] for kind in (_COLOURS, _DASHES, _MARKERS))  # type: ignore[return-value]
 
 
 def _label(text: str) -> str:

@@ -73,6 +73,8 @@ def save_detector(
         fitted = {
             "calibration": {"slope": decision.calibration.slope, "offset": decision.calibration.offset},
             "thresholds": {name: repr(value) for name, value in decision.thresholds.items()},  # inf is no JSON number
+            "threshold_rule": decision.rule,
+            "threshold_notes": list(decision.notes),
         }
         text = {"format_version": FORMAT_VERSION} | description | fitted | {"files": describe_files(draft)}
         write_synced(draft / _DESCRIPTION, without_secrets(json.dumps(text, indent=1)) + "\n")
@@ -105,11 +107,12 @@ def load_detector(path: Path) -> SavedDetector:
         if found.get(name) != entry:
             raise CheckpointError(f"detector {folder}: {name} is missing or altered: restore it, or train again")
     thresholds = {name: float(value) for name, value in description["thresholds"].items()}
+    told = {"rule": description.get("threshold_rule", ""), "notes": tuple(description.get("threshold_notes", ()))}
     return SavedDetector(
         folder,
         description,
         load_file(folder / _WEIGHTS),
-        Decision(Calibration(**description["calibration"]), thresholds),
+        Decision(Calibration(**description["calibration"]), thresholds, **told),
         {name: Prints.load(folder / f"{name}.npz") for name in ("train", "val") if f"{name}.npz" in files},
     )
 

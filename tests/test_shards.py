@@ -202,7 +202,7 @@ def test_the_description_of_a_set_names_classes_people_and_what_is_left_out(tmp_
     members += [("4.jpg", jpeg(4)), ("4.txt", b"a caption")]
     index = open_index([write_tar(tmp_path / "s.tar", members)])
     text = describe_index(index)
-    assert "5 samples in 1 shards" in text
+    assert "5 samples in 1 shard (0.0 MB of images)" in text
     assert "labels: 0: 1, 1: 2, 2 without" in text
     assert "5 people are named" in text
     for said in ("names of the container (__x__) (such as __key__)", "hidden files (such as ._0.jpg)", "1 .txt"):
@@ -359,6 +359,22 @@ def test_a_readme_at_the_top_names_the_repair_and_a_compressed_tar_its_tool(tmp_
 def test_patterns_that_name_no_file_are_refused(pattern: str) -> None:
     with pytest.raises(ConfigError):
         list_shards(pattern, setting="--data")
+
+
+def test_what_a_folder_holds_beside_its_shards_is_said(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    list_shards(str(shards), setting="--data")
+    assert not caplog.text
+    (shards / "more").mkdir()
+    shards.joinpath("s-002.tar").rename(shards / "more" / "s-002.tar")
+    (shards / "s-003.tar.gz").write_bytes(b"x")
+    assert len(list_shards(str(shards), setting="--data")) == 2
+    assert "1 compressed archives such as s-003.tar.gz: decompress them" in caplog.text
+    assert "sub-folders hold shards, such as more: write" in caplog.text
+    assert len(list_shards(f"{shards}/**/*.tar", setting="--data")) == 3
+    for path in shards.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"s-003\.tar\.gz: decompress"):
+        list_shards(str(shards), setting="--data")
 
 
 def test_a_shard_named_twice_is_refused(shards: Path) -> None:

@@ -257,7 +257,8 @@ def open_index(
 def describe_index(index: ShardIndex) -> str:
     """Say in one line what a set holds: samples, labels by class, people, and what is left out and why."""
     num_bytes, tally = int(index.image_bytes.sum()), index.tally
-    parts = [f"{len(index)} samples in {len(index.shards)} shards ({num_bytes / 1e9:.3g} GB of images)"]
+    size = f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+    parts = [f"{len(index)} samples in {len(index.shards)} shard{'s' * (len(index.shards) > 1)} ({size} of images)"]
     parts.append(f"labels: {_describe_labels(tally.labels)}")
     if index.num_people:
         parts.append(f"{index.num_people} people are named")

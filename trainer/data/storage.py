@@ -30,6 +30,7 @@ from trainer.errors import ConfigError, TrainerError, without_secrets
 
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 _URL = re.compile(r"([A-Za-z][\w+.-]*):")
+_COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _WEB = ("http://", "https://")
 # Names of parameters that say who may read and how long, not what (S3, Google, Azure, CloudFront, OSS).
 _SIGNATURE = re.compile(
@@ -99,12 +100,15 @@ def find(pattern: str, *, setting: str, suffix: str) -> list[str]:
     found: list[str] = []
     for name in _braces(pattern):
         matches = _find_url(name, setting) if is_url(name) else _find_path(name, setting, suffix)
+        passed_over = "" if is_url(name) else _passed_over(Path(name).expanduser(), suffix)
         if not matches:
-            raise ConfigError(f"{setting}: no shard matches {name!r}: {_remedy(name)}")
+            raise ConfigError(f"{setting}: no shard matches {name!r}: {passed_over or _remedy(name)}")
         if suffix == ".tar" and Path(matches[0]).suffix.lower() in _IMAGE_SUFFIXES:
             raise ConfigError(
                 f"{setting}: {matches[0]} is an image, not a shard: {_PACK.format(Path(matches[0]).parent)}"
             )
+        if passed_over:
+            logger.warning("%s: of %s, not all is read: %s", setting, name, passed_over)
         found += matches
     return found
 
@@ -156,6 +160,20 @@ def _find_path(name: str, setting: str, suffix: str) -> list[str]:
         return sorted(map(str, anchor.glob(str(pattern.relative_to(anchor))))) if pattern.name else []
     except (OSError, ValueError, RuntimeError) as error:  # such as a ** beside other letters, or an unknown ~user
         raise ConfigError(f"{setting}: {name!r} is no pattern of paths ({error}): write shards/*.tar") from error
+
+
+def _passed_over(folder: Path, suffix: str) -> str:
+    """Say what in a folder looks like shards and is not read; empty for nothing, and for what is no folder."""
+    if not folder.is_dir():
+        return ""
+    packed = sorted(path.name for path in folder.iterdir() if _COMPRESSED.search(path.name))
+    below = sorted(path.parent.name for path in folder.glob(f"*/*{suffix}"))
+    found = []
+    if packed:
+        found.append(f"it holds {len(packed)} compressed archives such as {packed[0]}: decompress them (gunzip)")
+    if below:
+        found.append(f"its sub-folders hold shards, such as {below[0]}: write '{folder}/**/*{suffix}' to read them")
+    return "; ".join(found)
 
 
 def _find_url(pattern: str, setting: str) -> list[str]:

@@ -105,17 +105,18 @@ def explain(error: Exception) -> int:
     return EXIT_PEER_LOST
 
 
-_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def _place_of(error: OSError) -> str | None:
     """Say which setting leads to a file that the system refuses; None where none does: then it is a mistake of ours."""
-    if error.errno not in _NOT_OURS or not isinstance(error.filename, str):
+    if error.errno not in _REFUSALS or not isinstance(error.filename, str):
         return None
     path = Path(error.filename).absolute()
     for name, value in _pairs(sys.argv[1:]):
         given = Path(expand_home(value)).absolute()
-        if path == given or given in path.parents:
+        above, below = path == given or path in given.parents, given in path.parents
+        if above or (below and error.errno != errno.ENOENT):  # that something is missing below is not the user's doing
             return f"{name} is {value!r}, but {path} cannot be used: {error.strerror}. Name another place"
     return None
 
@@ -139,6 +140,12 @@ class _Interrupt:
         for child in multiprocessing.active_children():
             child.terminate()
         raise KeyboardInterrupt
+
+
+def say(text: str) -> None:
+    """Say at once, on one rank, what begins: a start takes many seconds, and silence looks like a hang."""
+    if is_main():
+        print(f"{text} ...", file=sys.stderr, flush=True)
 
 
 def say_interrupted() -> None:

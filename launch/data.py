@@ -7,8 +7,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from trainer.config import Recipe, Runtime
 from trainer.data.augment import Pixels
 from trainer.data.mixture import Mixture, Source, groups_by_value, groups_of_sources, read_sources
@@ -17,6 +15,7 @@ from trainer.data.sampler import WeightedOrder, class_weights
 from trainer.data.shards import ShardIndex, describe_index, list_shards, missing_labels, open_index
 from trainer.data.storage import SpanReader
 from trainer.errors import ConfigError, DataError
+from trainer.progress import Progress
 from trainer.world import World
 
 logger = logging.getLogger(__name__)
@@ -74,6 +73,9 @@ def open_sets(
     sources: Mapping[str, list[Source]], recipe: Recipe, runtime: Runtime, world: World
 ) -> dict[str, ShardIndex]:
     """Open the index of every set on all ranks, and log what each holds: one line a set."""
+    if world.is_main:
+        num_shards = sum(len(source.shards) for wanted in sources.values() for source in wanted)
+        logger.info("reading the index of %d shards", num_shards)
     indices = {setting: _open_on_all_ranks(wanted, recipe, runtime, world) for setting, wanted in sources.items()}
     if world.is_main:
         for setting, index in indices.items():
@@ -87,13 +89,13 @@ def _open_on_all_ranks(sources: list[Source], recipe: Recipe, runtime: Runtime, 
     index_dir = Path(runtime.index_dir) if runtime.index_dir else None
 
     def build() -> list[str]:
-        with tqdm(total=len(shards), desc="indexing shards", unit="shard", disable=not runtime.progress_bar) as bar:
+        with Progress(len(shards), what="indexing", unit="shard", shown=runtime.progress_bar) as bar:
             index = open_index(
                 shards,
                 index_dir=index_dir,
                 image_member=recipe.image_member,
                 num_processes=len(os.sched_getaffinity(0)),
-                on_shard=lambda done, _: bar.update(done - bar.n),
+                on_shard=lambda done, _: bar.update(done - bar.done),
             )
         return [str(index.folder), index.fingerprint]
 

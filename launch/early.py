@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.command_line import EXIT_INTERRUPTED, explain, is_main, say_interrupted
+from launch.command_line import EXIT_INTERRUPTED, explain, say, say_interrupted
 from trainer.errors import TrainerError
 
 
@@ -33,8 +33,8 @@ def read_early(path: str, *, loads: str = "") -> None:
     if answer is None:
         _end(0)
     logging.disable(logging.NOTSET)
-    if loads and is_main():
-        print(f"loading {loads} ...", file=sys.stderr, flush=True)
+    if loads:
+        say(f"loading {loads}")
 
 
 def _leave(*_: object) -> None:

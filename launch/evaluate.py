@@ -33,7 +33,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from launch.command_line import configure_tool, run
 from launch.data import pixels_of, span_reader
@@ -52,6 +51,7 @@ from trainer.evaluate import CLASSES, SUCCESS, Scores, Truth, check_labels, scor
 from trainer.files import readable
 from trainer.metrics import FEW_IDENTITIES, json_threshold, summarise
 from trainer.models.detector import MorphDetector
+from trainer.progress import Progress
 from trainer.report import HardSample, ScoredSet, report_html
 from trainer.saved_detector import SavedDetector, load_detector
 
@@ -279,13 +279,9 @@ def score_set(detector: Detector, test_set: TestSet, settings: Settings) -> Scor
         ),
         num_workers=settings.num_workers,
     )
+    what = f"{detector.name} on {test_set.name}"
     with (
-        tqdm(
-            total=len(index),
-            desc=f"{detector.name} on {test_set.name}",
-            unit="image",
-            disable=not settings.progress_bar,
-        ) as bar,
+        Progress(len(index), what=what, unit="image", shown=settings.progress_bar) as bar,
         torch.inference_mode(),
     ):
 

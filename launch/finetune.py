@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from launch.command_line import CommandLine, read_training, run
+from launch.command_line import CommandLine, read_training, run, say
 from launch.data import describe_shares, find_sources, open_sets, order_of, pixels_of, span_reader, tell_all_ranks
 from launch.detectors import build_detector, preprocessing_of, training_view
 from launch.init_weights import describe, read_init
@@ -76,10 +76,12 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> Ending:
     ds_config = engine_settings(recipe, runtime, world)
     training_view(recipe)  # refuses wrong settings before any work
     check_groups(recipe, runtime.micro_batch)
+    say(f"building {recipe.model}")
     init = read_init(runtime.init, pretrained=runtime.pretrained)
     model, init_sha256 = build_detector(recipe, init, grad_checkpointing=runtime.grad_checkpointing)
     found = find_sources(recipe, runtime, others={"val_data": runtime.val_data}) if world.is_main else None
 
+    say(f"connecting {world.size} ranks" if world.size > 1 else "looking at the output")
     world = connect(world, timeout_s=backend_timeout_s(runtime), start_timeout_s=runtime.start_timeout_s)
     output = Path(runtime.output_dir)
     world.on_main(lambda: check_output(output, recipe, runtime.resume))
@@ -90,6 +92,7 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> Ending:
     overlap = world.on_main(lambda: check_sets(index, recipe, runtime))
     order = order_of(recipe, index["data"], sources["data"], num_meeting=recipe.num_mixed)
 
+    say("starting DeepSpeed")
     engine = Engine(
         model,
         ds_config=ds_config,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from launch.command_line import CommandLine, read_training, run
+from launch.command_line import CommandLine, read_training, run, say
 from launch.data import describe_shares, find_sources, open_sets, order_of, pixels_of, span_reader, tell_all_ranks
 from launch.init_weights import check_heads, check_init, read_init
 from launch.recipes import DEFAULT, RECIPES
@@ -81,11 +81,13 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> Ending:
         raise ConfigError(
             f"micro_batch is {runtime.micro_batch}, but must be divisible by aug_repeats ({recipe.aug_repeats})"
         )
+    say(f"building {recipe.model}")
     model = build_model(recipe, runtime)
     init_sha256 = take_weights(model, recipe, runtime)
     others = {"heldout_data": runtime.heldout_data}
     found = find_sources(recipe, runtime, others=others) if world.is_main else None
 
+    say(f"connecting {world.size} ranks" if world.size > 1 else "looking at the output")
     world = connect(world, timeout_s=backend_timeout_s(runtime), start_timeout_s=runtime.start_timeout_s)
     output = Path(runtime.output_dir)
     world.on_main(lambda: check_output(output, recipe, runtime.resume))
@@ -96,6 +98,7 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> Ending:
     order = order_with_repeats(recipe, index["data"], sources["data"])
     held_out = HeldOutView(model, recipe, runtime, index, world) if "heldout_data" in index else None
 
+    say("starting DeepSpeed")
     engine = Engine(model, ds_config=ds_config, weight_decay=recipe.weight_decay, world=world)
     if runtime.compile_mode != "off":
         engine.compile(runtime.compile_mode)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 READING_ORDER = (
-    *("errors", "files", "parallel", "world", "seeds", "foreign_names", "config", "data.labels"),
+    *("errors", "files", "parallel", "progress", "world", "seeds", "foreign_names", "config", "data.labels"),
     *("data.storage", "data.tar", "data.members", "data.contents", "data.shards"),
     *("data.plan", "data.sampler", "data.mixture", "data.overlap"),
     *(
@@ -33,6 +33,7 @@ OWNERS = {
     "peft": {"trainer/models/lora.py", "trainer/export.py"},
     "transformers": {"trainer/export.py", "tools/bench_step.py"},
     "onnxruntime": {"trainer/export.py"},
+    "tqdm": {"trainer/progress.py", "trainer/monitor.py"},
     "fire": {"launch/command_line.py"},
 }
 

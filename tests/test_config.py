@@ -214,8 +214,14 @@ def test_a_file_that_the_system_refuses_is_a_message_and_what_no_setting_names_i
     refused = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "logs"))
     assert explain(refused) == 2
     assert f"output_dir is {str(tmp_path)!r}, but {tmp_path}/logs cannot be used" in capsys.readouterr().err
-    assert explain(PermissionError(errno.EACCES, "Permission denied", "/elsewhere/logs")) == 1
-    assert "PermissionError" in capsys.readouterr().err
+    assert explain(FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path.parent))) == 2
+    for error in (
+        PermissionError(errno.EACCES, "Permission denied", "/elsewhere/logs"),
+        FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "missing")),
+    ):
+        capsys.readouterr()
+        assert explain(error) == 1
+        assert type(error).__name__ in capsys.readouterr().err
 
 
 def test_a_run_of_another_recipe_leads_on_to_init(tmp_path: Path) -> None:

@@ -29,8 +29,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from launch.command_line import configure_tool, run
 from tools.salvage import Saved, rewrite
 from trainer.config import check_types
@@ -41,6 +39,7 @@ from trainer.data.storage import is_url
 from trainer.data.tar import MAX_MEMBER_BYTES, walk_tar
 from trainer.errors import ConfigError, DataError, SampleError
 from trainer.parallel import parallel_map
+from trainer.progress import Progress
 
 EXIT_DAMAGED = 1
 _LISTED = 20
@@ -133,7 +132,7 @@ def _repair_folder(folder: str | None, shards: list[str]) -> Path | None:
 def _all(shards: list[str], target: Path | None, settings: Settings) -> Iterator[Findings]:
     num_processes = min(settings.num_processes or len(os.sched_getaffinity(0)), len(shards))
     work = partial(check, target=target, image_member=settings.image_member)
-    with tqdm(total=len(shards), unit="shard", disable=not settings.progress_bar) as bar:
+    with Progress(len(shards), unit="shard", shown=settings.progress_bar) as bar:
         for found in parallel_map(work, shards, num_processes=num_processes):
             yield found
             bar.update()

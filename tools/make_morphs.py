@@ -43,7 +43,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.spatial import Delaunay
-from tqdm.auto import tqdm
 
 from launch.command_line import configure_tool, run
 from tools.image_files import DAMAGE, as_trainable, describe_damage
@@ -57,6 +56,7 @@ from trainer.data.storage import is_url
 from trainer.errors import ConfigError, DataError
 from trainer.files import write_atomically
 from trainer.parallel import parallel_map
+from trainer.progress import Progress
 
 _COLUMNS = ("path", "key", "label", "identity", "identity_2", "attack", "blend", "parent_a", "parent_b", "control")
 _FEATHER = 0.04
@@ -267,7 +267,7 @@ def _name(picture: Path | SampleRef) -> str:
 def _each(work: Callable[[_T], _R], items: Sequence[_T], settings: Settings, what: str) -> Iterator[_R]:
     """Do the work for each item, in order, on all processes and under a progress bar."""
     processes = settings.num_processes or len(os.sched_getaffinity(0))
-    with tqdm(total=len(items), desc=what, unit="image", disable=not settings.progress_bar) as bar:
+    with Progress(len(items), what=what, unit="image", shown=settings.progress_bar) as bar:
         for result in parallel_map(work, items, num_processes=processes, chunksize=8):
             yield result
             bar.update()

@@ -44,7 +44,6 @@ from typing import Any, Literal
 
 import numpy as np
 import webdataset as wds
-from tqdm.auto import tqdm
 
 from launch.command_line import configure_tool, run
 from tools.image_files import DAMAGE, Storing, describe_damage, stored_bytes_bound, stored_image
@@ -58,6 +57,7 @@ from trainer.data.tar import MAX_MEMBER_BYTES, Member, walk_tar
 from trainer.errors import ConfigError, DataError, SampleError
 from trainer.files import write_atomically
 from trainer.parallel import parallel_map
+from trainer.progress import Progress
 
 _PLAN_NAME = "make_shards.json"
 _BAD_NAME = "bad_images.csv"
@@ -343,7 +343,7 @@ def _write_all(jobs: list[_Job], lost: list[Bad], output: Path, settings: Settin
     bad, found, failed = [*lost, *(each for each in earlier if each.shard in existing)], Found(), list[Bad]()
     jobs = [_without(job, bad) if job.exists else job for job in jobs]
     num_images = sum(len(job.entries) for job in jobs)
-    with tqdm(total=num_images, unit="image", disable=not settings.progress_bar) as bar:
+    with Progress(num_images, unit="image", shown=settings.progress_bar) as bar:
         for result in _results(jobs, settings):
             bar.update(len(result.job.entries))
             found.add(result.found)

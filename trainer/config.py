@@ -383,7 +383,7 @@ class Runtime:
     oversubscribe: bool = False
     """Allow more CPU ranks than cores."""
     progress_bar: bool = True
-    """Show a progress bar on rank 0."""
+    """Show on rank 0 how far the run is: a bar in a terminal, a line every half minute in a log."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from trainer.lease import Lease
+from trainer.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -80,20 +81,12 @@ class Monitor:
         for events in (output_dir / "tensorboard").glob("events.*"):
             lease.detach(events)
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
-        self._bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            unit="step",
-            disable=not progress_bar,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
-            smoothing=0.05,
-        )
+        self._progress = Progress(total_steps, initial=first_step, unit="step", shown=progress_bar)
 
     def step_done(self) -> None:
         """Move the bar."""
         if self._is_main:
-            self._bar.update()
+            self._progress.update()
 
     def scalars(self, step: int, values: Mapping[str, float], *, group: str = "train") -> None:
         """Record numbers of one step in metrics.jsonl and TensorBoard, and the main ones in the bar."""
@@ -106,7 +99,7 @@ class Monitor:
         for name, value in values.items():
             self._board.add_scalar(f"{group}/{name}", value, step)
         if group == "train":
-            self._bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{values['images_per_s']:.0f}")
+            self._progress.note(loss=f"{values['loss']:.4f}", images_per_s=f"{values['images_per_s']:.0f}")
 
     def picture(self, step: int, name: str, image_CHW: torch.Tensor) -> None:
         """Record a uint8 picture in TensorBoard and as OUTPUT/pictures/step-XXXXXXXX.png."""
@@ -126,7 +119,7 @@ class Monitor:
         """Close the sinks."""
         if self._is_main:
             self.flush()
-            self._bar.close()
+            self._progress.close()
             self._board.close()
             self._metrics.close()
 

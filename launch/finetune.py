@@ -32,7 +32,7 @@ from launch.run_setup import (
     use_devices,
     versions,
 )
-from launch.training import Ending, Training, record_end
+from launch.training import Ending, Training, record_end, show
 from trainer import checkpoint
 from trainer.config import DetectorRecipe, DetectorRuntime, as_record
 from trainer.data.augment import CenterView
@@ -66,10 +66,10 @@ def main(argv: list[str]) -> int:
     line = read(argv)
     if line is None:
         return 0
-    return finetune(line.recipe, line.runtime).exit_code
+    return finetune(line.recipe, line.runtime, dry_run=line.dry_run).exit_code
 
 
-def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> Ending:
+def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime, *, dry_run: bool = False) -> Ending:
     """Train to the end of the schedule, or until a signal asks to stop."""
     world = world_from_environment()
     use_devices(world, runtime)
@@ -81,6 +81,8 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime) -> Ending:
     model, init_sha256 = build_detector(recipe, init, grad_checkpointing=runtime.grad_checkpointing)
     found = find_sources(recipe, runtime, others={"val_data": runtime.val_data}) if world.is_main else None
 
+    if dry_run:
+        return show(recipe, runtime, ds_config, found, world)
     say(f"connecting {world.size} ranks" if world.size > 1 else "looking at the output")
     world = connect(world, timeout_s=backend_timeout_s(runtime), start_timeout_s=runtime.start_timeout_s)
     output = Path(runtime.output_dir)

@@ -32,7 +32,7 @@ from launch.run_setup import (
     start_watchdog,
     use_devices,
 )
-from launch.training import Ending, Training, record_end
+from launch.training import Ending, Training, record_end, show
 from trainer import checkpoint, heldout
 from trainer.config import PretrainRecipe, PretrainRuntime, as_record
 from trainer.data.augment import CenterView, PretrainView
@@ -69,10 +69,10 @@ def main(argv: list[str]) -> int:
     line = read(argv)
     if line is None:
         return 0
-    return pretrain(line.recipe, line.runtime).exit_code
+    return pretrain(line.recipe, line.runtime, dry_run=line.dry_run).exit_code
 
 
-def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> Ending:
+def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime, *, dry_run: bool = False) -> Ending:
     """Train to the end of the schedule, or until a signal asks to stop."""
     world = world_from_environment()
     use_devices(world, runtime)
@@ -87,6 +87,8 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime) -> Ending:
     others = {"heldout_data": runtime.heldout_data}
     found = find_sources(recipe, runtime, others=others) if world.is_main else None
 
+    if dry_run:
+        return show(recipe, runtime, ds_config, found, world)
     say(f"connecting {world.size} ranks" if world.size > 1 else "looking at the output")
     world = connect(world, timeout_s=backend_timeout_s(runtime), start_timeout_s=runtime.start_timeout_s)
     output = Path(runtime.output_dir)

@@ -3,10 +3,11 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT
+from typing import Any
 
 from launch.command_line import EXIT_INTERRUPTED, EXIT_REQUEUE
 from launch.data import span_reader
@@ -15,6 +16,7 @@ from trainer import checkpoint
 from trainer.config import Recipe, Runtime
 from trainer.data.augment import View
 from trainer.data.loader import Loader
+from trainer.data.mixture import Source
 from trainer.data.plan import Order
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import Slice, train_stream
@@ -25,6 +27,7 @@ from trainer.monitor import Ledger, Monitor, Speedometer
 from trainer.numerics import BadSteps, SpikeWatch
 from trainer.optim import learning_rate_at
 from trainer.seeds import step_seed
+from trainer.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +210,21 @@ class Ending:
                 "Without it the same command goes on."
             )
         return f"Finished: step {self.step} of {self.total_steps}."
+
+
+def show(
+    recipe: Recipe,
+    runtime: Runtime,
+    ds_config: Mapping[str, Any],
+    found: Mapping[str, list[Source]] | None,
+    world: World,
+) -> Ending:
+    """Print what a training would do, on the rank that has found the shards, and end."""
+    if found is not None:
+        from launch.dry_run import describe  # it counts with tools/plan_run.py, which imports the trainings
+
+        print(describe(recipe, runtime, ds_config, found, world))
+    return Ending(0, 0)
 
 
 def record_end(output: Path, ending: Ending, lease: Lease) -> None:

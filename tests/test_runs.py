@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -288,3 +289,19 @@ def test_a_cross_decoder_that_paints_a_third_trains_alike_on_one_rank_and_on_two
     refused = launch(flags(shards, tmp_path / "no", **(cross | {"decoder_type": "self"})))
     assert refused.returncode == 2
     assert "predict_share is 0.34, but needs decoder_type cross" in refused.stderr
+
+
+def test_a_dry_run_tells_settings_steps_memory_and_cost_and_writes_no_output(shards: Path, tmp_path: Path) -> None:
+    words = flags(shards, tmp_path / "out", max_steps=7) | {"dry_run": "true"}
+    words.pop("epochs")
+    done = launch(words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not (tmp_path / "out").exists()
+    assert "\n  --mask_ratio 0.75\n" in done.stdout
+    assert "\n  --max_steps 7\n" in done.stdout
+    assert "Steps:  7 of 8 images (0.875 epochs), " in done.stdout
+    assert "1 rank x 4 images x 2 accumulated" in done.stdout
+    assert re.search(r"\nMemory: [\d.]+ GiB a rank at most", done.stdout)
+    found = re.search(r"\nCost:   ([\d.e+-]+) GFLOP an image and step, ([\d.e+-]+) FLOP; about \d+:\d\d", done.stdout)
+    assert found is not None, done.stdout
+    assert float(found[2]) == pytest.approx(float(found[1]) * 1e9 * 8 * 7, rel=0.02)

@@ -545,12 +545,12 @@ def help_text(config: Any, title: str) -> str:
     is_class = isinstance(config, type)
     lines, docs = [f"\n{title}:"], _field_docs(config if is_class else type(config))
     for entry in dataclasses.fields(config):
-        shown = f"Default: {_shown(entry.default)}" if is_class else f"Value: {_shown(getattr(config, entry.name))}"
+        shown = f"Default: {as_text(entry.default)}" if is_class else f"Value: {as_text(getattr(config, entry.name))}"
         lines.append(f"  --{entry.name} {_type_name(entry)}\n        {docs[entry.name]} {shown}")
     return "\n".join(lines)
 
 
-def _shown(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Write a value as the command line takes it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "[]"

@@ -62,32 +62,44 @@ def jpeg(number: int, height: int = 40, width: int = 36) -> bytes:
     return file.getvalue()
 
 
-def display_p3() -> bytes:
-    """The ICC profile of a phone: Display P3's colourants (adapted to D50) with a plain gamma of 2.2."""
+def _xyz(*values: float) -> bytes:
+    return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
 
-    def xyz(*values: float) -> bytes:
-        return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
 
-    name = b"Display P3"
-    curve = b"curv\0\0\0\0" + struct.pack(">IHH", 1, round(2.2 * 256), 0)
+def _icc_profile(name: bytes, space: bytes, tags: dict[bytes, bytes], gamma: float) -> bytes:
+    """A small ICC profile, version 2.1; the given tags, and a curve for each that has no content."""
+    curve = b"curv\0\0\0\0" + struct.pack(">IHH", 1, round(gamma * 256), 0)
     tags = {
         b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(name) + 1) + name + b"\0" + bytes(78) + b"\0",
         b"cprt": b"text\0\0\0\0free" + bytes(4),
-        b"wtpt": xyz(0.9642, 1.0, 0.8249),
-        b"rXYZ": xyz(0.51512, 0.24120, -0.00105),
-        b"gXYZ": xyz(0.29198, 0.69225, 0.04189),
-        b"bXYZ": xyz(0.15710, 0.06657, 0.78407),
-        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve),
+        b"wtpt": _xyz(0.9642, 1.0, 0.8249),
+        **{tag: content or curve for tag, content in tags.items()},
     }
     table, body, start = b"", b"", 132 + 12 * len(tags)
     for tag, content in tags.items():
         content += bytes(-len(content) % 4)
         table += tag + struct.pack(">II", start + len(body), len(content))
         body += content
-    head = struct.pack(">I4sI4s4s4s", start + len(body), b"lcms", 0x02100000, b"mntr", b"RGB ", b"XYZ ")
+    head = struct.pack(">I4sI4s4s4s", start + len(body), b"lcms", 0x02100000, b"mntr", space, b"XYZ ")
     head += struct.pack(">6H", 2024, 1, 1, 0, 0, 0) + b"acspAPPL" + bytes(24)
     head += struct.pack(">3i", *(round(value * 65536) for value in (0.9642, 1.0, 0.8249)))
     return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+def display_p3() -> bytes:
+    """The ICC profile of a phone: Display P3's colourants (adapted to D50) with a plain gamma of 2.2."""
+    colourants = {
+        b"rXYZ": _xyz(0.51512, 0.24120, -0.00105),
+        b"gXYZ": _xyz(0.29198, 0.69225, 0.04189),
+        b"bXYZ": _xyz(0.15710, 0.06657, 0.78407),
+    }
+    curves = dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), b"")
+    return _icc_profile(b"Display P3", b"RGB ", colourants | curves, 2.2)
+
+
+def grey_profile(gamma: float) -> bytes:
+    """The ICC profile of a grey scanner."""
+    return _icc_profile(b"Scanner", b"GRAY", {b"kTRC": b""}, gamma)
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], **options: int) -> Path:

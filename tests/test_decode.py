@@ -2,7 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from conftest import display_p3, jpeg
+from conftest import display_p3, grey_profile, jpeg
 from PIL import Image, ImageCms
 
 from trainer.data.decode import colour_profile, decode_image, suffix_of
@@ -134,3 +134,19 @@ def test_a_profile_that_is_srgb_or_damaged_or_of_another_mode_moves_no_pixel() -
     for profile in (srgb, lab, b"no profile", display_p3()[:200]):
         payload = encoded(SMOOTH, "PNG", icc_profile=profile)
         np.testing.assert_array_equal(decode_image(payload, srgb=True), np.asarray(SMOOTH))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_grey_image_follows_its_grey_profile(kind: str) -> None:
+    payload = encoded(Image.new("L", (16, 16), 128), kind, icc_profile=grey_profile(1.0))
+    assert (decode_image(payload) == 128).all()
+    linear = 128 / 255
+    expected = 255 * (1.055 * linear ** (1 / 2.4) - 0.055)
+    assert np.abs(decode_image(payload, srgb=True) - expected).max() < 2
+
+
+def test_a_webp_that_claims_a_large_canvas_is_refused_by_its_header() -> None:
+    payload = bytearray(encoded(SMOOTH, "WEBP", exif=turned()))
+    payload[24:30] = (15999).to_bytes(3, "little") * 2
+    with pytest.raises(SampleError, match="too_large: 16000x16000"):
+        decode_image(bytes(payload))

@@ -130,6 +130,14 @@ def test_one_class_is_enough_where_both_are_not_asked_for(tmp_path: Path) -> Non
     check_labels(index_of(tmp_path / "a.tar", [{"label": 1}]), setting="--data", both=False)
 
 
+def test_shards_whose_folders_were_numbered_in_sorted_order_are_refused(tmp_path: Path) -> None:
+    rows = [{"label": 0, "class": "attack"}, {"label": 1, "class": "bonafide"}, {"label": 1, "class": "7"}]
+    with pytest.raises(DataError, match=r"2 of 3 samples .* contradicts .* such as .*'attack' has label 0"):
+        check_labels(index_of(tmp_path / "a.tar", rows), setting="--data")
+    rows = [{"label": 1, "class": "attack"}, {"label": 0, "class": "Bona fide"}, {"label": 1, "class": "Müller"}]
+    check_labels(index_of(tmp_path / "b.tar", rows), setting="--data")
+
+
 def test_an_image_that_could_not_be_read_takes_no_part_in_a_decision() -> None:
     generator = np.random.default_rng(0)
     label_N = np.arange(300) % 2

@@ -23,6 +23,7 @@ def labels_of(names: list[str], label_map: str | None = None, *, may_sort: bool 
         (["c", "a", "b"], None, {"a": 0, "b": 1, "c": 2}),
         (["fake", "real"], "real=0,fake=1", {"fake": 1, "real": 0}),
         (["a", "b"], SORTED, {"a": 0, "b": 1}),
+        (["0", "1"], "0=1,1=0", {"0": 1, "1": 0}),
         (["bonafide", "print"], "print=1", {"bonafide": 0, "print": 1}),
     ],
 )
@@ -43,6 +44,8 @@ def test_known_names_mean_their_class_and_others_what_the_user_says(
         (["fake", "real"], "real:0", "must be names with numbers"),
         (["fake", "real"], "real=0,real=1", "must be names with numbers"),
         (["fake", "real"], ",", "names no class"),
+        (["attack", "bonafide"], "attack=0,bonafide=1", "'attack' would be 0 and means 1"),
+        (["attack", "bonafide"], SORTED, "'attack' would be 0 and means 1"),
     ],
 )
 def test_no_class_is_ever_guessed(names: list[str], label_map: str | None, message: str) -> None:

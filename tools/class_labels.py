@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from trainer.data.labels import class_of
 from trainer.errors import ConfigError
 
+_CODE = re.compile(r"[0-9.]+|true|false", re.IGNORECASE)
+"""Labels that a data set may use for either class, so that the user may turn them."""
 SORTED = "sorted"
 """What stands for a map where names are to be numbered in sorted order."""
 
@@ -49,13 +51,19 @@ def class_numbers(names: Iterable[str], label_map: str | None, *, where: str, ma
     """
     distinct, own = sorted(set(names)), parse_label_map(label_map)
     if label_map == SORTED:
-        return {name: number for number, name in enumerate(distinct)}
+        own = {name: number for number, name in enumerate(distinct)}
     if own is not None:
         strangers = [name for name in distinct if name not in own and class_of(name) is None]
         unused = [name for name in own if name not in distinct]
         if strangers or unused:
             fault = f"does not name {strangers[0]!r}" if strangers else f"names {unused[0]!r}, which is not there"
             raise ConfigError(f"label_map is {label_map!r}, but {fault}: {where} holds {_shown(distinct)}")
+    for name, number in (own or {}).items():
+        if not _CODE.fullmatch(name) and class_of(name) not in (None, number):
+            raise ConfigError(
+                f"label_map is {label_map!r}, but {name!r} would be {number} and means {class_of(name)}: bonafide is 0 "
+                "and morph is 1 everywhere here; leave it as it is, or give it another name"
+            )
     known = {name: (own or {}).get(name, class_of(name)) for name in distinct}
     unknown = [name for name, number in known.items() if number is None]
     if may_sort and len(unknown) == len(distinct) > 2:

@@ -123,7 +123,9 @@ def read_source(
 
 def names_tars(source: str) -> bool:
     """Whether a source is tars and no folder or CSV."""
-    return is_url(source) or (".tar" in source and not Path(source).is_dir())
+    path = Path(source)
+    named = path.suffix.lower() == ".tar" if path.is_file() else ".tar" in source and not path.is_dir()
+    return is_url(source) or named
 
 
 # ---------------------------------------------------------------------------------------------- folders

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.data.loader import to_device
+from trainer.data.members import CLASS_FIELD
 from trainer.data.shards import NO_GROUP, ShardIndex, missing_labels
 from trainer.data.stream import Batch
 from trainer.errors import DataError
@@ -135,7 +136,8 @@ def check_labels(index: ShardIndex, *, setting: str, both: bool = True) -> None:
         both: both classes must occur.
 
     Raises:
-        DataError: a sample has no label or another one than 0 and 1, or a class is missing.
+        DataError: a sample has no label or another one than 0 and 1, or one that contradicts the name of its class; or
+            a class is missing.
     """
     label_N = index.labels
     wrong = np.flatnonzero((label_N < 0) | (label_N > 1))
@@ -147,6 +149,13 @@ def check_labels(index: ShardIndex, *, setting: str, both: bool = True) -> None:
             f"{setting}: {len(wrong)} of {len(index)} samples are neither 0 (bona fide) nor 1 (morph); {ref.key} "
             f"in {ref.shard} has {what}{f' ({missing})' if missing else ''}: write the shards from a manifest with a "
             "column label, or from a folder for each class with tools/make_shards.py --folder_labels true"
+        )
+    inverted = index.tally.unusable[CLASS_FIELD]
+    if inverted:
+        example = index.tally.examples[f"unusable {CLASS_FIELD}"]
+        raise DataError(
+            f"{setting}: {inverted} of {len(index)} samples have a label that contradicts the name of their class, "
+            f"such as {example}: bonafide is 0 and morph is 1, so pack the images again with tools/make_shards.py"
         )
     if both:
         for label, name in enumerate(CLASSES):

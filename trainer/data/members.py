@@ -24,6 +24,8 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
 NO_LABEL = -1
 GROUP_FIELDS = ("source", "attack", "identity", "identity_2")
 """Fields of a sample's json that the index keeps, where they are short texts or integers."""
+CLASS_FIELD = "class"
+"""Field of a sample's json: the name of its class, where folders made the labels."""
 LANDMARKS = "landmarks"
 """Field of a sample's json: [[x, y], ...] in pixels of its image."""
 MAX_JSON_BYTES = 16 << 20
@@ -196,6 +198,7 @@ def _sample_of(location: str, key: str, found: dict[str, Member], image_member: 
     sample = Sample(key, set(found), found[chosen])
     values = _json_values(location, sample, found.get(text_suffixes["json"]), tally)
     _take_label(sample, found.get(text_suffixes["cls"]), values.get("label"), tally)
+    _compare_class(sample, values, tally)
     _take_groups(sample, values, tally)
     for suffix in found.keys() - used:
         kind = suffix.rpartition(".")[2]
@@ -289,6 +292,18 @@ def _take_label(sample: Sample, cls: Member | None, json_label: object, tally: T
         tally.by_new_rules |= len(classes) > 1
         shown = " and ".join(f"{where} {str(value)[:40]!r}" for where, value in stated.items())
         tally.cannot_use("label", f"{sample.key}: {shown}")
+
+
+def _compare_class(sample: Sample, values: dict[str, Any], tally: Tally) -> None:
+    """Count a label that contradicts the name of the class beside it.
+
+    make_shards of release 0.1 numbered folders in sorted order, so that ``attack`` became 0 and ``bonafide`` 1.
+    """
+    name = values.get(CLASS_FIELD)
+    if isinstance(name, str) and not name.strip().isdigit() and sample.label in (0, 1):
+        number = class_of(name)
+        if number not in (None, sample.label):
+            tally.cannot_use(CLASS_FIELD, f"{sample.key}: {name[:40]!r} has label {sample.label}")
 
 
 def _take_groups(sample: Sample, values: dict[str, Any], tally: Tally) -> None:

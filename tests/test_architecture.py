@@ -78,3 +78,11 @@ def test_each_library_has_one_owner() -> None:
         for library, owners in OWNERS.items():
             used = any(found == library or found.startswith(library + ".") for found in imports_of(path))
             assert not used or name in owners, f"{name} imports {library}"
+
+
+def test_random_numbers_come_from_seeds_and_never_from_a_generator_of_numpys_or_pythons() -> None:
+    for path in [p for folder in ("trainer", "launch") for p in (ROOT / folder).rglob("*.py")]:
+        names = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        drawn = {name for name in names if name.startswith(("np.random", "numpy.random", "random."))}
+        drawn |= imports_of(path) & {"random", "numpy.random"}
+        assert not drawn, f"{path} draws from {drawn}: see trainer/seeds.py"

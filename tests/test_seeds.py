@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import kstest
 
-from trainer.seeds import Purpose, philox4x32, random_words, shuffled, uniforms
+from trainer.seeds import Purpose, counts_of_draws, normals, philox4x32, random_words, shuffled, uniforms
 
 # Known answers of Random123 (kat_vectors, philox4x32-10): counter, key, result.
 KNOWN = [
@@ -50,3 +51,18 @@ def test_uniforms_lie_in_the_unit_interval_and_fill_it() -> None:
     assert draws.min() >= 0
     assert draws.max() < 1
     assert abs(draws.mean() - 0.5) < 0.01
+
+
+def test_normals_are_normal_and_reproducible_whatever_their_count() -> None:
+    drawn = normals(7, Purpose.PRINT_GRAIN, 100_001)
+    assert kstest(drawn, "norm").pvalue > 1e-3
+    assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.02
+    assert (normals(7, Purpose.PRINT_GRAIN, 11) == drawn[:11]).all()
+
+
+def test_draws_with_replacement_are_multinomial() -> None:
+    counts = counts_of_draws(3, Purpose.BOOTSTRAP, 4000, 7)
+    assert counts.shape == (4000, 7)
+    assert (counts.sum(axis=1) == 7).all()
+    np.testing.assert_allclose(counts.mean(axis=0), 1, atol=5 * np.sqrt(6 / 7 / 4000))
+    np.testing.assert_allclose(np.cov(counts.T), np.eye(7) - 1 / 7, atol=0.12)

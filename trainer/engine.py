@@ -258,8 +258,8 @@ class Engine:
     ) -> StepResult:
         """Accumulate gradients over the micro batches and move the optimizer once, if all numbers are finite.
 
-        ``seed`` is given to torch's generators first: dropout and drop path draw from them, and a resumed run must
-        draw the same.
+        ``seed`` is given to torch's generators first: no model of ours draws from them, but what a library might draw
+        must be the same in a resumed run.
 
         The loss is never divided here: DeepSpeed divides by the accumulation steps, and doing it twice is a known
         fault of other trainers.

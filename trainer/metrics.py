@@ -35,6 +35,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from trainer.errors import DataError
+from trainer.seeds import Purpose, counts_of_draws
 
 MACER_LIMITS = (0.01, 0.05, 0.10, 0.20)
 BSCER_LIMITS = (0.01, 0.10)
@@ -197,7 +198,7 @@ def bootstrap_weights(people: Sequence[Sequence[str]], *, num_replicates: int, s
     Args:
         people: the identities in each sample, at most two.
         num_replicates: R.
-        seed: of numpy's Philox generator.
+        seed: of the draws.
 
     Returns:
         weights_RN: float64.
@@ -208,8 +209,7 @@ def bootstrap_weights(people: Sequence[Sequence[str]], *, num_replicates: int, s
         codes = [numbers.setdefault(name, len(numbers)) for name in (names or (f"\0sample {i}",))]
         first.append(codes[0])
         second.append(codes[-1] if len(set(codes)) > 1 else -1)
-    size, generator = len(numbers), np.random.Generator(np.random.Philox(seed))
-    drawn_RI = generator.multinomial(size, np.full(size, 1 / size), size=num_replicates).astype(np.float64)
+    drawn_RI = counts_of_draws(seed, Purpose.BOOTSTRAP, num_replicates, len(numbers)).astype(np.float64)
     padded_RI = np.concatenate([drawn_RI, np.ones((num_replicates, 1))], axis=1)  # -1 picks the ones
     weights_RN: Floats = padded_RI[:, first] * padded_RI[:, second]
     return weights_RN

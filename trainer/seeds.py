@@ -14,6 +14,7 @@ from enum import IntEnum
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri
 
 _U32 = np.uint64(0xFFFFFFFF)
 _SHIFT32 = np.uint64(32)
@@ -21,6 +22,7 @@ _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _ROUNDS = 10
 _FEISTEL_ROUNDS = 12
+_NORMAL_QUANTILES = ndtri((np.arange(2**16) + 0.5) / 2**16).astype(np.float32)
 
 
 class Purpose(IntEnum):
@@ -37,6 +39,8 @@ class Purpose(IntEnum):
     WEIGHTED_ORDER = 9
     GROUP_SEED = 10
     DROPOUT = 11
+    PRINT_GRAIN = 12
+    BOOTSTRAP = 13
 
 
 def philox4x32(counter_N4: NDArray[np.uint64], key_2: tuple[int, int]) -> NDArray[np.uint64]:
@@ -105,8 +109,31 @@ def uniform_doubles(seed: int, purpose: Purpose, position_N: ArrayLike) -> NDArr
     return ((words[:, 0] << np.uint64(21)) | (words[:, 1] >> np.uint64(11))).astype(np.float64) * 2.0**-53
 
 
+def normals(seed: int, purpose: Purpose, count: int) -> NDArray[np.float32]:
+    """Draw standard normal numbers for position 0, of 16 random bits each: 65536 values, at most 4.2 from zero."""
+    halves = random_words(seed, purpose, 0, -(-count // 2))[0].astype("<u4").view("<u2")[:count]
+    drawn: NDArray[np.float32] = _NORMAL_QUANTILES[halves]
+    return drawn
+
+
+def counts_of_draws(seed: int, purpose: Purpose, num_replicates: int, num_things: int) -> NDArray[np.int64]:
+    """Draw as many things as there are, with replacement, and count how often each was drawn, (replicates, things).
+
+    The bias is below num_things / 2**32.
+    """
+    words_RI = random_words(seed, purpose, np.arange(num_replicates), num_things).astype(np.uint64)
+    drawn_RI = ((words_RI * np.uint64(num_things)) >> _SHIFT32).astype(np.int64)
+    drawn_RI += num_things * np.arange(num_replicates)[:, None]
+    counts: NDArray[np.int64] = np.bincount(drawn_RI.ravel(), minlength=num_replicates * num_things)
+    return counts.reshape(num_replicates, num_things)
+
+
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed the generators of dropout and the like for one optimizer step of one rank; below 2**62."""
+    """Seed torch's generators for one optimizer step of one rank; below 2**62.
+
+    Nothing of ours draws from them (`trainer.models.dropout` is keyed by position); what a library might draw is at
+    least the same after a restart.
+    """
     high, low = (int(word) for word in random_words(seed, Purpose.DROPOUT, (step << 20) | rank, 2)[0])
     return ((high << 32) | low) >> 2
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trainer.errors import ConfigError
+from trainer.seeds import Purpose, normals
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for a newer version at import
 
@@ -196,14 +197,13 @@ def print_scan(image_HWC: Pixels, *, blur: float, noise: float, tone: float, key
         blur: deviation of the point spread [pixels].
         noise: deviation of the noise [grey levels].
         tone: 0 keeps the tones, 1 applies the whole curve.
-        key: of the noise, which Philox draws from it and nothing else.
+        key: of the noise, which depends on it and nothing else.
 
     Source: Ferrara, Franco and Maltoni 2019, arXiv 1901.08811: tones 8.3 * max(x - 35, 0) ** 0.6 + 20.
     """
     soft_HWC = cv2.GaussianBlur(image_HWC, (0, 0), max(blur, 0.05)).astype(np.float32)
     printed_HWC = (1 - tone) * soft_HWC + tone * (8.3 * np.maximum(soft_HWC - 35, 0) ** 0.6 + 20)
-    generator = np.random.Generator(np.random.Philox(key))
-    grain_HWC = generator.standard_normal(image_HWC.shape, dtype=np.float32)
+    grain_HWC = normals(key, Purpose.PRINT_GRAIN, image_HWC.size).reshape(image_HWC.shape)
     darkness_HWC = 1 + (255 - printed_HWC) / 255
     return np.asarray((printed_HWC + noise * darkness_HWC * grain_HWC).clip(0, 255).astype(np.uint8))
 

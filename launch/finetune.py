@@ -100,6 +100,7 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime, *, dry_run: bool 
         ds_config=ds_config,
         weight_decay=recipe.weight_decay,
         layer_decay=recipe.layer_decay,
+        decay_embeddings=recipe.decay_embeddings,
         world=world,
         save_frozen=not recipe.backbone_is_frozen,
     )

@@ -8,10 +8,12 @@ from conftest import jpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
+from torchvision.transforms import RandAugment as RandAugmentOfTorchvision
 
 from tools.orl_faces import find_faces
 from trainer.data.augment import DetectorView, Photo
 from trainer.data.distort import (
+    _RANGES,
     BasicAugment,
     PassportChain,
     RandAugment,
@@ -104,6 +106,20 @@ def test_turns_and_shears_have_two_opposite_signs_and_no_black_corners(name: str
     for ramp, still in ((rows, "shear_x"), (columns, "shear_y")):  # the axis along which nothing moves
         moved = plus(np.repeat(ramp[..., None], 3, 2))[20:41, 20:41, 0].astype(int)
         assert (np.abs(moved - ramp[20:41, 20:41]).max() <= 1) == (name == still)
+
+
+@pytest.mark.parametrize("magnitude", range(1, 11))
+def test_magnitude_m_is_step_3m_of_torchvisions_31(magnitude: int) -> None:
+    space = RandAugmentOfTorchvision()._augmentation_space(31, (60, 60))
+    step = {name: float(values[3 * magnitude]) for name, (values, _) in space.items() if values.ndim}
+    for ours, theirs in {"rotate": "Rotate", "shear": "ShearX", "enhance": "Contrast"}.items():
+        assert _RANGES[ours] * magnitude / 10 == pytest.approx(step[theirs])
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
+    ops = rand_augment_ops(magnitude)
+    bits = int(step["Posterize"])
+    np.testing.assert_array_equal(ops["posterize"][1](ramp), ramp >> (8 - bits) << (8 - bits))
+    turned = (ops["solarize"][1](ramp) != ramp)[0, :, 0]
+    assert abs(int(turned.argmax()) - step["Solarize"]) <= 1
 
 
 def test_basic_augmentation_keeps_the_middle_scales_the_mean_and_sometimes_compresses() -> None:

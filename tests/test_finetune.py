@@ -161,6 +161,7 @@ def test_a_killed_fine_tuning_goes_on_bitwise(sets: Path, mae: Path, tmp_path: P
         "use_lora": "true",
         "save_every": "20",
         "use_mixstyle": "true",
+        "mix_group": "4",
         "use_advanced_aug": "true",
     }
     whole, parts = tmp_path / "whole", tmp_path / "parts"

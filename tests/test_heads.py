@@ -261,3 +261,16 @@ def test_layer_decay_gives_each_block_its_learning_rate() -> None:
     assert scale_of[id(named["encoder.vit.blocks.0.attn.qkv.weight"])] == 0.5**depth
     assert scale_of[id(named["encoder.vit.patch_embed.proj.weight"])] == 0.5 ** (depth + 1)
     assert len(parameter_groups(model, 0.05)) == 2
+
+
+def test_fine_tuning_spares_positions_and_tokens_from_weight_decay_as_timm_does() -> None:
+    model = detector()
+    named = {id(p): name for name, p in model.named_parameters()}
+
+    def decaying(**how: bool) -> set[str]:
+        groups = parameter_groups(model, 0.05, **how)
+        return {named[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+
+    spared = decaying() - decaying(decay_embeddings=False)
+    assert spared == {f"encoder.vit.{name}" for name in model.encoder.vit.no_weight_decay()} & set(named.values())
+    assert {"encoder.vit.pos_embed", "encoder.vit.cls_token"} <= spared

@@ -305,8 +305,10 @@ def read_model(recipe: Recipe, precision: str) -> Model:
     else:
         flops, forward = plain.flops_per_image(), encoder.flops(encoder.num_patches)
         tokens = (encoder.num_patches + encoder.num_prefix) * encoder.width
-    layer_decay = recipe.layer_decay if isinstance(recipe, DetectorRecipe) else 1.0
-    groups = parameter_groups(plain, recipe.weight_decay, layer_decay=layer_decay)
+    how: dict[str, Any] = {}
+    if isinstance(recipe, DetectorRecipe):
+        how = {"layer_decay": recipe.layer_decay, "decay_embeddings": recipe.decay_embeddings}
+    groups = parameter_groups(plain, recipe.weight_decay, **how)
     weights = Weights(
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
         frozen=tuple(p.numel() for p in plain.parameters() if not p.requires_grad),
@@ -337,8 +339,9 @@ def saved_bytes(model: Any, recipe: Recipe) -> int:
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        few, more = (kept_bytes(model, example(model, recipe, n)) for n in (TRACED_IMAGES, 2 * TRACED_IMAGES))
-        return (more - few) // TRACED_IMAGES
+        images = TRACED_IMAGES * (recipe.num_mixed if isinstance(recipe, DetectorRecipe) else 1)
+        few, more = (kept_bytes(model, example(model, recipe, n)) for n in (images, 2 * images))
+        return (more - few) // images
 
 
 def example(model: Any, recipe: Recipe, images: int) -> tuple[torch.Tensor, ...]:

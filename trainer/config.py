@@ -45,7 +45,8 @@ class Recipe:
     global_batch: int = 4096
     """Samples in one optimizer step, over all ranks and accumulation steps [images]."""
     epochs: float = 800.0
-    """Length of the schedule, in passes over the training set [epochs]."""
+    """Length of the schedule, in passes over the training set; where the batch does not divide it, a batch holds the
+    end of one pass and the beginning of the next, and no sample is left out [epochs]."""
     max_steps: int | None = None
     """Length of the schedule instead of epochs; the warm-up keeps its share, warmup_epochs / epochs [steps]."""
     warmup_epochs: float = 40.0
@@ -229,6 +230,9 @@ class DetectorRecipe(Recipe):
     """Train magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353)."""
     layer_decay: float = 1.0
     """Each block's learning rate is this times that of the block above it; 1 for all alike (0.75 in the MAE paper)."""
+    decay_embeddings: bool = False
+    """Let weight_decay reach the encoder's positions, class and register tokens as well; in timm's and the published
+    fine-tuning it does not."""
     drop_path: float = 0.0
     """Chance of skipping a block in training, rising linearly with depth to this (0.1 in the MAE paper)."""
 
@@ -277,7 +281,8 @@ class DetectorRecipe(Recipe):
     use_advanced_aug: bool = False
     """RandAugment on top of the basic augmentation."""
     advanced_aug_magnitude: int = 9
-    """Strength of RandAugment, from 1 to 10."""
+    """Strength of RandAugment, from 1 to 10, in proportion for every operation. 10 is the last of torchvision's 31
+    steps, so 9 is its 27 and 3 is its default 9; timm's m9 is as strong, but its operations are others."""
     advanced_aug_num_ops: int = 2
     """Operations that RandAugment applies to an image."""
     passport_aug: tuple[str, ...] = ()
@@ -466,6 +471,7 @@ LEGACY_VALUES: dict[str, Any] = {
     "mix_group": 0,
     "view_resize": "former",
     "colours": "stored",
+    "decay_embeddings": True,
 }
 """Recipe field -> the value, as JSON gives it, under which a run begun before the field existed behaved, or a run begun
 before its default changed. Whoever adds a field, or changes a default that changes numbers, adds a line: without it no

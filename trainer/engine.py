@@ -212,6 +212,7 @@ class Engine:
         weight_decay: float,
         world: World,
         layer_decay: float = 1.0,
+        decay_embeddings: bool = True,
         save_frozen: bool = True,
     ) -> None:
         """Wrap the model. Only what requires a gradient reaches the optimizer; the rest is saved unless told not to.
@@ -221,7 +222,7 @@ class Engine:
         """
         self.world, self._save_frozen = world, save_frozen
         self._accumulation: int = ds_config["gradient_accumulation_steps"]
-        groups = parameter_groups(model, weight_decay, layer_decay=layer_decay)
+        groups = parameter_groups(model, weight_decay, layer_decay=layer_decay, decay_embeddings=decay_embeddings)
         self._lr_scales = [group["lr_scale"] for group in groups]
         self._engine = _initialize(model, groups, ds_config, tells=world.is_main)
         self.zero_stage = int(self._engine.zero_optimization_stage())

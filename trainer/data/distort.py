@@ -52,9 +52,13 @@ class BasicAugment:
 class RandAugment:
     """Some of 14 operations, each chosen uniformly, at one common strength.
 
-    Source: Cubuk et al. 2019, arXiv 1909.13719; strengths grow with the magnitude for every operation, as in timm:
-    rotation to 30 degrees, shear to 0.3, translation to 0.45 of the side, enhancement to 1 +- 0.9, solarize from 256
-    down to 0, posterize from 8 bits down to 4; signs are drawn.
+    Source: Cubuk et al. 2019, arXiv 1909.13719, with torchvision's operations and ends: rotation to 30 degrees, shear
+    to 0.3, enhancement to 1 +- 0.9, solarize from 256 down to 0, posterize from 8 bits down to 4; translation to 0.45
+    of the side, as timm's. Strengths grow in proportion to the magnitude for every operation, and signs are drawn.
+    torchvision counts the same way in 31 steps, so that magnitude m is its step 3 * m: 9 is its 27, and 3 its default.
+    timm's m9 has the same turns, shears and enhancements; but there each operation is applied with a chance of 0.5,
+    posterize leaves 3 bits where it leaves 4 here, solarize and posterize weaken with the magnitude (unless "inc"), and
+    invert and a second solarize stand in the place of identity.
 
     Args:
         num_ops: operations an image.
@@ -84,6 +88,7 @@ class RandAugment:
 def rand_augment_ops(magnitude: int) -> dict[str, tuple[Callable[[Pixels], Pixels], Callable[[Pixels], Pixels]]]:
     """Build the operations at a magnitude, by name: with negative and with positive sign, alike where there is none."""
     share = magnitude / _MOST
+    bits = 8 - round(4 * share)
     rotate, shear, translate, enhance = (share * most for most in _RANGES.values())
     mirror = {"border_mode": cv2.BORDER_REFLECT_101, "p": 1.0}
     still = {
@@ -110,7 +115,7 @@ def rand_augment_ops(magnitude: int) -> dict[str, tuple[Callable[[Pixels], Pixel
         "rotate": both(lambda s: A.Affine(rotate=(s * rotate, s * rotate), **mirror)),
         "solarize": both(lambda _: A.Solarize(threshold_range=(1 - share, 1 - share), p=1.0)),
         "color": both(lambda s: enhanced("saturation", s)),
-        "posterize": both(lambda _: A.Posterize(num_bits=8 - round(4 * share), p=1.0)),
+        "posterize": both(lambda _: A.Posterize(num_bits=bits, p=1.0)) if bits < 8 else (_unchanged, _unchanged),
         "contrast": both(lambda s: enhanced("contrast", s)),
         "brightness": both(lambda s: enhanced("brightness", s)),
         "sharpness": (sharpened(-1), sharpened(1)),

@@ -242,7 +242,11 @@ def _pick(table_1ND: Tensor, index_BK: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialise(model: MaskedAutoencoder, *, use_learned_mask_token: bool, learned_positions: bool) -> None:
-    """Draw the weights as the published MAE does: Xavier-uniform matrices, zero biases, tokens of deviation 0.02."""
+    """Draw the weights as the published MAE does: Xavier-uniform matrices, zero biases, tokens of deviation 0.02.
+
+    One thing differs: the patch embedding's bias is zero like the others. Published code leaves it at torch's default
+    for convolutions, uniform within 1 / sqrt(3 * patch**2).
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

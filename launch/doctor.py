@@ -10,9 +10,12 @@ Examples:
     python launch/doctor.py --recipe mae_vit_base --data 'shards/train/*.tar'
 """
 
-from launch.early import read_early
-
 if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
     read_early(__file__, loads="torch and DeepSpeed")
 
 import argparse

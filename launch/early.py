@@ -11,7 +11,27 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
+
+EXIT_MISSING = 2
+
+
+def explain_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say in one message which Python package is missing, and end; any other error keeps its traceback."""
+    if not isinstance(error, ModuleNotFoundError):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(
+        f"\nerror: the Python package {error.name} is missing from {sys.executable}: run 'make install' once, and "
+        "'source .venv/bin/activate' in every shell",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_MISSING)
+
+
+sys.excepthook = explain_missing  # the imports below, and later those of the command
 
 from launch.command_line import EXIT_INTERRUPTED, explain, say, say_interrupted
 from trainer.errors import TrainerError

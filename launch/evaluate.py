@@ -15,9 +15,12 @@ Examples:
     python launch/evaluate.py --models 'lora=runs/detector' --test_sets 'test=detect/test/*.tar'
 """
 
-from launch.early import read_early
-
 if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
     read_early(__file__, loads="torch and the model library")
 
 import dataclasses

@@ -3,9 +3,12 @@
 `pretrain` is the table of contents; ``--help`` lists every setting.
 """
 
-from launch.early import read_early
-
 if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
     read_early(__file__, loads="torch and DeepSpeed")
 
 import dataclasses

@@ -126,3 +126,13 @@ def test_only_what_a_function_needs_of_a_file_runs(tmp_path: Path) -> None:
         "def read(argv: list[str]) -> object:\n    return argv, limit(), pi, __doc__\n"
     )
     assert slice_of(path, "read")(["a"]) == (["a"], 3, math.pi, "Doc.")
+
+
+def test_a_missing_package_is_one_message_that_says_how_to_install() -> None:
+    for command in ("launch/finetune.py", "tools/splits.py"):
+        words = [sys.executable, "-S", str(ROOT / command), "--help"]  # without site-packages, as another Python
+        done = subprocess.run(words, env={}, capture_output=True, text=True, cwd="/")
+        assert done.returncode == 2
+        assert "the Python package fire is missing from" in done.stderr
+        assert "make install" in done.stderr
+        assert "Traceback" not in done.stderr

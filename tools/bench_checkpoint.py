@@ -11,9 +11,12 @@ and bandwidth with the writer for a while. Rounds of both ways are interleaved i
 Usage: python tools/bench_checkpoint.py [--model NAME] [--steps N] [--repeats N]
 """
 
-from launch.early import read_early
-
 if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
     read_early(__file__)
 
 import os

@@ -15,9 +15,12 @@ that stays in memory.
 Usage: python tools/bench_loader.py [--repeats 5] [--train true]
 """
 
-from launch.early import read_early
-
 if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
     read_early(__file__)
 
 import io

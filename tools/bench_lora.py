@@ -7,9 +7,12 @@ one process and their medians compared; memory is the peak of a process of its o
 Usage: python tools/bench_lora.py [--model NAME] [--micro_batch N] [--repeats N]
 """
 
-from launch.early import read_early
-
 if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
     read_early(__file__)
 
 import os

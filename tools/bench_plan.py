@@ -6,9 +6,12 @@ shard ends, what 10,000 samples a shard give. Each size is measured in a process
 Usage: python tools/bench_plan.py [--largest 1000000000] [--plot plan_scale.png]
 """
 
-from launch.early import read_early
-
 if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
     read_early(__file__)
 
 import json

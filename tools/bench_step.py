@@ -14,9 +14,12 @@ Usage: python tools/bench_step.py [--model NAME] [--micro_batch N] [--repeats N]
            [--device cuda] [--num_threads N] [--memory true]
 """
 
-from launch.early import read_early
-
 if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
     read_early(__file__)
 
 import functools

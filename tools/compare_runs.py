@@ -9,9 +9,12 @@ The first run is the reference. Seconds are those of optimizer steps (step_s of 
 measuring and drawing. Runs must have seen the same held-out images: give both the same --heldout_data.
 """
 
-from launch.early import read_early
-
 if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
     read_early(__file__)
 
 import json

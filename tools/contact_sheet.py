@@ -10,9 +10,12 @@ Examples:
 Shapes: H, W image size; HWC uint8 RGB.
 """
 
-from launch.early import read_early
-
 if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
     read_early(__file__)
 
 import math

@@ -17,9 +17,12 @@ Examples:
     python tools/export.py --source runs/detector --format merged --output exported/merged
 """
 
-from launch.early import read_early
-
 if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
     read_early(__file__, loads="torch and the model library")
 
 import hashlib

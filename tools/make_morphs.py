@@ -21,9 +21,12 @@ Examples:
     python tools/make_morphs.py --source people.csv --landmarks landmarks.npz --output_dir morphs
 """
 
-from launch.early import read_early
-
 if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
     read_early(__file__)
 
 import csv

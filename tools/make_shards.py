@@ -22,9 +22,12 @@ Examples:
     python tools/make_shards.py --source splits/train.csv --output_dir detect/train
 """
 
-from launch.early import read_early
-
 if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
     read_early(__file__)
 
 import csv

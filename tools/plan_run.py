@@ -11,9 +11,12 @@ Examples:
     python tools/plan_run.py --recipe mae_vit_large --nodes 8 --gpus 8 --hardware h100 --images 300000000
 """
 
-from launch.early import read_early
-
 if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
     read_early(__file__)
 
 import dataclasses

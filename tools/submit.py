@@ -15,9 +15,12 @@ The job is kept as OUTPUT/logs/[time]_submit.sbatch; it calls launch/slurm/ and 
 again as it is: a run goes on where it stands.
 """
 
-from launch.early import read_early
-
 if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
     read_early(__file__)
 
 import argparse

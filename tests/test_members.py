@@ -1,5 +1,6 @@
 """From members to samples: nothing that a sample holds vanishes without being counted or refused."""
 
+import dataclasses
 import io
 import json
 import re
@@ -12,10 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from launch.data import open_sets, order_of
+from trainer.config import PretrainRecipe, PretrainRuntime, as_record
 from trainer.data.members import MAX_JSON_BYTES, Tally, samples_of
+from trainer.data.mixture import Source
 from trainer.data.shards import ShardReader, list_shards, open_index
 from trainer.data.tar import Member
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
+from trainer.evaluate import check_labels
+from trainer.world import World
 
 
 def index_of(folder: Path, *members: tuple[str, bytes], image_member: str | None = None):
@@ -149,6 +155,39 @@ def test_cls_and_json_that_contradict_each_other_are_no_label(tmp_path: Path) ->
     index = index_of(tmp_path, ("a.jpg", jpeg(1)), ("a.cls", b"1"), ("a.json", described(label=0)))
     assert index.labels.tolist() == [-1]
     assert index.tally.examples["unusable label"] == "a: cls '1' and json '0'"
+
+
+@pytest.mark.parametrize("text", ["23.5", "-1", "\x93NUMPY", "anna"])
+def test_pretraining_does_not_look_at_labels_and_detection_says_what_it_found(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    members = [
+        (f"{i}.{kind}", payload) for i in range(8) for kind, payload in (("jpg", jpeg(i)), ("cls", text.encode()))
+    ]
+    path, recipe = write_tar(tmp_path / "s.tar", members), PretrainRecipe(global_batch=8, num_lanes=4)
+    sources = {"data": [Source([str(path)], None)]}
+    with caplog.at_level("INFO"):
+        index = open_sets(sources, recipe, PretrainRuntime(progress_bar=False), World())["data"]
+    assert "--data: 8 samples in 1 shard" in caplog.text
+    assert "8 samples have an unusable label" in caplog.text
+    assert sorted(order_of(recipe, index, sources["data"]).locate(np.arange(8)).sample_N.tolist()) == list(range(8))
+    for change, setting in ({"balance_by": "label"}, "balance_by"), ({"use_balanced_sampler": True}, "use_balanced"):
+        with pytest.raises(DataError, match=f"{setting}.*8 of 8 samples have no label; 8 of them.*no class"):
+            order_of(dataclasses.replace(recipe, **change), index, sources["data"])
+    with pytest.raises(DataError, match=r"8 of them have one that is no class \(0: cls '.*write 0 or 1"):
+        check_labels(index, setting="--data")
+
+
+def test_the_choice_of_the_image_member_reaches_the_index_and_the_identity_of_a_run(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", [("0.left.jpg", jpeg(1)), ("0.right.jpg", jpeg(2))])
+    sources, runtime = {"data": [Source([str(path)], None)]}, PretrainRuntime(progress_bar=False)
+    for chosen, number in (("left", 1), ("right.jpg", 2)):
+        recipe = PretrainRecipe(image_member=chosen)
+        index = open_sets(sources, recipe, runtime, World())["data"]
+        assert ShardReader().read(index.sample(0)) == jpeg(number)
+        assert as_record(recipe)["image_member"] == chosen
+    with pytest.raises(ConfigError, match="image_member is 'a/b', but must be a suffix"):
+        open_sets(sources, PretrainRecipe(image_member="a/b"), runtime, World())
 
 
 def test_what_reads_the_same_bytes_as_other_samples_has_another_fingerprint(tmp_path: Path) -> None:

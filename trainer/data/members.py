@@ -175,8 +175,8 @@ def _neighbours(location: str, members: Iterator[Member], tally: Tally) -> Itera
                 yield current, found
             if key in seen:
                 raise DataError(
-                    f"shard {location}: the members of sample {key!r} are not neighbours: join them into new shards "
-                    "with tools/check_shards.py --repair FOLDER"
+                    f"shard {location}: the members of sample {key!r} are not neighbours: write the tar with "
+                    "--sort=name, or join them into new shards with tools/check_shards.py --repair FOLDER"
                 )
             seen.add(key)
             current, found = key, {}

@@ -1,14 +1,23 @@
 """Workers, prefetch and the copy to the device: batches are ready when the step wants them."""
 
 import ctypes
+import dataclasses
+import math
+import mmap
+import multiprocessing.queues
+import os
 import signal
+import sys
 from collections.abc import Iterator
+from multiprocessing.reduction import DupFd
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from trainer.data.stream import Batch, Guarded, Stream
-from trainer.errors import TrainerError
+from trainer.errors import DataError, TrainerError
 
 _PR_SET_PDEATHSIG = 1
 """Linux: send this process a signal when its parent dies."""
@@ -20,7 +29,7 @@ class Loader:
     def __init__(self, stream: Stream, *, num_workers: int = 0, prefetch: int = 2, pin_memory: bool = False) -> None:
         self._stream = stream
         self._loader: DataLoader[Batch | TrainerError] = DataLoader(
-            Guarded(stream),
+            _HandedOver(Guarded(stream)),
             batch_size=None,
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
@@ -56,6 +65,75 @@ def _describe(positions: list[int] | None) -> str:
     return "the end of the data" if positions is None else f"{len(positions)} samples from position {positions[0]}"
 
 
+class _HandedOver(IterableDataset[Any]):
+    """Passes batches from a worker to the training process through anonymous memory (memfd), each in one piece.
+
+    torch would put them into /dev/shm, which has 64 MB in a container unless told otherwise: a worker that finds it
+    full loses its batch with a traceback, and the training process waits for that batch until its time-out. Anonymous
+    memory has no limit but that of the machine or container, costs the same, and an error here travels as a value.
+    """
+
+    def __init__(self, stream: Guarded) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._stream:
+            yield _Parcel.of(item) if get_worker_info() and isinstance(item, Batch) else item
+
+
+class _Parcel:
+    """A batch that is pickled as a file descriptor, and is a batch again when it is unpickled."""
+
+    def __init__(self, batch: Batch, memory: Any) -> None:
+        self._batch, self._memory = batch, memory
+
+    @classmethod
+    def of(cls, batch: Batch) -> "_Parcel | DataError":
+        """Copy the pixels and numbers; an error is returned, to be raised where the user sees it."""
+        parts = [batch.noise_BN.contiguous(), batch.images_BCHW.permute(0, 2, 3, 1).contiguous()]
+        try:
+            fd = os.memfd_create("batch")
+            try:
+                for part in filter(torch.numel, parts):
+                    _write_all(fd, memoryview(part.numpy()).cast("B"))
+                return cls(batch, DupFd(fd))
+            finally:
+                os.close(fd)
+        except (OSError, MemoryError) as error:
+            num_bytes = sum(part.nbytes for part in parts)
+            return DataError(
+                f"a loader worker cannot hand over its batch of {num_bytes} bytes ({error}): lower num_workers, "
+                "prefetch or micro_batch, or give the job more memory"
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        batch, shapes = self._batch, (tuple(self._batch.images_BCHW.shape), tuple(self._batch.noise_BN.shape))
+        light = dataclasses.replace(batch, images_BCHW=None, noise_BN=None)  # type: ignore[arg-type]
+        return _unpack, (light, self._memory, *shapes)
+
+
+def _write_all(fd: int, view: memoryview) -> None:
+    while view:  # one call writes no more than 2 GB
+        view = view[os.write(fd, view) :]
+
+
+def _unpack(batch: Batch, memory: Any, image_shape: tuple[int, ...], noise_shape: tuple[int, ...]) -> Batch:
+    fd = memory.detach()
+    try:
+        mapped = mmap.mmap(fd, 0)
+    finally:
+        os.close(fd)
+    num, channels, height, width = image_shape
+    num_noise, num_pixels = math.prod(noise_shape), math.prod(image_shape)
+    noise: Tensor = torch.empty(noise_shape)
+    if num_noise:  # the numbers come first, because they are aligned there
+        noise = torch.frombuffer(mapped, dtype=torch.float32, count=num_noise).view(noise_shape)
+    images_BHWC = torch.frombuffer(mapped, dtype=torch.uint8, count=num_pixels, offset=4 * num_noise)
+    batch.images_BCHW = images_BHWC.view(num, height, width, channels).permute(0, 3, 1, 2)
+    batch.noise_BN = noise
+    return batch
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Start copying the tensors of a batch to the device; from pinned memory the copy overlaps with computing."""
     batch.images_BCHW = batch.images_BCHW.to(device, non_blocking=True)
@@ -72,7 +150,16 @@ def _prepare_worker(worker: int) -> None:
     storage never does.
     """
     del worker
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_worker(error: BaseException, item: object) -> None:
+    """End a worker that cannot send something: Python would drop it, and the training process would wait for it."""
+    del item
+    sys.stderr.write(f"a loader worker cannot hand over its batch ({error!r}) and ends\n")
+    sys.stderr.flush()
+    os._exit(1)

@@ -44,7 +44,7 @@ import torch.distributed as dist
 from launch.command_line import EXIT_USER_ERROR, answered, run
 from launch.pretrain import build_model
 from launch.recipes import configure_script
-from launch.run_setup import engine_settings, use_devices, versions
+from launch.run_setup import engine_settings, unusable_gpus, use_devices, versions
 from trainer.checkpoint import newest_manifest
 from trainer.config import DetectorRecipe, PretrainRecipe, PretrainRuntime, Recipe, Runtime, expand_home
 from trainer.data.mixture import read_sources
@@ -125,7 +125,7 @@ def examine(recipe: Recipe, runtime: Runtime) -> int:
     """Run the checks on all ranks; rank 0 prints, and all return the same exit code."""
     world = world_from_environment()
     began = time.monotonic()
-    use_devices(world, runtime)
+    use_devices(world, runtime, refuse_unusable=False)
     engine_settings(recipe, runtime, world)  # refuses what contradicts the recipe
     world = connect(world, timeout_s=START_TIMEOUT_S, start_timeout_s=START_TIMEOUT_S)
     met_s = time.monotonic() - began
@@ -170,6 +170,7 @@ def facts_of(world: World, recipe: Recipe, runtime: Runtime, shards: Sequence[st
         "versions": versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "devices": torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0)),
+        "unusable_gpus": unusable_gpus(),
         "local_size": world.local_size,
         "compiler": [name for name in ("ninja", "c++") if shutil.which(name)],
         "shared_memory": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
@@ -222,6 +223,8 @@ def judge_facts(known: Sequence[Facts], shards: Sequence[str]) -> Iterator[Findi
             f"differ by {skew:.1f} s, {late} is behind: times in logs and TensorBoard will; set up NTP",
         )
     )
+    if any(facts["unusable_gpus"] for facts in hosts.values()):
+        yield from _judge_each(hosts, "devices", _judge_unusable_gpus, "")
     yield from _judge_each(hosts, "compiler", _judge_compiler, "nothing is compiled at the start")
     yield from _judge_each(hosts, "shared memory", _judge_shared_memory, "enough, or not needed")
     yield from _judge_each(hosts, "open files", _judge_open_files, f"at least {_OPEN_FILES} allowed")
@@ -243,6 +246,11 @@ def _judge_each(
         yield Finding("ok", check, fine)
     for (level, text), names in problems.items():
         yield Finding(level, check, f"{', '.join(names[:8])}{' and more' if len(names) > 8 else ''}: {text}")
+
+
+def _judge_unusable_gpus(facts: Facts) -> tuple[Literal["warn", "FAIL"], str] | None:
+    problem = facts["unusable_gpus"]
+    return ("FAIL", f"{problem}; a training refuses to start unless DS_ACCELERATOR=cpu is set") if problem else None
 
 
 def _judge_compiler(facts: Facts) -> tuple[Literal["warn", "FAIL"], str] | None:

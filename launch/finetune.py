@@ -51,7 +51,7 @@ from trainer.guardian import Phase
 from trainer.heldout import share_of
 from trainer.lease import Lease
 from trainer.models.lora import save_adapter
-from trainer.monitor import Monitor, start_logging
+from trainer.monitor import Monitor, print_and_log, start_console, start_logging
 from trainer.saved_detector import read_description, restore, save_detector
 from trainer.watchdog import mark
 from trainer.world import world_from_environment
@@ -75,6 +75,7 @@ def main(argv: list[str]) -> int:
 def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime, *, dry_run: bool = False) -> Ending:
     """Train to the end of the schedule, or until a signal asks to stop."""
     world = world_from_environment()
+    start_console(is_main=world.is_main, rank=world.rank)
     use_devices(world, runtime)
     ds_config = engine_settings(recipe, runtime, world)
     training_view(recipe)  # refuses wrong settings before any work
@@ -192,6 +193,8 @@ class BestDetector:
         self._engine, self._index, self._recipe, self._runtime, self._origin = engine, index, recipe, runtime, origin
         self.folder = Path(runtime.output_dir) / "detector"
         self.best = engine.world.on_main(self._read_best)
+        self.last_scores = (np.empty(0, np.int64), np.empty(0))
+        """Labels and logits of the last validation, of the images that could be read."""
 
     def measure(self, step: int) -> dict[str, float] | None:
         """Validate, and keep the detector if none was better; all ranks call. None without validation data."""
@@ -199,6 +202,8 @@ class BestDetector:
             return None
         scores = over_ranks(self._score(), self._engine.world)
         label_N = self._index["val_data"].labels[scores.sample_N].astype(np.int64)
+        read_N = ~np.isnan(scores.logit_N)
+        self.last_scores = (label_N[read_N], scores.logit_N[read_N])
         figures = validation_figures(scores, label_N)
         key = [figures["d_eer"], figures["loss"]]
         if self.best is None or key < self.best:
@@ -277,6 +282,8 @@ def training_of(
         figures = best.measure(step)
         if figures is not None:
             monitor.scalars(step, figures, group="val")
+            label_N, logit_N = best.last_scores
+            monitor.precision_recall(step, "val/precision_recall", label_N, 1 / (1 + np.exp(-logit_N)))
 
     return Training(
         engine=engine,
@@ -289,6 +296,7 @@ def training_of(
         view=training_view(recipe),
         noise_per_sample=engine.module.num_draws,
         group=recipe.num_mixed,
+        show_labels=True,
         inputs=inputs,
         flops_per_image=engine.module.flops_per_image(),
         measure=measure,
@@ -309,15 +317,15 @@ def tell_where(output: Path, ending: Ending, best: BestDetector, lease: Lease) -
     """Record the end and print what a newcomer wants to know."""
     record_end(output, ending, lease)
     if (best.folder / "detector.json").exists():
-        print(f"  detector     {best.folder}")
+        print_and_log(f"  detector     {best.folder}")
         for note in read_description(best.folder).get("threshold_notes", ()):
-            print(f"  note         {note}")
-    print(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")
-    print(f"  numbers      {output / 'metrics.jsonl'}")
+            print_and_log(f"  note         {note}")
+    print_and_log(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")
+    print_and_log(f"  numbers      {output / 'metrics.jsonl'}")
     if best.best is not None:
-        print(f"  best validation D-EER {100 * best.best[0]:.2f} %")
+        print_and_log(f"  best validation D-EER {100 * best.best[0]:.2f} %")
     told = f"--models {output.name}={output} --test_sets 'NAME=test/*.tar'"
-    print(f"Next: python launch/evaluate.py {told}   (a test set of other people)", flush=True)
+    print_and_log(f"Next: python launch/evaluate.py {told}   (a test set of other people)")
 
 
 if __name__ == "__main__":

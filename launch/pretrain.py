@@ -52,7 +52,7 @@ from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import backbone_sha256
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
-from trainer.monitor import Monitor, start_logging
+from trainer.monitor import Monitor, print_and_log, start_console, start_logging
 from trainer.watchdog import mark
 from trainer.world import World, world_from_environment
 
@@ -78,6 +78,7 @@ def main(argv: list[str]) -> int:
 def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime, *, dry_run: bool = False) -> Ending:
     """Train to the end of the schedule, or until a signal asks to stop."""
     world = world_from_environment()
+    start_console(is_main=world.is_main, rank=world.rank)
     use_devices(world, runtime)
     ds_config = engine_settings(recipe, runtime, world)
     if runtime.micro_batch % recipe.aug_repeats:
@@ -320,16 +321,16 @@ def tell_where(output: Path, ending: Ending, held_out: HeldOutView | None, lease
     """Record the end and print what a newcomer wants to know."""
     record_end(output, ending, lease)
     if held_out:
-        print(f"  pictures     {output / 'pictures'}  (rows: original, masked, reconstructed)")
-    print(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")
-    print(f"  numbers      {output / 'metrics.jsonl'}")
+        print_and_log(f"  pictures     {output / 'pictures'}  (rows: original, masked, reconstructed)")
+    print_and_log(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")
+    print_and_log(f"  numbers      {output / 'metrics.jsonl'}")
     if held_out:
-        print(
+        print_and_log(
             f"  held-out masked MSE {held_out.last_loss:.4f}; predicting the mean face gives {held_out.mean_face:.4f}"
         )
     told = f"--init {output} --data 'labelled/*.tar' --val_data 'val/*.tar'"
-    print(f"Next: deepspeed launch/finetune.py --recipe lora {told}   (a detector)")
-    print(f"  or: python tools/export.py --source {output} --output {output}-timm   (the encoder for timm)", flush=True)
+    print_and_log(f"Next: deepspeed launch/finetune.py --recipe lora {told}   (a detector)")
+    print_and_log(f"  or: python tools/export.py --source {output} --output {output}-timm   (the encoder for timm)")
 
 
 if __name__ == "__main__":

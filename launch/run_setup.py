@@ -5,8 +5,11 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
+import socket
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +17,14 @@ from typing import Any
 
 import torch
 
+from launch.command_line import read_flags
 from trainer import checkpoint
 from trainer import lease as leases
 from trainer.config import Recipe, Runtime, as_record, complete_record, differing_fields
 from trainer.engine import Engine, default_device, fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.errors import CheckpointError, ConfigError, SupersededError, TrainerError, without_secrets
 from trainer.lease import Lease
-from trainer.monitor import cut_other_ledgers
+from trainer.monitor import cut_other_ledgers, note
 from trainer.watchdog import BACKEND_MARGIN_S, Limits, start
 from trainer.world import World, check_devices
 
@@ -30,13 +34,46 @@ _FOR_EVER_S = 30 * 86400
 _DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
 
-def use_devices(world: World, runtime: Runtime) -> None:
-    """Refuse more ranks than devices and share the cores of the host among its ranks."""
+def use_devices(world: World, runtime: Runtime, *, refuse_unusable: bool = True) -> None:
+    """Say which devices will compute, refuse more ranks than devices, and share the cores of the host among its ranks.
+
+    Args:
+        world: who this process is.
+        runtime: of the command.
+        refuse_unusable: refuse a host whose GPUs cannot be used; otherwise it computes on the CPU.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if refuse_unusable and (problem := unusable_gpus()):
+        raise ConfigError(f"{problem}; to compute on the CPU all the same, set DS_ACCELERATOR=cpu")
     cores = len(os.sched_getaffinity(0))
     device = default_device()
     num_devices = torch.cuda.device_count() if device.type == "cuda" else cores
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU cores"
+    logger.info("device: %d x %s, for %d ranks on this host", num_devices, name, world.local_size)
     check_devices(world, num_devices, device.type, oversubscribe=runtime.oversubscribe)
     torch.set_num_threads(runtime.num_threads or max(1, cores // world.local_size))
+
+
+def unusable_gpus(devices: Path = Path("/dev")) -> str:
+    """Say why the NVIDIA GPUs of this host would stay idle; empty where there are none, they work, or are not wanted.
+
+    Args:
+        devices: folder of the device files.
+    """
+    hidden = "CUDA_VISIBLE_DEVICES" in os.environ and os.environ["CUDA_VISIBLE_DEVICES"].strip() in ("", "-1")
+    files = sorted(path.name for path in devices.glob("nvidia[0-9]*"))
+    if not files or hidden or os.environ.get("DS_ACCELERATOR") or torch.cuda.is_available():
+        return ""
+    reason = "this torch was built without CUDA: install one with it"
+    if torch.version.cuda:
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            reason = "torch finds no device: check the driver with nvidia-smi, and what this job may use"
+        except (RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+    return f"this host has {len(files)} NVIDIA GPUs ({', '.join(files[:8])}), but CUDA cannot use them ({reason})"
 
 
 def backend_timeout_s(runtime: Runtime) -> int:
@@ -122,7 +159,9 @@ def begin(output: Path, identity: checkpoint.Identity, runtime: Runtime, world: 
     return Lease(Path(world.on_main(take)))
 
 
-def claim(lease: Lease, output: Path, recipe: Recipe, runtime: Runtime, step: int, world: World) -> None:
+def claim(
+    lease: Lease, output: Path, recipe: Recipe, runtime: Runtime, world: World, *, step: int, total_steps: int
+) -> None:
     """Record what starts here, and cut the records of ranks that are no more; all ranks call.
 
     Raises:
@@ -131,13 +170,50 @@ def claim(lease: Lease, output: Path, recipe: Recipe, runtime: Runtime, step: in
 
     def record() -> None:
         leases.refuse_hopeless(lease, step, limit=runtime.max_restarts)
-        lease.began(step)
+        lease.began(step, total_steps)
         told = {"recipe": as_record(recipe), "runtime": as_record(runtime), "versions": versions()}
+        told["start"] = describe_start(sys.argv, world)
         lease.write(output / "recipe.json", without_secrets(json.dumps(told, indent=1)) + "\n")
         ledger = Path(runtime.sample_ledger) if runtime.sample_ledger else None
         cut_other_ledgers(ledger, step, lease=lease, num_ranks=world.size)
 
     world.on_main(record)
+
+
+def describe_start(argv: Sequence[str], world: World) -> dict[str, Any]:
+    """Record how a run was started: the recipe's name, the command, the folder, the commit, the host and the time."""
+    with contextlib.suppress(TrainerError):
+        return {
+            "recipe_name": read_flags(argv[1:]).get("recipe", ""),
+            "command": command_line(argv, world),
+            "folder": str(Path.cwd()),
+            "git_commit": git_commit(Path(__file__).parent),
+            "host": socket.gethostname(),
+            "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "num_ranks": world.size,
+        }
+    return {}
+
+
+def command_line(argv: Sequence[str], world: World) -> str:
+    """Write down a command that starts the same again, on one host."""
+    words = [word for word in argv if not word.startswith("--local_rank")]
+    start = ["deepspeed", "--num_gpus", str(world.local_size)] if world.size > 1 else ["python"]
+    return without_secrets(shlex.join([*start, *words]))
+
+
+def git_commit(folder: Path) -> str:
+    """Return the commit of the code that runs, with + where files have changed since; empty outside of git."""
+    said = []
+    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.SubprocessError):
+            return ""
+        if done.returncode:
+            return ""
+        said.append(done.stdout.strip())
+    return said[0] + "+" * bool(said[1])
 
 
 @contextlib.contextmanager
@@ -146,6 +222,7 @@ def noting_the_end(lease: Lease, world: World) -> Iterator[None]:
     try:
         yield
     except TrainerError as error:
+        note(f"error: {error}")
         if world.is_main and not isinstance(error, SupersededError):
             with contextlib.suppress(OSError, TrainerError):
                 lease.ended(f"refused: {error}")

@@ -3,27 +3,34 @@
 import contextlib
 import functools
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
 from launch.command_line import EXIT_INTERRUPTED, EXIT_REQUEUE
 from launch.data import span_reader
-from launch.run_setup import claim, resume, versions
+from launch.plausible import doubts
+from launch.run_setup import claim, describe_start, resume, versions
 from trainer import checkpoint
-from trainer.config import Recipe, Runtime
+from trainer.config import Recipe, Runtime, as_record
 from trainer.data.augment import View
 from trainer.data.loader import Loader
 from trainer.data.mixture import Source
 from trainer.data.plan import Order
 from trainer.data.shards import ShardIndex
-from trainer.data.stream import Slice, train_stream
+from trainer.data.stream import Batch, Slice, Stream, train_stream
 from trainer.engine import Engine
+from trainer.errors import without_secrets
 from trainer.lease import Lease
 from trainer.loop import BadSamples, Dates, Guards, Hooks, Inputs, Outcome, StopRequest, name_of_signal, train
-from trainer.monitor import Ledger, Monitor, Speedometer
+from trainer.monitor import Ledger, Monitor, Speedometer, print_and_log
 from trainer.numerics import BadSteps, SpikeWatch
 from trainer.optim import learning_rate_at
 from trainer.seeds import step_seed
@@ -31,6 +38,8 @@ from trainer.world import World
 
 logger = logging.getLogger(__name__)
 
+_LABEL_PIXELS = 14
+_CLASS_WORDS = {0: "bona fide", 1: "morph"}
 _MAX_ROLLBACKS = 3
 """To one checkpoint: more of the same data left out would not help."""
 
@@ -60,6 +69,8 @@ class Training:
     """Views of each sample in a batch."""
     group: int = 1
     """Samples that are mixed with each other."""
+    show_labels: bool = False
+    """Draw some images of the first step with the names of their classes."""
 
     def run(self) -> "Ending":
         """Train to the end of the schedule, or until a signal asks to stop. The state is saved either way.
@@ -82,7 +93,8 @@ class Training:
     def _resume(self) -> checkpoint.Progress:
         output, runtime = Path(self.runtime.output_dir), self.runtime
         progress = resume(self.engine, output / "checkpoints", self.identity, runtime)
-        claim(self.lease, output, self.recipe, runtime, progress.step, self.engine.world)
+        length = {"step": progress.step, "total_steps": self.recipe.num_steps(len(self.index))}
+        claim(self.lease, output, self.recipe, runtime, self.engine.world, **length)
         return progress
 
     def _rewind(self, spiked: checkpoint.Progress) -> bool:
@@ -109,17 +121,10 @@ class Training:
             *(total_steps, recipe.global_batch, world.size, recipe.num_epochs(images), images, progress.step),
             *(engine.precision, engine.zero_stage),
         )
-        stream = train_stream(
-            self.index,
-            self.order,
-            share,
-            self.view,
-            first_step=progress.data_step,
-            noise_per_sample=self.noise_per_sample,
-            spans=span_reader(runtime),
-        )
+        if world.is_main:
+            self._warn_of_odd_lengths(total_steps)
         loader = Loader(
-            stream,
+            self._stream(share, progress.data_step),
             num_workers=runtime.num_workers,
             prefetch=runtime.prefetch,
             pin_memory=engine.device.type == "cuda",
@@ -131,7 +136,10 @@ class Training:
             total_steps=total_steps,
             is_main=world.is_main,
             progress_bar=runtime.progress_bar,
+            epoch_at=functools.partial(self._epoch_at, progress.data_step - progress.step),
+            last_step=last_step,
         )
+        self._describe(monitor, progress.step)
         ledger = Ledger(
             Path(runtime.sample_ledger) if runtime.sample_ledger else None,
             lease=self.lease,
@@ -182,6 +190,67 @@ class Training:
                 ),
             )
 
+    def _stream(self, share: Slice, first_step: int) -> Stream:
+        return train_stream(
+            self.index,
+            self.order,
+            share,
+            self.view,
+            first_step=first_step,
+            noise_per_sample=self.noise_per_sample,
+            spans=span_reader(self.runtime),
+        )
+
+    def _epoch_at(self, left_out: int, step: int) -> float:
+        return (step + left_out) * self.recipe.global_batch / len(self.index)
+
+    def _warn_of_odd_lengths(self, total_steps: int) -> None:
+        step_flops = float(self.flops_per_image * self.recipe.global_batch)
+        threads = torch.get_num_threads() * self.engine.world.size if self.engine.device.type == "cpu" else None
+        for text in doubts(
+            global_batch=self.recipe.global_batch,
+            num_images=len(self.index),
+            total_steps=total_steps,
+            num_ranks=self.engine.world.size,
+            step_flops=step_flops,
+            cpu_threads=threads,
+        ):
+            logger.warning("%s", text)
+
+    def _describe(self, monitor: Monitor, step: int) -> None:
+        """Show what runs, and once what the first step sees."""
+        if not self.engine.world.is_main:
+            return
+        recipe, start = as_record(self.recipe), describe_start(sys.argv, self.engine.world)
+        told = {"recipe": recipe, "runtime": as_record(self.runtime), "versions": versions(), "start": start}
+        monitor.describe(step, {name: _table(values) for name, values in told.items()}, recipe)
+        if step == 0 and self.show_labels:
+            share = Slice(
+                self.recipe.global_batch, self.runtime.micro_batch, 0, self.engine.world.size, group=self.group
+            )
+            batch = next(iter(Loader(self._stream(share, 0))))
+            monitor.picture(0, "training_views", labelled_views(batch), file="training-views")
+
+
+def labelled_views(batch: Batch, num_shown: int = 16) -> torch.Tensor:
+    """Draw the first images of a batch, each above the name of its class; uint8 (3, H, W)."""
+    tiles = []
+    for image_CHW, label in zip(batch.images_BCHW[:num_shown], batch.labels[:num_shown], strict=True):
+        size = image_CHW.shape[-1]
+        tile = Image.new("RGB", (size, size + _LABEL_PIXELS), "white")
+        tile.paste(Image.fromarray(image_CHW.permute(1, 2, 0).contiguous().numpy()))
+        ImageDraw.Draw(tile).text((2, size), _CLASS_WORDS.get(label, str(label)), fill="black")
+        tiles.append(torch.from_numpy(np.array(tile)).permute(2, 0, 1))
+    tiles += [torch.full_like(tiles[0], 255)] * (-len(tiles) % min(8, len(tiles)))
+    rows = [torch.cat(tiles[i : i + 8], dim=2) for i in range(0, len(tiles), 8)]
+    return torch.cat(rows, dim=1)
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    """Write a table in Markdown."""
+    rows = (f"| {name} | `{without_secrets(str(value))}` |" for name, value in values.items())
+    return "\n".join(["| | |", "|---|---|", *rows])
+
 
 @dataclass(frozen=True, slots=True)
 class Ending:
@@ -230,6 +299,6 @@ def show(
 def record_end(output: Path, ending: Ending, lease: Lease) -> None:
     """Record how a run has ended, and print it with its newest checkpoint. On one rank."""
     lease.ended("stopped by a signal" if ending.signal else "finished")
-    print(f"\n{ending}")
+    print_and_log(f"\n{ending}")
     if found := checkpoint.newest_manifest(output / "checkpoints"):
-        print(f"  checkpoint   {found[0]}")
+        print_and_log(f"  checkpoint   {found[0]}")

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, TINY, environment, words_of
 from deepspeed.launcher.runner import fetch_hostfile
 
-from launch import doctor
+from launch import doctor, run_setup
 from launch.recipes import RECIPES
+from launch.run_setup import unusable_gpus
 from trainer.errors import ConfigError
 from trainer.world import World
 
@@ -38,6 +40,10 @@ def facts() -> list[dict[str, Any]]:
         (
             {"shared_memory": 64_000_000, "device": "H100", "local_size": 2},
             "warn  shared memory hostb: /dev/shm has 64 MB free, .* 1.0 GB",
+        ),
+        (
+            {"unusable_gpus": "this host has 1 NVIDIA GPUs (nvidia0), but CUDA cannot use them (old driver)"},
+            "FAIL  devices       hostb: this host has 1 NVIDIA GPUs .*DS_ACCELERATOR=cpu is set",
         ),
         ({"open_files": 256}, "warn  open files    hostb: only 256 open files are allowed: ulimit -n 4096"),
         (
@@ -96,3 +102,30 @@ def test_a_machine_is_examined_and_left_as_it_was(shards: Path, tmp_path: Path) 
     done = ask(global_batch="7")
     assert done.returncode == 2
     assert "global_batch is 7, but must be divisible" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPUs here work")
+def test_gpus_that_cuda_cannot_use_are_refused_unless_the_user_wants_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "nvidiactl").touch()
+    assert unusable_gpus(tmp_path) == ""
+    for number in range(2):
+        (tmp_path / f"nvidia{number}").touch()
+    said = "this host has 2 NVIDIA GPUs (nvidia0, nvidia1), but CUDA cannot use them ("
+    assert unusable_gpus(tmp_path).startswith(said)
+    monkeypatch.setattr(run_setup.unusable_gpus, "__defaults__", (tmp_path,))
+    with pytest.raises(ConfigError, match="to compute on the CPU all the same, set DS_ACCELERATOR=cpu"):
+        run_setup.use_devices(World(), RECIPES["demo"]()[1])
+    for name, value in (("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1")):
+        with monkeypatch.context() as told:
+            told.setenv(name, value)
+            assert unusable_gpus(tmp_path) == ""
+
+
+def test_the_first_line_of_a_training_names_its_device(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        run_setup.use_devices(World(), RECIPES["demo"]()[1])
+    assert re.fullmatch(r"device: \d+ x .+, for 1 ranks on this host", caplog.records[0].getMessage())

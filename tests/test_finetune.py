@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, TINY, environment, forks, launch, metrics, run_worker, words_of, write_tar
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.detectors import build_detector, load_trained
 from launch.evaluate import Settings, evaluate
@@ -132,6 +133,10 @@ def test_the_detector_learns_and_its_folder_and_checkpoint_hold_only_what_traine
     newest = lora / "checkpoints" / (lora / "checkpoints" / "latest").read_text().strip()
     assert sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()) < 400_000
     assert (lora / "detector" / "adapter" / "adapter_model.safetensors").exists()
+    board = EventAccumulator(str(lora / "tensorboard")).Reload()
+    assert board.Images("training_views")[0].width > 32
+    assert (lora / "pictures" / "training-views-00000000.png").exists()
+    assert len(board.Tensors("val/precision_recall")) == len(rows)
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
 import json
+import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -6,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer.lease import Lease, take
-from trainer.monitor import Ledger, Monitor, Speedometer
+from trainer.monitor import Ledger, Monitor, Speedometer, note, print_and_log, start_console, start_logging
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # tensorboard's own
 
@@ -25,6 +27,7 @@ def test_numbers_and_pictures_reach_every_sink(tmp_path: Path) -> None:
     monitor.picture(2, "faces", torch.zeros(3, 8, 16, dtype=torch.uint8))
     monitor.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= time.time() - row.pop("time") < 60 for row in rows)
     assert rows == [
         {"step": 1, "loss": 0.5, "lr": 1e-3, "images_per_s": 10.0, "grad_norm": None},
         {"step": 2, "heldout_loss": 0.25},
@@ -78,3 +81,34 @@ def test_rates_count_from_the_last_reading() -> None:
     assert first["data_wait_share"] == 1.0
     assert first["images_per_s"] == pytest.approx(4 / first["step_s"])
     assert speed.read()["data_wait_share"] == 0.0
+
+
+def test_the_log_file_holds_what_was_said_before_it_existed_and_what_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, level = logging.getLogger(), logging.getLogger().level
+    handlers = list(root.handlers)
+    try:
+        start_console(is_main=True, rank=0)
+        logging.getLogger("a").info("the device")
+        path = start_logging(tmp_path, is_main=True, rank=0)
+        logging.getLogger("b").warning("the data")
+        print_and_log("\nFinished.\n  checkpoint x")
+        note("error: told elsewhere")
+    finally:
+        for handler in set(root.handlers) - set(handlers):
+            handler.close()
+        root.handlers, root.level = handlers, level
+    assert path is not None
+    lines = [line.partition(": ")[2] for line in path.read_text().splitlines()]
+    assert lines == ["the device", "the data", "Finished.", "  checkpoint x", "error: told elsewhere"]
+    assert capsys.readouterr().out == "\nFinished.\n  checkpoint x\n"
+
+
+def test_the_epoch_stands_beside_the_step(tmp_path: Path) -> None:
+    lease = take(tmp_path, num_ranks=1)
+    options = {"first_step": 0, "total_steps": 4, "is_main": True, "progress_bar": False}
+    monitor = Monitor(tmp_path, lease=lease, epoch_at=lambda step: step / 3, **options)  # type: ignore[arg-type]
+    monitor.scalars(2, VALUES)
+    monitor.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["epoch"] == 0.666667

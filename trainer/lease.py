@@ -120,9 +120,10 @@ class Lease:
         self.move(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
-    def began(self, step: int) -> None:
-        """Record where this attempt starts."""
-        self.write(self.folder / "start.json", json.dumps({"step": step}) + "\n")
+    def began(self, step: int, total_steps: int | None = None) -> None:
+        """Record where this attempt starts, and how long the schedule is."""
+        told = {"step": step} if total_steps is None else {"step": step, "total_steps": total_steps}
+        self.write(self.folder / "start.json", json.dumps(told) + "\n")
 
     def ended(self, how: str) -> None:
         """Record how this attempt ends; an attempt without this was killed or crashed."""
@@ -176,6 +177,45 @@ def refuse_hopeless(lease: Lease, step: int, *, limit: int) -> None:
             "died before another checkpoint: read the end of their logs in OUTPUT/logs; with the cause mended, start "
             f"with --max_restarts {len(fruitless) + limit}, or save more often with --save_every"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What the output of a run tells of one start."""
+
+    number: int
+    host: str
+    time: str
+    """When it was started, in ISO form."""
+    num_ranks: int
+    first_step: int | None
+    """Where it began; None if it ended before."""
+    total_steps: int | None
+    """Length of the schedule, where it was recorded."""
+    end: str
+    """How it said to have ended; empty where it crashed, was killed, or still runs."""
+    pid: int = 0
+
+
+def attempts_of(output: Path) -> list[Attempt]:
+    """Read what is known of every start, oldest first."""
+    found = []
+    for number in sorted(_numbers(output / "attempts")) if (output / "attempts").is_dir() else []:
+        folder = output / "attempts" / f"{number:06d}"
+        lease, start, end = (_read(folder / name) for name in ("lease.json", "start.json", "end.json"))
+        found.append(
+            Attempt(
+                number,
+                str(lease.get("host", "?")),
+                str(lease.get("time", "?")),
+                int(lease.get("num_ranks", 0)),
+                start.get("step"),
+                start.get("total_steps"),
+                str(end.get("end", "")),
+                int(lease.get("pid", 0)),
+            )
+        )
+    return found
 
 
 def _take_number(attempts: Path, text: str) -> Path:

@@ -13,14 +13,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm.auto import tqdm
 
 from trainer.lease import Lease
@@ -40,22 +42,89 @@ _DENSE_BF16_PEAK = {
 }
 
 
-def start_logging(output_dir: Path, *, is_main: bool, rank: int) -> Path | None:
-    """Send the log to the console and OUTPUT/logs/[timestamp]_training.log on rank 0, warnings of others to stderr."""
+_LONG_STEP_S, _STEPS_TO_TELL = 60.0, 6
+_CHARTS = {
+    "held-out": {"masked error": ["Multiline", ["heldout/loss", "heldout/mean_face_loss"]]},
+    "validation": {"error rates": ["Multiline", ["val/d_eer"]], "loss": ["Multiline", ["train/loss", "val/loss"]]},
+}
+"""TensorBoard's custom scalars: what belongs into one chart."""
+_COMPARED = ("train/loss", "heldout/loss", "val/d_eer", "val/loss")
+"""Numbers beside the hyperparameters."""
+
+
+def start_console(*, is_main: bool, rank: int) -> None:
+    """Send the log to the console: of rank 0 all of it, of others the warnings. What it says is kept for the file."""
     root = logging.getLogger()
     root.setLevel(logging.INFO if is_main else logging.WARNING)
     console = _BarFriendlyHandler()
     console.setFormatter(logging.Formatter("%(message)s" if is_main else f"[rank {rank}] %(message)s"))
-    root.handlers = [console]
-    if not is_main:
+    root.handlers = [console, MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)] if is_main else [console]
+
+
+def start_logging(output_dir: Path, *, is_main: bool, rank: int) -> Path | None:
+    """Send the log to the console and, on rank 0, with all said so far to OUTPUT/logs/[timestamp]_training.log."""
+    root = logging.getLogger()
+    early = next((handler for handler in root.handlers if isinstance(handler, MemoryHandler)), None)
+    if early is None:
+        start_console(is_main=is_main, rank=rank)
+        early = next((handler for handler in root.handlers if isinstance(handler, MemoryHandler)), None)
+    if not is_main or early is None:
         return None
     folder = output_dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_training.log"
     file = logging.FileHandler(path)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    early.setTarget(file)
+    early.flush()
+    root.removeHandler(early)
     root.addHandler(file)
     return path
+
+
+def print_and_log(text: str) -> None:
+    """Print lines for people, and keep them in the log file as well."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+    note(text)
+
+
+def note(text: str) -> None:
+    """Write lines into the log file, where there is one, that the console has from elsewhere."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            for line in filter(None, text.splitlines()):
+                handler.emit(logger.makeRecord(logger.name, logging.INFO, "", 0, line, (), None))
+
+
+class Forecast:
+    """Says after the first steps of an attempt how long a step takes, and when the last one will be done."""
+
+    def __init__(self, num_steps: int, *, clock: Callable[[], float] = time.time) -> None:
+        self._num_steps, self._clock = num_steps, clock
+        self._done, self._start_s, self._told = 0, clock(), False
+
+    def step_done(self) -> str | None:
+        """Count a step; returns the words once: after six steps, or after the first one that takes minutes."""
+        self._done += 1
+        now = self._clock()
+        taken_s = (now - self._start_s) / max(1, self._done - 1)
+        if self._done == 1:  # a usual step does not wait for the workers' first batches
+            self._start_s = now
+        if self._told or (self._done != _STEPS_TO_TELL and taken_s < _LONG_STEP_S):
+            return None
+        self._told = True
+        left_s = (self._num_steps - self._done) * taken_s
+        end = datetime.fromtimestamp(now + left_s)
+        return f"a step takes {taken_s:.3g} s: about {duration(left_s)} to go, until {end:%Y-%m-%d %H:%M}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time in the unit that people would use."""
+    for unit, size in (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 class Monitor:
@@ -70,11 +139,26 @@ class Monitor:
         total_steps: int,
         is_main: bool,
         progress_bar: bool,
+        epoch_at: Callable[[int], float] | None = None,
+        last_step: int | None = None,
     ) -> None:
-        """Open the sinks and cut away what lies beyond ``first_step``, and what an older attempt may yet write."""
+        """Open the sinks and cut away what lies beyond ``first_step``, and what an older attempt may yet write.
+
+        Args:
+            output_dir: of the run.
+            lease: the right of this attempt to change it.
+            first_step: where this attempt begins.
+            total_steps: length of the schedule.
+            is_main: whether this is rank 0.
+            progress_bar: whether to draw one.
+            epoch_at: passes over the training set after a step; none leaves them out.
+            last_step: where this attempt ends, if before the schedule does.
+        """
         self._is_main = is_main
         if not is_main:
             return
+        self._epoch_at = epoch_at
+        self._forecast = Forecast((last_step or total_steps) - first_step)
         self._pictures = output_dir / "pictures"
         metrics = output_dir / "metrics.jsonl"
         self._metrics = lease.append_to(metrics, rows_until(metrics, first_step))
@@ -82,11 +166,24 @@ class Monitor:
             lease.detach(events)
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self._progress = Progress(total_steps, initial=first_step, unit="step", shown=progress_bar)
+        self._board.add_custom_scalars(_CHARTS)
+
+    def describe(self, step: int, texts: Mapping[str, str], settings: Mapping[str, Any]) -> None:
+        """Show in TensorBoard what runs: texts, and the settings as hyperparameters, by which runs compare."""
+        if not self._is_main:
+            return
+        for name, text in texts.items():
+            self._board.add_text(f"run/{name}", text, step)
+        plain = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in settings.items()}
+        for summary in hparams(plain, dict.fromkeys(_COMPARED, 0.0)):  # type: ignore[no-untyped-call]
+            self._board._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
 
     def step_done(self) -> None:
-        """Move the bar."""
+        """Move the bar, and say once when the run will end."""
         if self._is_main:
             self._progress.update()
+            if text := self._forecast.step_done():
+                logger.info("%s", text)
 
     def scalars(self, step: int, values: Mapping[str, float], *, group: str = "train") -> None:
         """Record numbers of one step in metrics.jsonl and TensorBoard, and the main ones in the bar."""
@@ -94,6 +191,9 @@ class Monitor:
             return
         prefix = "" if group == "train" else f"{group}_"
         row = {"step": step} | {prefix + name: _plain(value) for name, value in values.items()}
+        if self._epoch_at is not None:
+            row["epoch"] = round(self._epoch_at(step), 6)
+        row["time"] = round(time.time(), 3)
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
         for name, value in values.items():
@@ -101,12 +201,24 @@ class Monitor:
         if group == "train":
             self._progress.note(loss=f"{values['loss']:.4f}", images_per_s=f"{values['images_per_s']:.0f}")
 
-    def picture(self, step: int, name: str, image_CHW: torch.Tensor) -> None:
-        """Record a uint8 picture in TensorBoard and as OUTPUT/pictures/step-XXXXXXXX.png."""
+    def precision_recall(self, step: int, name: str, label_N: Any, score_N: Any) -> None:
+        """Draw in TensorBoard how precision falls as more attacks are found.
+
+        Args:
+            step: when.
+            name: of the curve.
+            label_N: 1 for attacks, 0 otherwise.
+            score_N: probability of an attack, in [0, 1].
+        """
+        if self._is_main:
+            self._board.add_pr_curve(name, label_N, score_N, step)
+
+    def picture(self, step: int, name: str, image_CHW: torch.Tensor, *, file: str = "step") -> None:
+        """Record a uint8 picture in TensorBoard and as OUTPUT/pictures/step-XXXXXXXX.png, or another word than step."""
         if self._is_main:
             self._board.add_image(name, image_CHW, step)
             self._pictures.mkdir(exist_ok=True)
-            Image.fromarray(image_CHW.permute(1, 2, 0).numpy()).save(self._pictures / f"step-{step:08d}.png")
+            Image.fromarray(image_CHW.permute(1, 2, 0).numpy()).save(self._pictures / f"{file}-{step:08d}.png")
 
     def flush(self) -> None:
         """Bring everything recorded so far to disk; called with each checkpoint."""

@@ -95,7 +95,7 @@ class _Parcel:
             fd = os.memfd_create("batch")
             try:
                 for part in filter(torch.numel, parts):
-                    _write_all(fd, memoryview(part.numpy()).cast("B"))
+                    _write_all(fd, part.numpy().data.cast("B"))
                 return cls(batch, DupFd(fd))
             finally:
                 os.close(fd)

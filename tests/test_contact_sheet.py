@@ -77,6 +77,14 @@ def test_names_are_drawn_as_people_write_them_and_what_the_font_lacks_is_escaped
     assert readable("a\n\\日\udcff") == "a\\n\\\\\\u65e5\\udcff"
 
 
+def test_what_the_shards_leave_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "a.tar", [*members_of(range(2)), ("face0001.txt", b"x"), ("README", b"x")])
+    assert main(["--data", str(tmp_path / "a.tar"), "--output", str(tmp_path / "s.png")]) == 0
+    said = capsys.readouterr().out
+    assert "1 .txt (such as face0001.txt)" in said
+    assert "1 names without a suffix (such as README)" in said
+
+
 def test_labels_have_the_names_of_the_two_classes_unless_there_are_others() -> None:
     assert names_of([-1, 0, 1]) == {-1: "no label", 0: "0 bonafide", 1: "1 morph"}
     assert names_of([0, 1, 2]) == {0: "label 0", 1: "label 1", 2: "label 2"}

@@ -13,7 +13,7 @@ def test_a_damaged_image_is_left_out_and_the_others_keep_their_labels(
     members = members_of(range(6))
     members[4] = (members[4][0], jpeg(2, 200, 200)[:900])
     write_tar(tmp_path / "a.tar", members)
-    images, truth = read_set(str(tmp_path / "a.tar"), "--data", Settings(image_size=32))
+    images, truth, _ = read_set(str(tmp_path / "a.tar"), "--data", Settings(image_size=32))
     assert truth.label_N.tolist() == [0, 1, 1, 0, 1]
     assert len(images) == 5
     assert min(image.std() for image in images) > 1, "none is black, none stands in for another"

@@ -91,6 +91,8 @@ class Contents:
     num_shards: int
     num_images_by_label: dict[int, int]
     tiles: list[Tile]
+    notes: tuple[str, ...] = ()
+    """What is left out of the shards, and what cannot be used."""
 
 
 def read(argv: list[str]) -> Settings | None:
@@ -107,7 +109,7 @@ def main(words: list[str]) -> int:
     output = Path(settings.output)
     with atomic_draft(output) as draft:
         draw_sheet(contents).save(draft, "PNG")
-    print(f"{output}: {title_of(contents)}")
+    print("\n".join([f"{output}: {title_of(contents)}", *contents.notes]))
     return 0
 
 
@@ -130,7 +132,8 @@ def read_images(data: str, num_images: int, index_dir: str | None = None, image_
         except SampleError as error:
             tiles.append(Tile(sample.key, sample.label, None, error.reason))
     labels, counts = np.unique(index.labels, return_counts=True)
-    return Contents(len(shards), dict(zip(labels.tolist(), counts.tolist(), strict=True)), tiles)
+    by_label = dict(zip(labels.tolist(), counts.tolist(), strict=True))
+    return Contents(len(shards), by_label, tiles, tuple(index.tally.notes()))
 
 
 def title_of(contents: Contents) -> str:

@@ -54,7 +54,7 @@ from tools.sources import read_manifest
 from trainer.config import as_record, check_types
 from trainer.data.decode import decode_image
 from trainer.data.resize import resized
-from trainer.data.shards import NO_GROUP, SampleRef, ShardReader, list_shards, open_index
+from trainer.data.shards import NO_GROUP, SampleRef, ShardReader, describe_index, list_shards, open_index
 from trainer.data.storage import is_url
 from trainer.errors import ConfigError, DataError
 from trainer.files import write_atomically
@@ -232,6 +232,7 @@ def _names_shards(source: str) -> bool:
 
 def _in_shards(source: str, image_member: str | None) -> list[Photograph]:
     index = open_index(list_shards(source, setting="source"), image_member=image_member)
+    print(f"source: {describe_index(index)}")
     refs = index.samples(np.arange(len(index)))
     values, codes_N = index.groups("identity")
     for ref, code in zip(refs, codes_N.tolist(), strict=True):

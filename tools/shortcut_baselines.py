@@ -40,7 +40,7 @@ from launch.command_line import configure_tool, run
 from launch.evaluate import named_values
 from trainer.config import check_types
 from trainer.data.augment import CenterView
-from trainer.data.shards import list_shards, open_index
+from trainer.data.shards import describe_index, list_shards, open_index
 from trainer.data.stream import fixed_stream
 from trainer.errors import DataError
 from trainer.evaluate import Truth, check_labels, truth_of
@@ -145,6 +145,7 @@ def read_set(shards: str, setting: str, settings: Settings) -> tuple[list[NDArra
     """Read a set's images as grey values, what is known of them, and the set's fingerprint."""
     folder = Path(settings.index_dir) if settings.index_dir else None
     index = open_index(list_shards(shards, setting=setting), index_dir=folder, image_member=settings.image_member)
+    print(f"{setting}: {describe_index(index)}")
     check_labels(index, setting=setting)
     images, kept, failed = [], list[int](), list[str]()
     view = CenterView(size=settings.image_size)

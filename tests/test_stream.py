@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import members_of, write_tar
@@ -177,3 +178,20 @@ def test_the_loader_compares_an_endless_stream_too(index: ShardIndex, monkeypatc
     assert [next(arrived).positions for _ in range(2)] == [batch.positions for batch in batches[:2]]
     with pytest.raises(RuntimeError, match="4 samples from position 28 where 4 samples from position 32 had to come"):
         next(arrived)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 8), (1, 24), (2, 4), (2, 12), (3, 8), (6, 4)])
+def test_samples_that_are_mixed_meet_in_one_micro_batch_and_are_the_same_for_every_layout(
+    ranks: int, micro: int
+) -> None:
+    def groups(ranks: int, micro: int) -> list[tuple[int, ...]]:
+        shares = [Slice(24, micro, rank, ranks, group=4) for rank in range(ranks)]
+        rows = [
+            share.positions(number).reshape(-1, 4)
+            for share in shares
+            for number in range(2 * share.micro_batches_per_step)
+        ]
+        return sorted(map(tuple, np.concatenate(rows).tolist()))
+
+    assert groups(ranks, micro) == groups(1, 24)
+    assert groups(1, 24)[1] == (1, 7, 13, 19)

@@ -75,6 +75,10 @@ def read(folder: Path, config: Any, *, prefix: bytes = b"") -> dict[str, Any]:
         ({"wandb": {"enabled": True}}, "wandb is not installed: pip install wandb"),
         ({"steps_per_print": "auto"}, "leaves steps_per_print .*remove the line"),
         ({"gradient_allreduce_op": "sum"}, "mean over the global batch"),
+        (
+            {"fp16": {"enabled": True, "auto_cast": True}},
+            "fp16.auto_cast to true, but it would round the samples' draws",
+        ),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "DeepSpeed refuses the ds_config"),
     ],
 )

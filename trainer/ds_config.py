@@ -156,6 +156,7 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "optimizer.params.fp32_optimizer_states": ((True,), _NOT_RECORDED),
     "gradient_allreduce_op": (("mean",), "the loss is the mean over the global batch"),
     "bf16.check_grad_overflow": ((True,), _NOT_FINITE),
+    "fp16.auto_cast": ((False,), "it would round the samples' draws, and models cast what they take themselves"),
     "zero_optimization.compute_grad_norm": ((True,), _NOT_FINITE),
     "zero_optimization.stage": ((0, 1, 2, 3), "there are no others"),
     "zero_optimization.offload_param.device": (("none", "cpu"), _NVME),

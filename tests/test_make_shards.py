@@ -288,8 +288,10 @@ def test_a_shard_that_the_trainer_would_read_otherwise_is_not_published(
 def test_a_shard_of_an_earlier_run_is_compared_too(tree: Path, tmp_path: Path) -> None:
     paths = make_shards(settings(tree, tmp_path / "out"))
     paths[0].write_bytes(paths[1].read_bytes())
+    paths[2].unlink()
     with pytest.raises(DataError, match=r"shard-000000\.tar: sample .* is not what the source holds"):
-        make_shards(settings(tree, tmp_path / "out"))
+        make_shards(settings(tree, tmp_path / "out", num_processes=2))
+    assert not list((tmp_path / "out").glob(".shard*")), "a shard that was written meanwhile leaves no draft"
 
 
 def test_damaged_images_are_left_out_and_listed_when_asked(tree: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ import sys
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -321,11 +321,15 @@ def _claim(output: Path, groups: list[list[Entry]], sizes: list[int], settings: 
         raise ConfigError(f"output_dir {output} holds shards of another source or other settings: name a new folder")
     if not path.exists() and next(output.glob("shard-*.tar"), None):
         raise ConfigError(f"output_dir {output} holds shards that this tool did not plan: name a new folder")
-    for leftover in output.glob(".shard-*.tmp-*"):
-        leftover.unlink()
+    _remove_drafts(output)
     if not path.exists():
         write_atomically(path, json.dumps(plan) + "\n")
     return plan
+
+
+def _remove_drafts(output: Path) -> None:
+    for leftover in output.glob(".shard-*.tmp-*"):
+        leftover.unlink(missing_ok=True)
 
 
 def _plan_in(path: Path) -> dict[str, Any]:
@@ -346,18 +350,23 @@ def _write_all(jobs: list[_Job], lost: list[Bad], output: Path, settings: Settin
     bad, found, failed = [*lost, *(each for each in earlier if each.shard in existing)], Found(), list[Bad]()
     jobs = [_without(job, bad) if job.exists else job for job in jobs]
     num_images = sum(len(job.entries) for job in jobs)
-    with Progress(num_images, unit="image", shown=settings.progress_bar) as bar:
-        for result in _results(jobs, settings):
-            bar.update(len(result.job.entries))
-            found.add(result.found)
-            if result.bad and not settings.skip_bad:
-                failed += result.bad
-                continue
-            if result.bad:
-                bad += result.bad
-                _write_bad(output / _BAD_NAME, bad)  # before its shard: a kill in between loses no name
-            if result.draft is not None:
-                result.draft.replace(result.job.path)
+    results = _results(jobs, settings)
+    try:
+        with Progress(num_images, unit="image", shown=settings.progress_bar) as bar:
+            for result in results:
+                bar.update(len(result.job.entries))
+                found.add(result.found)
+                if result.bad and not settings.skip_bad:
+                    failed += result.bad
+                    continue
+                if result.bad:
+                    bad += result.bad
+                    _write_bad(output / _BAD_NAME, bad)  # before its shard: a kill in between loses no name
+                if result.draft is not None:
+                    result.draft.replace(result.job.path)
+    finally:
+        results.close()  # first, so that nobody writes on
+        _remove_drafts(output)
     _write_bad(output / _BAD_NAME, bad + failed)
     if failed or not found.tally.num_samples:
         first = (failed or bad)[0]
@@ -374,9 +383,9 @@ def _without(job: _Job, bad: list[Bad]) -> _Job:
     return replace(job, entries=[entry for entry in job.entries if entry.key not in left_out])
 
 
-def _results(jobs: list[_Job], settings: Settings) -> Iterator[_Result]:
+def _results(jobs: list[_Job], settings: Settings) -> Generator[_Result, None, None]:
     num_processes = min(settings.num_processes or len(os.sched_getaffinity(0)), max(1, len(jobs)))
-    return parallel_map(_write_shard, jobs, num_processes=num_processes, in_order=False)
+    yield from parallel_map(_write_shard, jobs, num_processes=num_processes, in_order=False)
 
 
 def _read_bad(path: Path) -> list[Bad]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from launch.data import pixels_of
-from launch.init_weights import Init, check_heads, check_init, read_init
+from launch.init_weights import Init, check_heads, check_init, find_again, read_init
 from trainer.config import DetectorRecipe, from_record
 from trainer.data.augment import AS_STORED, CenterView, DetectorView, Pixels
 from trainer.data.distort import BasicAugment, PassportChain, RandAugment
@@ -43,6 +43,7 @@ def assemble_detector(recipe: DetectorRecipe, init: Init | None, *, grad_checkpo
             image_size=recipe.image_size,
             patch_size=recipe.patch_size,
             depth=recipe.encoder_depth,
+            fc_norm=recipe.pooling == "avg_fc_norm",
             drop_path=recipe.drop_path,
             grad_checkpointing=grad_checkpointing,
         )
@@ -135,13 +136,14 @@ def rebuild(saved: SavedDetector, recipe: DetectorRecipe, *, name: str, init: st
         ConfigError: its encoder's weights are gone.
     """
     origin, frozen = saved.description["init"], recipe.backbone_is_frozen
-    weights = read_init(init or origin["path"], pretrained=origin["pretrained"]) if frozen else None
+    place = init or (find_again(origin, saved.path, name=name) if frozen else "")
+    weights = read_init(place, pretrained=origin["pretrained"]) if frozen else None
     asked = dataclasses.replace(recipe, use_learned_mask_token=None, use_separate_pos_embed=None)
     model, sha256 = build_detector(asked, weights)  # training has checked what it was asked to
     if frozen and sha256 != origin["sha256"]:
         raise CheckpointError(
             f"{name} stands on an encoder of sha256 {origin['sha256'][:12]}..., but that of "
-            f"{init or origin['path']} is {sha256[:12]}...: name its weights with --init"
+            f"{place} is {sha256[:12]}...: name its weights with --init"
         )
     load_trained(model, saved.weights)
     return model.eval()

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import functools
 import logging
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from launch.command_line import CommandLine, read_training, run, say
 from launch.data import describe_shares, find_sources, open_sets, order_of, pixels_of, span_reader, tell_all_ranks
 from launch.detectors import build_detector, preprocessing_of, training_view
-from launch.init_weights import describe, read_init
+from launch.init_weights import describe, fitting_recipe, place_of, read_init
 from launch.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
 from launch.run_setup import (
     backend_timeout_s,
@@ -37,7 +38,7 @@ from launch.run_setup import (
 )
 from launch.training import Ending, Training, record_end, show
 from trainer import checkpoint
-from trainer.config import DetectorRecipe, DetectorRuntime, as_record
+from trainer.config import DetectorRecipe, DetectorRuntime, as_record, differing_fields
 from trainer.data.augment import CenterView
 from trainer.data.loader import Loader
 from trainer.data.overlap import prints_of
@@ -58,6 +59,12 @@ from trainer.world import world_from_environment
 
 logger = logging.getLogger(__name__)
 
+_POOLINGS = {
+    "avg": "the mean of the normed tokens (the published MAE norms the mean: --pooling avg_fc_norm)",
+    "avg_fc_norm": "the norm of the tokens' mean, as in the published MAE's fine-tuning",
+    "cls": "the class token",
+}
+
 
 def read(argv: list[str]) -> CommandLine[DetectorRecipe, DetectorRuntime] | None:
     """Read the command line; None where it asked for help."""
@@ -69,19 +76,29 @@ def main(argv: list[str]) -> int:
     line = read(argv)
     if line is None:
         return 0
-    return finetune(line.recipe, line.runtime, dry_run=line.dry_run).exit_code
+    return finetune(line.recipe, line.runtime, line.given, dry_run=line.dry_run).exit_code
 
 
-def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime, *, dry_run: bool = False) -> Ending:
-    """Train to the end of the schedule, or until a signal asks to stop."""
+def finetune(
+    recipe: DetectorRecipe, runtime: DetectorRuntime, given: Collection[str], *, dry_run: bool = False
+) -> Ending:
+    """Train to the end of the schedule, or until a signal asks to stop.
+
+    Args:
+        recipe: the numbers.
+        runtime: all else.
+        given: the settings that the user has named; the model's others are taken from ``init``.
+        dry_run: show what would run, and leave.
+    """
     world = world_from_environment()
     start_console(is_main=world.is_main, rank=world.rank)
     use_devices(world, runtime)
     ds_config = engine_settings(recipe, runtime, world)
     training_view(recipe)  # refuses wrong settings before any work
     check_groups(recipe, runtime.micro_batch)
-    say(f"building {recipe.model}")
     init = read_init(runtime.init, pretrained=runtime.pretrained)
+    asked, recipe = recipe, fitting_recipe(init, recipe, given)
+    say(f"building {recipe.model}")
     model, init_sha256 = build_detector(recipe, init, grad_checkpointing=runtime.grad_checkpointing)
     found = find_sources(recipe, runtime, others={"val_data": runtime.val_data}) if world.is_main else None
 
@@ -92,6 +109,8 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime, *, dry_run: bool 
     output = Path(runtime.output_dir)
     world.on_main(lambda: check_output(output, recipe, runtime.resume))
     start_logging(output, is_main=world.is_main, rank=world.rank)
+    if taken := differing_fields(as_record(recipe), as_record(asked)):
+        logger.info("from --init, as the command line leaves it open: %s", ", ".join(taken))
     start_watchdog(output, world, runtime)
     sources = tell_all_ranks(found, world)
     index = open_sets(sources, recipe, runtime, world)
@@ -118,8 +137,8 @@ def finetune(recipe: DetectorRecipe, runtime: DetectorRuntime, *, dry_run: bool 
         num_ranks=world.size,
         init=init_sha256,
     )
-    origin = {"init": {"source": describe(init), "path": runtime.init, "pretrained": runtime.pretrained}}
-    origin["init"]["sha256"] = init_sha256
+    place = place_of(runtime.init, output / "detector")
+    origin = {"init": {"source": describe(init), "pretrained": runtime.pretrained, "sha256": init_sha256} | place}
     lease = begin(output, identity, runtime, world)
     with noting_the_end(lease, world):
         best = BestDetector(engine, index, recipe, runtime, origin | {"overlap": overlap, "data": runtime.data}, lease)
@@ -277,6 +296,7 @@ def training_of(
         for want in (lambda p: p.requires_grad, lambda _: True)
     )
     logger.info("%d of %d parameters train (%.3g %%)", trained, whole, 100 * trained / whole)
+    logger.info("pooling %s: the head sees %s", recipe.pooling, _POOLINGS[recipe.pooling])
 
     def measure(monitor: Monitor, step: int) -> None:
         figures = best.measure(step)

@@ -1,7 +1,14 @@
 """--init, and --source of an export: where an encoder's weights come from, and whether they fit the recipe."""
 
 import argparse
+import contextlib
+import dataclasses
 import json
+import logging
+import math
+import os
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +17,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from launch.hub_weights import fetch_folder, is_hub_name, within_seconds
 from trainer import checkpoint
 from trainer.config import DetectorRecipe, PretrainRecipe
 from trainer.errors import CheckpointError, ConfigError
 from trainer.models.detector import STATISTICS
-from trainer.models.encoder import PatchEncoder, pretrained_weights
+from trainer.models.encoder import PatchEncoder, hub_name_of, natural_shape, pretrained_weights
 from trainer.models.vitmae import from_vitmae, is_vitmae
 from trainer.saved_detector import load_detector
 from trainer.zero_files import read_weights
+
+logger = logging.getLogger(__name__)
 
 _ENCODER_PREFIXES = ("encoder.vit.", "encoder.", "module.encoder.vit.", "module.")
 _OF_THE_ENCODER = (
@@ -31,7 +41,14 @@ _OF_THE_ENCODER = (
     "fc_norm.",
     "attn_pool.",
 )
-_EXPORT = "model.safetensors"
+_EXPORT, _OLD_HUB_FILE = "model.safetensors", "pytorch_model.bin"
+_PUBLISHED = {768: "vit_base_patch16_224", 1024: "vit_large_patch16_224", 1280: "vit_huge_patch14_224"}
+"""Width -> timm's name of the published MAE's encoders."""
+_PUBLISHED_SIZE = {"base": 768, "large": 1024, "huge": 1280}
+_PUBLISHED_FILE = re.compile(r"mae_(visualize|pretrain)_vit_(base|large|huge)(_full|_ganloss)?\.pth")
+"""Files of facebookresearch/mae. Those to visualize were trained on plain pixels, the others on normalised ones."""
+_OF_OTHERS = ("reg_token", "norm_pre.", "blocks.0.ls1.", "blocks.0.attn.q_norm.", "attn_pool.")
+"""What no encoder of the published MAE has."""
 _OF_A_DECODER = ("decoder_", "mask_token", "position_embed.")
 
 
@@ -48,29 +65,41 @@ class Init:
     manifest: dict[str, Any] = field(default_factory=dict)
     """That of a run's checkpoint."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a recipe must say for these weights: what was told, and what their shapes show, by its names."""
+        shown: dict[str, Any] = {}
+        width, _, _, patch = self.weights["patch_embed.proj.weight"].shape
+        if not any(name.startswith(_OF_OTHERS) for name in self.weights) and width in _PUBLISHED:
+            shown["model"] = _PUBLISHED[width]
+        shown |= {"patch_size": patch, "encoder_depth": num_blocks(self.weights, "blocks.")}
+        if "pos_embed" in self.weights:  # a few rows more are for class and registers
+            shown["image_size"] = math.isqrt(self.weights["pos_embed"].shape[1]) * patch
+        if "fc_norm.weight" in self.weights and "norm.weight" not in self.weights:
+            shown["pooling"] = "avg_fc_norm"
+        told = {name: value for name, value in self.recipe.items() if value is not None}
+        if "model" in told:
+            told["model"] = told["model"].partition(".")[0]  # a tag names weights, not the model
+        return shown | told
+
 
 def read_init(init: str, *, pretrained: bool, setting: str = "init") -> Init | None:
     """Read the weights that ``init``, the value of that setting, names; None for an empty name.
 
     Raises:
-        ConfigError: there is no such file, or it holds no encoder.
+        ConfigError: there is no such file, or it holds no encoder, or the hub cannot be reached.
         CheckpointError: a checkpoint is damaged, or holds code.
     """
     if not init:
         return None
+    path, said = Path(init).expanduser(), f"{setting} is {init!r}"
     if pretrained:
-        weights, mean, std = pretrained_weights(init)
-        fitting = [
-            name
-            for name, (m, s) in STATISTICS.items()
-            if torch.allclose(torch.tensor([m, s]), torch.tensor([mean, std]))
-        ]
-        return Init(weights, f"timm {init}", {"model": init, "normalisation": fitting[0] if fitting else (mean, std)})
-    path, said = Path(init), f"{setting} is {init!r}"
+        return _from_timm(init, said)
+    if not path.exists() and is_hub_name(init):
+        path = fetch_folder(init, said)
+        return dataclasses.replace(_from_folder(path, said), description=init)
     if path.is_dir():
-        if holds_detector(path):
-            return _from_detector(path, said)
-        return _from_file(path / _EXPORT, said) if (path / _EXPORT).is_file() else _from_run(path, said)
+        return _from_folder(path, said)
     if not path.is_file():
         raise ConfigError(
             f"{said}, but there is no such file or folder: name a run of pretrain.py, a .safetensors or .pth file, or "
@@ -79,9 +108,71 @@ def read_init(init: str, *, pretrained: bool, setting: str = "init") -> Init | N
     return _from_file(path, said)
 
 
+def place_of(init: str, folder: Path) -> dict[str, str]:
+    """Say where weights are so that they are found again from any working directory, and where all moves together.
+
+    Returns:
+        places: by ``path`` absolute, and by ``relative`` from ``folder``; of a name on a hub only ``path``.
+    """
+    path = Path(init).expanduser()
+    if not init or not path.exists():
+        return {"path": init}
+    return {"path": os.path.abspath(path), "relative": os.path.relpath(path, folder)}  # noqa: PTH100
+
+
+def find_again(origin: Mapping[str, Any], folder: Path, *, name: str) -> str:
+    """Return where the weights are that a detector in ``folder`` stands on.
+
+    Args:
+        origin: what `place_of` said, or older detectors, which recorded the path as it was typed.
+        folder: the detector's own.
+        name: of the detector, for the message.
+
+    Raises:
+        ConfigError: they are gone.
+    """
+    typed = str(origin["path"])
+    if origin["pretrained"] or not typed:
+        return typed
+    places = [folder / origin["relative"]] if origin.get("relative") else []
+    places += [Path(typed), *(parent / typed for parent in folder.absolute().parents)]
+    for place in places:
+        with contextlib.suppress(OSError):
+            if place.exists():
+                return str(place)
+    if is_hub_name(typed):
+        return typed
+    raise ConfigError(
+        f"{name} stands on the encoder weights {typed}, but there is no such file or folder: pass --init with where "
+        f"they are now (sha256 {str(origin.get('sha256', ''))[:12]}...)"
+    )
+
+
 def holds_detector(path: Path) -> bool:
     """Whether a folder is a detector's, or that of a run of finetune.py."""
     return any((path / name / "detector.json").is_file() for name in ("", "detector"))
+
+
+def fitting_recipe(init: Init | None, recipe: DetectorRecipe, given: Collection[str]) -> DetectorRecipe:
+    """Take model, sizes, normalisation and pooling from the weights, but for settings that the user has given.
+
+    Raises:
+        ConfigError: timm has no such model.
+    """
+    if init is None:
+        return recipe
+    wanted, taken = init.settings, {}
+    for name in ("model", "image_size", "normalisation", "pooling"):
+        value = wanted.get(name)
+        if name not in given and value not in (None, getattr(recipe, name)) and isinstance(value, str | int):
+            taken[name] = value
+    if taken.get("model") == recipe.model.partition(".")[0]:
+        del taken["model"]
+    ours = natural_shape(taken.get("model", recipe.model))
+    for name, natural in zip(("patch_size", "encoder_depth"), ours, strict=True):
+        if name not in given and wanted[name] != (getattr(recipe, name) or natural):
+            taken[name] = wanted[name]
+    return dataclasses.replace(recipe, **taken)
 
 
 def check_heads(init: Init | None, encoder: PatchEncoder) -> None:
@@ -95,26 +186,93 @@ def check_heads(init: Init | None, encoder: PatchEncoder) -> None:
         raise ConfigError(f"the weights have {theirs} attention heads and the model {ours}: pass their own --model")
 
 
-def check_init(init: Init | None, recipe: DetectorRecipe | PretrainRecipe) -> None:
+def check_init(init: Init | None, recipe: DetectorRecipe | PretrainRecipe, *, with_decoder: bool = True) -> None:
     """Refuse weights that were trained otherwise than the recipe says.
 
     Raises:
-        ConfigError: naming the setting and both values.
+        ConfigError: naming each setting that differs, with both values.
     """
-    required = {name: getattr(recipe, name) for name in ("use_learned_mask_token", "use_separate_pos_embed")}
+    decoder_options = ("use_learned_mask_token", "use_separate_pos_embed")
+    required = {name: getattr(recipe, name) for name in decoder_options if with_decoder}
+    wrong = []
     for name, value in required.items():
         theirs = init.recipe.get(name) if init else None
         if value is not None and theirs != value:
             found = "without --init there is no pre-training" if init is None else f"init was trained with {theirs}"
-            raise ConfigError(f"{name} is {value}, but {found}: change --init, or leave {name} out")
-    if init is None:
-        return
-    # Positions fit another image_size.
-    names = ("model", "patch_size", "encoder_depth", "normalisation", "decoder_heads")
-    for name in (name for name in names if name in init.recipe and hasattr(recipe, name)):
-        theirs, ours = init.recipe[name], getattr(recipe, name)
-        if theirs != ours:
-            raise ConfigError(f"{name} is {ours!r}, but --init was trained with {theirs!r}: pass --{name} {theirs}")
+            wrong.append(f"{name} is {value}, but {found}: change --init, or leave {name} out")
+    if init is not None:
+        wrong += _differing_settings(init, recipe, with_decoder=with_decoder)
+    if wrong:
+        raise ConfigError("\n  ".join(wrong) if len(wrong) == 1 else "\n  ".join(["--init does not fit:", *wrong]))
+    if init is not None and isinstance(recipe, PretrainRecipe) and with_decoder:
+        untold = [name for name in ("decoder_heads", "norm_pix_loss") if name not in init.recipe]
+        if untold:
+            taken = " and ".join(f"{name} {getattr(recipe, name)}" for name in untold)
+            logger.warning(
+                "--init does not tell %s of its decoder; taken is what the recipe says, %s: with other values the "
+                "decoder's weights mean something else", " and ".join(untold), taken
+            )  # fmt: skip
+
+
+def _differing_settings(init: Init, recipe: DetectorRecipe | PretrainRecipe, *, with_decoder: bool) -> list[str]:
+    told, wrong = init.settings, []
+    with torch.device("meta"):
+        encoder = PatchEncoder(
+            recipe.model, image_size=recipe.image_size, patch_size=recipe.patch_size, depth=recipe.encoder_depth
+        )
+    ours: dict[str, Any] = {"patch_size": encoder.patch, "encoder_depth": len(encoder.vit.blocks)}
+    if "model" in init.recipe:  # otherwise a guess
+        ours["model"] = recipe.model.partition(".")[0]
+    if isinstance(recipe, DetectorRecipe):
+        ours["normalisation"] = recipe.normalisation
+    else:
+        ours["normalisation"] = "imagenet"  # pre-training knows no other
+        if with_decoder:
+            ours |= {"decoder_heads": recipe.decoder_heads, "norm_pix_loss": recipe.norm_pix_loss}
+    for name, value in ours.items():
+        theirs = told.get(name, value)
+        if theirs == value:
+            continue
+        remedy = f"pass --{name} {str(theirs).lower() if isinstance(theirs, bool) else theirs}"
+        if name == "normalisation" and (isinstance(recipe, PretrainRecipe) or not isinstance(theirs, str)):
+            remedy = f"choose weights that expect pixels normalised by {' or '.join(STATISTICS)}"
+            remedy = "choose weights trained on ImageNet's" if isinstance(recipe, PretrainRecipe) else remedy
+        wrong.append(f"{name} is {value!r}, but --init was trained with {theirs!r}: {remedy}")
+    return wrong
+
+
+def num_blocks(weights: Mapping[str, Tensor], prefix: str) -> int:
+    """Count the blocks of an encoder or a decoder."""
+    return len({name.split(".")[1] for name in weights if name.startswith(prefix)})
+
+
+def _from_timm(name: str, said: str) -> Init:
+    """Take timm's own weights of a model."""
+    hub_name = hub_name_of(name)
+    remedy = (
+        f"download model.safetensors of {hub_name} where there is a network, and pass --init FILE in the place of "
+        "--pretrained true, with --model and --normalisation as the weights want them"
+    )
+    with within_seconds(hub_name, f"{said} with pretrained true", remedy):
+        weights, mean, std = pretrained_weights(name)
+    return Init(weights, f"timm {name}", {"model": name, "normalisation": _normalisation(mean, std)})
+
+
+def _normalisation(mean: Any, std: Any) -> Any:
+    """Return the recipe's name of a mean and deviation, or both where it has none."""
+    for name, statistics in STATISTICS.items():
+        if torch.allclose(torch.tensor(statistics), torch.tensor([tuple(mean), tuple(std)])):
+            return name
+    return tuple(mean), tuple(std)
+
+
+def _from_folder(path: Path, said: str) -> Init:
+    if holds_detector(path):
+        return _from_detector(path, said)
+    for name in (_EXPORT, _OLD_HUB_FILE):
+        if (path / name).is_file():
+            return _from_file(path / name, said)
+    return _from_run(path, said)
 
 
 def _from_run(path: Path, said: str) -> Init:
@@ -145,7 +303,8 @@ def _from_detector(path: Path, said: str) -> Init:
             f"{said}, a detector that holds only adapters or a head: export it first, python tools/export.py --source "
             f"{path} --format timm --output FOLDER, and name that folder"
         )
-    known = {name: recipe[name] for name in ("model", "patch_size", "encoder_depth", "normalisation", "image_size")}
+    names = ("model", "patch_size", "encoder_depth", "normalisation", "image_size", "pooling")
+    known = {name: recipe[name] for name in names if name in recipe}
     return Init(_encoder_part(saved.weights, said), str(saved.path), known)
 
 
@@ -158,17 +317,45 @@ def _from_file(path: Path, said: str) -> Init:
     if decoder:
         known["use_learned_mask_token"] = bool("mask_token" in weights and weights["mask_token"].any())
         known["use_separate_pos_embed"] = "decoder_pos_embed" in weights
+    known = _told_by_name(path, decoder) | known | _told_beside(path, said)
     return Init(_encoder_part(weights, said), str(path), known, decoder)
 
 
+def _told_by_name(path: Path, decoder: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what is known of an official file, which says nothing of itself, by its name."""
+    named = _PUBLISHED_FILE.fullmatch(path.name)
+    if named is None:
+        return {}
+    told: dict[str, Any] = {"model": _PUBLISHED[_PUBLISHED_SIZE[named[2]]], "normalisation": "imagenet"}
+    return told | ({"decoder_heads": 16, "norm_pix_loss": named[1] == "pretrain"} if decoder else {})
+
+
+def _told_beside(path: Path, said: str) -> dict[str, Any]:
+    """Return what config.json (transformers' or timm's) and preprocessor_config.json beside a hub's file tell."""
+    if path.name not in (_EXPORT, _OLD_HUB_FILE):
+        return {}
+    found: dict[str, Any] = {}
+    try:
+        files = [path.with_name(name) for name in ("config.json", "preprocessor_config.json")]
+        config, view = (json.loads(file.read_text()) if file.is_file() else {} for file in files)
+        names = {"encoder_heads": "num_attention_heads", "decoder_heads": "decoder_num_attention_heads"}
+        names |= {name: name for name in ("mask_ratio", "norm_pix_loss")} | {"model": "architecture"}
+        found = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
+        timms = config.get("pretrained_cfg", {})
+        for mean, std in ((timms.get("mean"), timms.get("std")), (view.get("image_mean"), view.get("image_std"))):
+            if mean and std and view.get("do_normalize", True):
+                found["normalisation"] = _normalisation(mean, std)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{said}: a config.json beside it is damaged ({error}): download it again") from error
+    return found
+
+
 def _safetensors(path: Path, said: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file, and what a config.json of transformers beside it tells that shapes do not."""
+    """Read a file."""
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
             rows, _, columns = (file.metadata() or {}).get("grid", "").partition("x")
-        beside = path.with_name("config.json")
-        config = json.loads(beside.read_text()) if is_vitmae(weights) and beside.is_file() else {}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{said}, which is damaged ({error}): download or export it again") from error
     if rows != columns:
@@ -176,9 +363,7 @@ def _safetensors(path: Path, said: str) -> tuple[dict[str, Tensor], dict[str, An
             f"{said}, which was exported for {rows} x {columns} patches, but training is on squares: name what it was "
             "exported from"
         )
-    names = {"encoder_heads": "num_attention_heads", "decoder_heads": "decoder_num_attention_heads"}
-    names |= {name: name for name in ("mask_ratio", "norm_pix_loss")}
-    return weights, {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
+    return weights, {}
 
 
 def _unpickled(path: Path, said: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -188,14 +373,26 @@ def _unpickled(path: Path, said: str) -> tuple[dict[str, Tensor], dict[str, Any]
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{said}, which cannot be loaded safely ({error}): convert it to .safetensors") from error
-    told = vars(state["args"]) if isinstance(state, dict) and isinstance(state.get("args"), argparse.Namespace) else {}
+    told = state.get("args") if isinstance(state, dict) else None
+    told = vars(told) if isinstance(told, argparse.Namespace) else told if isinstance(told, dict) else {}
     for name in ("model", "state_dict", "module"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
     if not isinstance(state, dict):
         raise ConfigError(f"{said}, which holds no weights by name: name a state dict")
-    known = {name: told[name] for name in ("mask_ratio", "norm_pix_loss") if name in told}
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}, known
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}, _told_by_args(told)
+
+
+def _told_by_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate the arguments of the published MAE's training, and of those who add to them."""
+    names = ("mask_ratio", "norm_pix_loss", "decoder_heads")
+    known = {name: args[name] for name in names if name in args}
+    if "decoder_num_heads" in args:
+        known["decoder_heads"] = args["decoder_num_heads"]
+    published = re.fullmatch(r"mae_vit_(base|large|huge)_patch\d+(_dec512d8b)?", str(args.get("model")))
+    if published:
+        known = {"model": _PUBLISHED[_PUBLISHED_SIZE[published[1]]], "decoder_heads": 16} | known
+    return known
 
 
 def _encoder_part(weights: dict[str, Tensor], said: str) -> dict[str, Tensor]:
@@ -203,8 +400,6 @@ def _encoder_part(weights: dict[str, Tensor], said: str) -> dict[str, Tensor]:
         part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         part = {name: value for name, value in part.items() if name.startswith(_OF_THE_ENCODER)}
         if "patch_embed.proj.weight" in part:
-            if "norm.weight" not in part:  # MAE's fine-tuning has it behind the pooling
-                part |= {name[3:]: value for name, value in part.items() if name.startswith("fc_norm.")}
             return part
     raise ConfigError(f"{said}, which holds no encoder (no patch_embed.proj.weight): name weights of a timm ViT or MAE")
 

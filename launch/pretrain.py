@@ -166,10 +166,9 @@ def take_weights(model: MaskedAutoencoder, recipe: PretrainRecipe, runtime: Pret
     if init is None:
         return ""
     said = f"init is {runtime.init!r}"
-    if not runtime.init_encoder_only:
-        if "decoder_pred.weight" not in init.decoder:
-            raise ConfigError(f"{said}, which has no decoder: add --init_encoder_only true")
-        check_init(init, recipe)
+    if not runtime.init_encoder_only and "decoder_pred.weight" not in init.decoder:
+        raise ConfigError(f"{said}, which has no decoder: add --init_encoder_only true")
+    check_init(init, recipe, with_decoder=not runtime.init_encoder_only)
     check_heads(init, model.encoder)
     model.encoder.load_weights(init.weights)
     if not runtime.init_encoder_only:

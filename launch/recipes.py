@@ -126,7 +126,8 @@ def lora() -> tuple[DetectorRecipe, DetectorRuntime]:
 def probe() -> tuple[DetectorRecipe, DetectorRuntime]:
     """Linear probe: the encoder stays as it is.
 
-    Source: He et al. 2021, arXiv 2111.06377, appendix A.1, with AdamW in place of LARS. Hardware: 1 GPU of 16 GB.
+    Source: He et al. 2021, arXiv 2111.06377, appendix A.1, with AdamW in place of LARS, and without the BatchNorm
+    (no affine) in front of the linear layer, whose numbers would depend on the micro batch. Hardware: 1 GPU of 16 GB.
     Cost: 35 GFLOP an image and step.
     Expected: not measured by us at this size; the demo's table says what small ones reach on the ORL faces.
     """
@@ -136,7 +137,8 @@ def probe() -> tuple[DetectorRecipe, DetectorRuntime]:
 def full() -> tuple[DetectorRecipe, DetectorRuntime]:
     """Train all weights, with layer decay and drop path.
 
-    Source: He et al. 2021, arXiv 2111.06377, table 9, without mixup and label smoothing. Hardware: 8 GPUs of 16 GB.
+    Source: He et al. 2021, arXiv 2111.06377, table 9, without mixup and label smoothing. The head sees the mean of the
+    normed tokens; --pooling avg_fc_norm is the published one, the norm of the mean. Hardware: 8 GPUs of 16 GB.
     Cost: 105 GFLOP an image and step.
     Expected: not measured by us at this size; the demo's table says what small ones reach on the ORL faces.
     """

@@ -2,8 +2,14 @@
 
 import importlib.util
 import json
+import os
 import re
+import stat
+import subprocess
+import sys
+import tempfile
 from argparse import Namespace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +18,23 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, TINY, forks, launch, words_of
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from scipy.special import logit
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from launch.detectors import build_detector, preprocessing_of, rebuild, recipe_of
-from launch.init_weights import read_init
+from launch.init_weights import fitting_recipe, read_init
 from launch.pretrain import build_model
 from tools.export import main
 from trainer import export as formats
 from trainer import lease as leases
 from trainer.config import DetectorRecipe, PretrainRecipe, PretrainRuntime, as_record
+from trainer.data.augment import CenterView, Photo
 from trainer.data.overlap import Prints
 from trainer.errors import CheckpointError, ConfigError, TrainerError
-from trainer.evaluate import UNCALIBRATED
+from trainer.evaluate import UNCALIBRATED, Decision
+from trainer.metrics import Calibration
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mask_utils import draw_mask, patchify
 from trainer.saved_detector import load_detector, save_detector
@@ -43,14 +53,29 @@ def export(source: Path | str, to: str, output: Path, **flags: str) -> Path:
     return output
 
 
-def follow_the_card(folder: Path, pixels: torch.Tensor = PIXELS, base: Path | None = None) -> dict[str, Any]:
-    """Run the README's own snippet."""
+def code_of(folder: Path) -> str:
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert code is not None
-    known: dict[str, Any] = {"pixels": pixels}
-    with torch.no_grad():
-        exec(code[1].replace("FOLDER", str(folder)).replace("BASE", str(base)), known)
+    return code[1]
+
+
+def follow_the_card(folder: Path, image: torch.Tensor | None = None) -> dict[str, Any]:
+    """Run the README's own code inside its folder, on a photograph of exactly the size that the model takes."""
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        photo = Path(place, "photo.png")
+        Image.fromarray((IMAGES[0] if image is None else image).permute(1, 2, 0).numpy()).save(photo)
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["score.py", str(photo)])
+        known: dict[str, Any] = {}
+        try:
+            exec(code_of(folder), known)
+        finally:
+            torch.set_grad_enabled(True)
     return known
+
+
+def scores_on_the_card(folder: Path) -> torch.Tensor:
+    return torch.tensor([follow_the_card(folder, image)["score"] for image in IMAGES])
 
 
 def on_the_card(folder: Path, title: str) -> dict[str, Any]:
@@ -99,11 +124,12 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def detector(folder: Path, init: Path, **changes: Any) -> Path:
+def detector(folder: Path, init: Path, *, decision: Decision = UNCALIBRATED, data: str = "", **changes: Any) -> Path:
     """A saved detector, as finetune.py leaves it, after a few steps."""
     recipe = DetectorRecipe(**(SHAPE | changes))
     model, sha256 = build_detector(recipe, read_init(str(init), pretrained=False))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
+    torch.manual_seed(0)  # of the adapters' dropout
     for _ in range(3):
         model.train()(IMAGES, torch.tensor([0, 1, 1]), torch.zeros(3, 1)).backward()
         optimizer.step()
@@ -112,10 +138,11 @@ def detector(folder: Path, init: Path, **changes: Any) -> Path:
         "preprocessing": preprocessing_of(recipe),
         "init": {"source": str(init), "path": str(init), "pretrained": False, "sha256": sha256},
         "selection": {"data": "", "figures": {"d_eer": 0.25}},
+        "data": data,
     }
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     seen, lease = Prints(*(np.arange(3, dtype=np.uint64),) * 2), leases.take(folder, num_ranks=1)
-    save_detector(folder / "detector", description, weights, UNCALIBRATED, {"train": seen}, lease=lease)
+    save_detector(folder / "detector", description, weights, decision, {"train": seen}, lease=lease)
     return folder
 
 
@@ -143,7 +170,7 @@ def test_a_run_at_zero_3_on_two_ranks_goes_out_and_comes_back_bitwise(shards: Pa
     assert init is not None
 
     plain = export(run, "timm", tmp_path / "timm", licence="CC-BY-4.0")
-    torch.testing.assert_close(follow_the_card(plain)["tokens"], features(encoder_of(run)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(follow_the_card(plain)["tokens"], features(encoder_of(run))[:1], rtol=1e-4, atol=1e-5)
     assert (plain / "README.md").read_text().startswith('---\nlicense: "CC-BY-4.0"\nlibrary_name: timm\n---\n')
     assert on_the_card(plain, "Recipe") == init.manifest["identity"]["recipe"]
     assert on_the_card(plain, "Data")["fingerprint"] == init.manifest["identity"]["data_fingerprint"]
@@ -210,16 +237,55 @@ def test_an_official_file_becomes_transformers_with_the_settings_that_it_tells(o
         assert torch.equal(value, state[name])
 
 
-def test_an_official_fine_tuned_file_gives_its_encoder_and_the_card_says_where_the_norm_stood(tmp_path: Path) -> None:
+def finetuned(path: Path) -> dict[str, torch.Tensor]:
+    """A file as the published fine-tuning leaves it: the last norm stands behind the pooling."""
     state = {name: value for name, value in published().items() if not name.startswith(("decoder_", "mask_token"))}
     state |= {f"fc_{name}": state.pop(name) for name in ("norm.weight", "norm.bias")}
-    torch.save({"model": state | {"head.weight": torch.ones(9, 192)}}, tmp_path / "finetuned.pth")
+    torch.save({"model": state | {"head.weight": torch.ones(9, 192)}}, path)
+    return state
+
+
+def test_an_official_fine_tuned_file_keeps_its_norm_behind_the_pooling(tmp_path: Path) -> None:
+    state = finetuned(tmp_path / "finetuned.pth")
     folder = export(tmp_path / "finetuned.pth", "timm", tmp_path / "out", model=NAME)
-    assert torch.equal(load_file(folder / "model.safetensors")["norm.weight"], state["fc_norm.weight"])
+    assert torch.equal(load_file(folder / "model.safetensors")["fc_norm.weight"], state["fc_norm.weight"])
     assert "fc_norm" in on_the_card(folder, "Source")["note"]
-    torch.testing.assert_close(
-        follow_the_card(folder)["tokens"], features(encoder_of(tmp_path / "finetuned.pth")), rtol=1e-4, atol=1e-5
+    known = follow_the_card(folder)
+    mean = known["tokens"][:, 1:].mean(dim=1)  # what the published forward does: blocks, mean, norm
+    expected = torch.nn.functional.layer_norm(mean, (192,), state["fc_norm.weight"], state["fc_norm.bias"], 1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(known["model"](known["pixels"]), expected)
+
+
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_a_detector_on_a_fine_tuned_file_pools_as_published_and_so_do_its_exports(
+    tmp_path: Path, use_lora: bool
+) -> None:
+    state = finetuned(tmp_path / "finetuned.pth")
+    init = read_init(str(tmp_path / "finetuned.pth"), pretrained=False)
+    assert init is not None
+    with pytest.raises(ConfigError, match="set --pooling avg_fc_norm"):
+        build_detector(DetectorRecipe(**SHAPE), init)
+    recipe = fitting_recipe(init, DetectorRecipe(model=NAME), {"model"})
+    assert (recipe.pooling, recipe.patch_size, recipe.encoder_depth, recipe.image_size) == ("avg_fc_norm", 8, 2, 32)
+    model, _ = build_detector(recipe, init)
+    vit = timm.create_model(NAME, img_size=32, patch_size=8, depth=2, num_classes=2, global_pool="avg").eval()
+    vit.load_state_dict(state | {f"head.{name}": value for name, value in model.head.state_dict().items()})
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(IMAGES, want="logits"), vit(PIXELS), rtol=1e-4, atol=1e-5)
+
+    run = detector(tmp_path / "run", tmp_path / "finetuned.pth", pooling="avg_fc_norm", use_lora=use_lora)
+    folder = export(run, "merged", tmp_path / "merged")
+    expected = logits(run).softmax(dim=1)[:, 1]
+    torch.testing.assert_close(scores_on_the_card(folder), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pooling_behind_the_norm_starts_from_pretrained_weights_with_a_fresh_norm(official: Path) -> None:
+    model, _ = build_detector(
+        DetectorRecipe(**SHAPE, pooling="avg_fc_norm"), read_init(str(official), pretrained=False)
     )
+    assert model.encoder.vit.fc_norm.weight.eq(1).all()
+    assert isinstance(model.encoder.vit.norm, torch.nn.Identity)
 
 
 def test_a_timm_model_is_exported_by_name_with_its_own_normalisation(
@@ -233,6 +299,7 @@ def test_a_timm_model_is_exported_by_name_with_its_own_normalisation(
         return vit.state_dict(), (0.5, 0.5, 0.5), (0.25, 0.5, 0.5)
 
     monkeypatch.setattr("launch.init_weights.pretrained_weights", download)
+    monkeypatch.setattr("launch.hub_weights._answers", lambda: True)
     folder = export("test_vit", "timm", tmp_path / "out", pretrained="true")
     assert asked == ["test_vit"]
     assert on_the_card(folder, "Preprocessing")["std"] == [0.25, 0.5, 0.5]
@@ -242,12 +309,13 @@ def test_a_timm_model_is_exported_by_name_with_its_own_normalisation(
 def test_another_size_is_timms_own_dynamic_size_square_or_not(official: Path, tmp_path: Path) -> None:
     export(official, "timm", tmp_path / "square", model=NAME)
     folder = export(official, "timm", tmp_path / "wide", model=NAME, image_size="24x48")
-    pixels = torch.randn(2, 3, 24, 48, generator=torch.Generator().manual_seed(3))
+    image = torch.randint(0, 256, (3, 24, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    pixels = ((image / 255 - MEAN) / STD)[None]
     options = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 0, "dynamic_img_size": True}
     dynamic = timm.create_model(NAME, **options, checkpoint_path=str(tmp_path / "square" / "model.safetensors")).eval()
     with torch.no_grad():
         expected = dynamic.forward_features(pixels)
-    torch.testing.assert_close(follow_the_card(folder, pixels)["tokens"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(follow_the_card(folder, image)["tokens"], expected, rtol=1e-4, atol=1e-5)
     assert on_the_card(folder, "Source")["trained_at"] == "32x32"
     with pytest.raises(ConfigError, match="3 x 6 patches"):
         read_init(str(folder), pretrained=False)
@@ -264,8 +332,7 @@ def test_a_lora_detector_goes_to_peft_and_merged_to_timm_with_equal_logits(
     expected = logits(run).softmax(dim=1)[:, 1]
     base = export(official, "timm", tmp_path / "base", model=NAME)
     for folder in (export(run, "adapter", tmp_path / "adapter"), export(run, "merged", tmp_path / "merged")):
-        torch.testing.assert_close(follow_the_card(folder, base=base)["p_morph"], expected, rtol=1e-4, atol=1e-5)
-        assert "WITHOUT calibration" in (folder / "README.md").read_text()
+        torch.testing.assert_close(scores_on_the_card(folder), expected, rtol=1e-4, atol=1e-5)
         assert on_the_card(folder, "Metrics")["calibration"] == {"slope": 1.0, "offset": 0.0}
         told = load_detector(run).description
         assert on_the_card(folder, "Data")["prints_of_train"] == told["files"]["train.npz"]["sha256"]
@@ -273,8 +340,8 @@ def test_a_lora_detector_goes_to_peft_and_merged_to_timm_with_equal_logits(
     tokens = follow_the_card(export(run, "timm", tmp_path / "timm"))["tokens"]
     saved = load_detector(run)
     adapted = rebuild(saved, recipe_of(saved), name="x", init=None).encoder
-    torch.testing.assert_close(tokens, features(adapted), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(tokens, features(encoder_of(base)), atol=1e-2), "the adapters are not in it"
+    torch.testing.assert_close(tokens, features(adapted)[:1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(tokens, features(encoder_of(base))[:1], atol=1e-2), "the adapters are not in it"
     with pytest.raises(ConfigError, match="export it first"):
         read_init(str(run), pretrained=False)
 
@@ -308,12 +375,104 @@ def test_onnx_gives_the_score_of_any_head_from_uint8_images_in_batches_of_any_si
     monkeypatch.setattr(formats, "_ONE_ONNX_FILE_BYTES", 0)  # as if this were a ViT-H
     folder = export(official, "onnx", tmp_path / "tokens", model=NAME, image_size="16x24")
     assert (folder / "model.onnx.data").exists()
-    tokens = follow_the_card(folder)["session"]
+    tokens = follow_the_card(folder, IMAGES[0, :, :16, :24])["session"]
     images = IMAGES[:, :, :16, :24]
     found = tokens.run(["tokens"], {"images": images.numpy()})[0]
     wide = encoder_of(official)
     wide.resize(16, 24)
     torch.testing.assert_close(torch.from_numpy(found), features(wide, PIXELS[:, :, :16, :24]), rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- the card
+
+
+def photographs(folder: Path) -> list[Path]:
+    """Larger and smaller than the model's images, upright, wide, turned by EXIF and grey."""
+    generator = np.random.default_rng(0)
+    made = []
+    for number, (height, width) in enumerate([(90, 71), (33, 120), (20, 25), (64, 64)]):
+        blocks = generator.integers(0, 256, (-(-height // 5), -(-width // 5), 3), dtype=np.uint8)
+        image = Image.fromarray(blocks.repeat(5, axis=0).repeat(5, axis=1)[:height, :width])
+        exif = Image.Exif()
+        exif[0x0112] = 6 if number == 0 else 1
+        made.append(folder / f"photo{number}.{'png' if number == 2 else 'jpg'}")
+        (image.convert("L") if number == 3 else image).save(made[-1], exif=exif)
+    return made
+
+
+def judged(run: Path, photos: list[Path]) -> list[float]:
+    """The calibrated scores of evaluation."""
+    saved = load_detector(run)
+    recipe = recipe_of(saved)
+    model = rebuild(saved, recipe, name="x", init=None)
+    images = np.empty((len(photos), 32, 32, 3), np.uint8)
+    for photo, image in zip(photos, images, strict=True):
+        CenterView(size=recipe.image_size)(Photo(photo.read_bytes()), np.empty((1, 0), np.float32), image[None])
+    with torch.no_grad():
+        found = model(torch.from_numpy(images).permute(0, 3, 1, 2), want="logits").double().numpy()
+    return saved.decision.probability(found[:, 1] - found[:, 0]).tolist()
+
+
+BLOCKED = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("trainer", "launch", "tools"):
+            raise ImportError(f"the card does not name {name}")
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+@pytest.mark.parametrize("to", ["merged", pytest.param("adapter", marks=pytest.mark.slow), "onnx"])
+def test_the_code_on_a_card_alone_gives_the_score_of_evaluation(official: Path, tmp_path: Path, to: str) -> None:
+    photos = photographs(tmp_path)
+    raw = logit(judged(detector(tmp_path / "raw", official, use_lora=True), photos))
+    slope = 3 / (raw.max() - raw.min())
+    decision = Decision(Calibration(slope, -slope * float(raw.mean())), {"d_eer": 0.45, "macer_0.05": float("inf")})
+    run = detector(tmp_path / "run", official, use_lora=True, decision=decision)
+    folder, expected = export(run, to, tmp_path / to), judged(run, photos)
+    assert max(expected) > 0.6
+    assert min(expected) < 0.4
+    code = code_of(folder)
+    assert len(code.splitlines()) < 25
+    for photo, score in zip(photos, expected, strict=True):
+        done = subprocess.run(
+            [sys.executable, "-c", BLOCKED + code, str(photo)],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        value, decided = done.stdout.split()
+        assert float(value) == pytest.approx(score, abs=1e-4)
+        assert decided == ("morph" if score >= 0.45 else "bonafide")
+    card = (folder / "README.md").read_text()
+    assert "| macer_0.05 | inf |" in card
+    assert ">= the threshold" in card
+
+
+def test_a_card_names_no_place_of_the_machine_that_wrote_it_and_the_sha256_of_every_file(
+    official: Path, tmp_path: Path
+) -> None:
+    run = detector(tmp_path / "run", official, use_lora=True, data=f"{tmp_path}/a/*.tar@0.5,{tmp_path}/b c/*.tar@0.5")
+    before = os.umask(0o022)
+    try:
+        folders = [export(run, to, tmp_path / to) for to in ("merged", "adapter", "timm")]
+        folders.append(export(official, "vitmae", tmp_path / "vitmae", model=NAME))
+    finally:
+        os.umask(before)
+    for folder in folders:
+        card = (folder / "README.md").read_text()
+        assert str(tmp_path) not in card
+        assert not re.search(r"\b(FOLDER|BASE)\b", card)
+        listed = on_the_card(folder, "sha256 of the files")
+        assert listed.keys() == {path.name for path in folder.iterdir()} - {"README.md"}
+        for path in folder.iterdir():
+            assert stat.S_IMODE(path.stat().st_mode) == 0o644, path
+            assert path.name == "README.md" or listed[path.name] == sha256(path.read_bytes()).hexdigest()
+        view = json.loads((folder / "preprocessor_config.json").read_text())
+        assert (view["image_mean"], view["crop_size"]) == ([0.485, 0.456, 0.406], {"height": 32, "width": 32})
 
 
 # ---------------------------------------------------------------------------------------------- refusals

@@ -27,18 +27,15 @@ if __name__ == "__main__":
 
 import hashlib
 import json
-import math
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from launch.command_line import configure_tool, run
 from launch.detectors import preprocessing, rebuild, recipe_of
-from launch.init_weights import Init, check_heads, holds_detector, read_init
+from launch.init_weights import Init, check_heads, holds_detector, num_blocks, read_init
 from launch.pretrain import build_model
 from trainer.config import PretrainRecipe, PretrainRuntime, check_types, from_record
 from trainer.errors import ConfigError
@@ -48,8 +45,6 @@ from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.saved_detector import load_detector
 
-_PUBLISHED = {768: "vit_base_patch16_224", 1024: "vit_large_patch16_224", 1280: "vit_huge_patch14_224"}
-"""Width -> timm's name of the published MAE's encoders."""
 _OF_PRETRAINING = ("decoder_heads", "mask_ratio", "norm_pix_loss")
 """What no shape tells; the published values where a file is silent."""
 _UNKNOWN = "Not known."
@@ -116,12 +111,24 @@ def open_detector(settings: Settings) -> tuple[Subject, dict[str, Any]]:
     prints = {f"prints_of_{name}": told["files"][f"{name}.npz"]["sha256"] for name in saved.seen}
     card = {
         "Source": {"detector": str(saved.path), "step": told.get("step"), "init": told["init"]},
+        "Thresholds": _thresholds(saved.decision.thresholds),
         "Recipe": told["recipe"],
         "Preprocessing": _with_fingerprint(told["preprocessing"]),
         "Data": {"train": told.get("data"), "overlap": told.get("overlap", "")} | prints,
-        "Metrics": {name: told[name] for name in ("selection", "calibration", "thresholds")},
+        "Metrics": {name: told[name] for name in ("selection", "calibration")},
     }
-    return Subject(name=recipe.model, encoder=detector.encoder, mean=mean, std=std, detector=detector), card
+    calibration, thresholds = saved.decision.calibration, saved.decision.thresholds
+    subject = Subject(
+        name=recipe.model,
+        encoder=detector.encoder,
+        mean=mean,
+        std=std,
+        view=told["preprocessing"]["view"],
+        detector=detector,
+        calibration=(calibration.slope, calibration.offset),
+        threshold=thresholds.get("d_eer", 0.5),
+    )
+    return subject, card
 
 
 def open_weights(settings: Settings) -> tuple[Subject, dict[str, Any]]:
@@ -139,17 +146,28 @@ def open_weights(settings: Settings) -> tuple[Subject, dict[str, Any]]:
         encoder = mae.encoder
     else:
         encoder = PatchEncoder(
-            recipe.model, image_size=recipe.image_size, patch_size=recipe.patch_size, depth=recipe.encoder_depth
+            recipe.model,
+            image_size=recipe.image_size,
+            patch_size=recipe.patch_size,
+            depth=recipe.encoder_depth,
+            fc_norm=True if init.settings.get("pooling") == "avg_fc_norm" else None,
         )
         encoder.load_weights(init.weights)
     encoder.eval()
     check_heads(init, encoder)
     normalisation = init.recipe.get("normalisation", settings.normalisation)
     mean, std = STATISTICS[normalisation] if isinstance(normalisation, str) else normalisation
+    view = preprocessing(recipe.image_size, mean, std)
     subject = Subject(
-        name=recipe.model, encoder=encoder, mean=mean, std=std, mae=mae and mae.eval(), mask_ratio=recipe.mask_ratio
+        name=recipe.model,
+        encoder=encoder,
+        mean=mean,
+        std=std,
+        view=view["view"],
+        mae=mae and mae.eval(),
+        mask_ratio=recipe.mask_ratio,
     )
-    card = _facts(init) | {"Preprocessing": _with_fingerprint(preprocessing(recipe.image_size, mean, std))}
+    card = _facts(init) | {"Preprocessing": _with_fingerprint(view)}
     if mae and not init.manifest:
         assumed = {name: getattr(recipe, name) for name in _OF_PRETRAINING if name not in init.recipe}
         card["Recipe"] = {"told_by_the_file": init.recipe, "assumed_as_published": assumed}
@@ -164,21 +182,20 @@ def recipe_of_weights(init: Init, settings: Settings) -> PretrainRecipe:
     """
     if init.manifest:
         return from_record(PretrainRecipe, init.manifest["identity"]["recipe"])
-    width, _, _, patch = init.weights["patch_embed.proj.weight"].shape
-    name = settings.model or init.recipe.get("model") or _PUBLISHED.get(width)
-    if name is None or "pos_embed" not in init.weights:
+    width, shown = len(init.weights["patch_embed.proj.weight"]), init.settings
+    name = settings.model or init.recipe.get("model") or shown.get("model")
+    if name is None or "image_size" not in shown:
         raise ConfigError(f"model is empty, and {settings.source} (width {width}) does not tell it: pass --model NAME")
     decoder: dict[str, Any] = {"use_separate_pos_embed": "position_embed.weight" not in init.decoder}
     if "decoder_pred.weight" in init.decoder:
         decoder["decoder_width"] = init.decoder["decoder_pred.weight"].shape[1]
-        decoder["decoder_depth"] = _num_blocks(init.decoder, "decoder_blocks.")
+        decoder["decoder_depth"] = num_blocks(init.decoder, "decoder_blocks.")
     told = {name: init.recipe[name] for name in _OF_PRETRAINING if name in init.recipe}
     return PretrainRecipe(
         model=name,
-        image_size=math.isqrt(init.weights["pos_embed"].shape[1])
-        * patch,  # a few rows more are for class and registers
-        patch_size=patch,
-        encoder_depth=_num_blocks(init.weights, "blocks."),
+        image_size=shown["image_size"],
+        patch_size=shown["patch_size"],
+        encoder_depth=shown["encoder_depth"],
         **decoder,
         **told,
     )
@@ -216,8 +233,8 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 def _facts(init: Init) -> dict[str, Any]:
     """Say of weights what is known: where they come from, how they were trained, on what, and how good they are."""
     source: dict[str, Any] = {"weights": init.description}
-    if init.weights.get("norm.weight") is init.weights.get("fc_norm.weight", init):
-        source["note"] = "the norm behind the pooling (fc_norm) stands in the place of the norm of the tokens"
+    if init.settings.get("pooling") == "avg_fc_norm":
+        source["note"] = "the last norm stands behind the pooling (fc_norm), not in front of it"
     if not init.manifest:
         told = {"told_by_the_file": init.recipe} if init.recipe else _UNKNOWN
         return {"Source": source, "Recipe": told, "Data": _UNKNOWN, "Metrics": _UNKNOWN}
@@ -234,12 +251,22 @@ def _facts(init: Init) -> dict[str, Any]:
     }
 
 
+def _thresholds(thresholds: dict[str, float]) -> str:
+    """Write the thresholds as a table, and what each was fitted for."""
+    rows = ["An image is a morph where its calibrated score is >= the threshold. The code above decides by d_eer.", ""]
+    rows += ["| name | threshold | on the validation data |", "|---|---|---|"]
+    for name, value in thresholds.items():
+        kind, _, limit = name.partition("_")
+        meaning = {
+            "macer": f"fewest bona fides called morphs while MACER (morphs taken for bona fides) <= {limit}",
+            "bscer": f"fewest morphs taken for bona fides while BSCER (bona fides called morphs) <= {limit}",
+        }.get(kind, "both error rates are equal; 0.5 where there were no validation data")
+        rows.append(f"| {name} | {value!r} | {meaning} |")
+    return "\n".join(rows)
+
+
 def _with_fingerprint(values: dict[str, Any]) -> dict[str, Any]:
     return {"fingerprint": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()} | values
-
-
-def _num_blocks(weights: dict[str, torch.Tensor], prefix: str) -> int:
-    return len({name.split(".")[1] for name in weights if name.startswith(prefix)})
 
 
 if __name__ == "__main__":

@@ -237,8 +237,9 @@ class DetectorRecipe(Recipe):
     """Chance of skipping a block in training, rising linearly with depth to this (0.1 in the MAE paper)."""
 
     # The head and the loss
-    pooling: Literal["avg", "cls"] = "avg"
-    """What the head sees: the mean of the patch tokens, or the class token."""
+    pooling: Literal["avg", "avg_fc_norm", "cls"] = "avg"
+    """What the head sees. avg: the mean of the patch tokens behind the encoder's last norm; avg_fc_norm: the norm of
+    their mean, as the published MAE fine-tunes (timm's fc_norm); cls: the class token."""
     use_projection_head: bool = False
     """Put a projection (linear, ReLU, linear; as SimCLR) between encoder and classifier."""
     proj_dim: int = 256

@@ -1,7 +1,9 @@
 """Weights in the formats of timm, transformers, peft and ONNX, each with a model card, each read back before it counts.
 
 An export is a folder that is whole or absent. It is written as a draft, loaded there by the library that it is for, and
-what that computes on random images is compared with our model; only then does it get its name.
+what that computes on random images is compared with our model; only then does it get its name. The card's own code,
+run inside the folder, goes from a photograph to the score that evaluation gives; nothing on it names a place on the
+machine that wrote it.
 
 Shapes: B images, C channels or classes, H, W image, N patches, T tokens, D width, P values of a patch.
 """
@@ -9,6 +11,8 @@ Shapes: B images, C channels or classes, H, W image, N patches, T tokens, D widt
 import contextlib
 import importlib.util
 import json
+import math
+import re
 import shutil
 import uuid
 import warnings
@@ -21,11 +25,11 @@ from typing import Any
 import timm
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainer.errors import CheckpointError, ConfigError, TrainerError
-from trainer.files import files_below, sync_files, sync_folder, write_synced
+from trainer.files import describe_files, files_below, sync_files, sync_folder, write_synced
 from trainer.models.detector import MorphDetector, pool
 from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import base_state, merged_state, save_adapter
@@ -53,11 +57,17 @@ class Subject:
     """Of a detector its own, with adapters."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    view: str = ""
+    """What a detector records of its view of images."""
     mae: MaskedAutoencoder | None = None
     """Around that encoder, where there is a decoder."""
     mask_ratio: float = 0.75
     detector: MorphDetector | None = None
     """Around that encoder, where there is one."""
+    calibration: tuple[float, float] = (1.0, 0.0)
+    """Slope and offset of a detector's score, see `calibrated`."""
+    threshold: float = 0.5
+    """On that score, for the card's code."""
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -90,12 +100,18 @@ class Subject:
         logits_BC: Tensor = self.detector(self.images, want="logits")
         return logits_BC
 
+    @property
+    def scores(self) -> Tensor:
+        """The calibrated P(morph) that our detector gives them (B)."""
+        return calibrated(self.logits, *self.calibration)
+
     def timm_options(self, **more: Any) -> dict[str, Any]:
         """Return what `timm.create_model` must be told beside the name."""
         height, width = self.image_size
         size = height if height == width else (height, width)
         shape = {"img_size": size, "patch_size": self.encoder.patch, "depth": len(self.encoder.vit.blocks)}
-        return shape | {"num_classes": 0} | more
+        pooling = {"global_pool": "avg", "fc_norm": True} if self.encoder.has_fc_norm else {}
+        return shape | {"num_classes": 0} | pooling | more
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +121,11 @@ class Loading:
     title: str
     notes: str
     snippet: str
+
+
+def calibrated(logits_BC: Tensor, slope: float, offset: float) -> Tensor:
+    """Return P(morph) as evaluation gives it, a sigmoid of slope times the difference of both logits, plus offset."""
+    return torch.sigmoid(slope * (logits_BC[:, 1] - logits_BC[:, 0]) + offset)
 
 
 Writer = Callable[[Subject, Path], Loading]
@@ -137,7 +158,11 @@ def export(subject: Subject, card: Mapping[str, Any], *, to: str, output: Path, 
             raise
         except Exception as error:
             raise CheckpointError(f"{packages[0]} does not take the export ({error!r}): {_REMEDY}") from error
-        write_synced(draft / "README.md", _card(loading, card, packages, licence))
+        _describe_view(subject, draft)
+        files = {name: entry["sha256"] for name, entry in describe_files(draft).items()}
+        write_synced(
+            draft / "README.md", _card(loading, dict(card) | {"sha256 of the files": files}, packages, licence)
+        )
 
 
 def refuse_early(to: str, output: Path) -> None:
@@ -157,22 +182,29 @@ def refuse_early(to: str, output: Path) -> None:
 
 def write_timm(subject: Subject, draft: Path) -> Loading:
     """Write the encoder, adapters merged in, as timm's own state dict."""
-    theirs, snippet = _through_timm(subject, merged_state(subject.encoder.vit), subject.timm_options(), draft)
+    theirs = _through_timm(subject, merged_state(subject.encoder.vit), subject.timm_options(), draft)
     _compare("timm", theirs.forward_features(subject.pixels), subject.tokens)
-    snippet += "\ntokens = model.forward_features(pixels)  # class token (and registers), then patches"
-    return Loading("Encoder for timm", "Without a head.", snippet)
+    code = f"{_code_until_pixels(subject, 'timm')}\n{_TIMM_MODEL}"
+    code += (
+        "\ntokens = model.forward_features(pixels)  # class token (and registers), then patches\nprint(tokens.shape)"
+    )
+    notes = "Without a head. "
+    if subject.encoder.has_fc_norm:
+        notes += "The last norm stands behind the pooling (fc_norm): `model(pixels)` gives the norm of the mean. "
+    return Loading("Encoder for timm", notes, code)
 
 
 def write_merged(subject: Subject, draft: Path) -> Loading:
     """Write the detector, adapters merged in, as a timm model with two classes."""
     options, state = _timm_detector(subject, "merged")
-    theirs, snippet = _through_timm(subject, state, options, draft)
+    theirs = _through_timm(subject, state, options, draft)
     _compare("timm", theirs(subject.pixels), subject.logits)
-    return Loading("Morph detector for timm", _SCORE, f"{snippet}\n{_SOFTMAX}")
+    code = f"{_code_until_pixels(subject, 'timm')}\n{_TIMM_MODEL}\n{_code_from_pixels(subject)}"
+    return Loading("Morph detector for timm", _SCORE, code)
 
 
 def write_adapter(subject: Subject, draft: Path) -> Loading:
-    """Write the adapters and the head for plain peft on a plain timm model with the encoder's own weights."""
+    """Write the adapters and the head for plain peft, beside the weights of the plain timm model that they adapt."""
     options, state = _timm_detector(subject, "adapter")
     vit = subject.encoder.vit
     if not hasattr(vit, "peft_config"):
@@ -184,23 +216,23 @@ def write_adapter(subject: Subject, draft: Path) -> Loading:
         )
     head = {name: state[f"head.{name}"] for name in ("weight", "bias")}
     save_adapter(draft, vit, head, base_model=subject.name)
+    _save(base_state(vit), draft / _BASE, subject.encoder.grid)
     plain = timm.create_model(subject.name, **options)
-    plain.load_state_dict(base_state(vit), strict=False)  # the head is the adapter's
+    plain.load_state_dict(load_file(draft / _BASE), strict=False)  # the head is the adapter's
     theirs = PeftModel.from_pretrained(plain, str(draft)).eval()
     _compare("peft", theirs(subject.pixels), subject.logits)
-    snippet = f"""import timm
+    code = f"""{_code_until_pixels(subject, "timm")}
 from peft import PeftModel
 from safetensors.torch import load_file
-{_PIXELS}
 base = timm.create_model({_call(subject.name, options)})
-base.load_state_dict(load_file("BASE/{_WEIGHTS}"), strict=False)  # the head comes with the adapter
-model = PeftModel.from_pretrained(base, "FOLDER").eval()
-{_SOFTMAX}"""
+base.load_state_dict(load_file("{_BASE}"), strict=False)  # the head comes with the adapter
+model = PeftModel.from_pretrained(base, ".").eval()
+{_code_from_pixels(subject)}"""
     notes = (
-        "Adapters and head only. BASE is the encoder that they were trained on, exported by `python tools/export.py "
-        "--format timm` from the init named below at the same image size; its sha256 stands in adapter_config.json. "
+        f"Adapters and head, and in {_BASE} the encoder that they were trained on, which adapters of the same init may "
+        "share. "
     )
-    return Loading("LoRA morph detector for peft", notes + _SCORE, snippet)
+    return Loading("LoRA morph detector for peft", notes + _SCORE, code)
 
 
 def write_vitmae(subject: Subject, draft: Path) -> Loading:
@@ -213,7 +245,7 @@ def write_vitmae(subject: Subject, draft: Path) -> Loading:
     weights = {name.removeprefix("encoder.vit."): value for name, value in mae.state_dict().items()}
     of_class_token = torch.zeros_like(weights["decoder_pos_embed"][:, :1])
     weights["decoder_pos_embed"] = torch.cat([of_class_token, weights["decoder_pos_embed"]], dim=1)
-    _save(to_vitmae(weights), draft, encoder.grid)
+    _save(to_vitmae(weights), draft / _WEIGHTS, encoder.grid)
     block: Any = encoder.vit.blocks[0]
     last: Any = mae.decoder_blocks[-1]
     N = encoder.num_patches
@@ -245,21 +277,18 @@ def write_vitmae(subject: Subject, draft: Path) -> Loading:
     predicted_BMP = mae(subject.images, keep_BK, masked_BM, want="prediction")
     _compare("transformers", take(found.logits, masked_BM), predicted_BMP)
     _compare("transformers", found.loss, mae(subject.images, keep_BK, masked_BM))
-    snippet = f"""from transformers import ViTMAEForPreTraining
-{_PIXELS}
-model = ViTMAEForPreTraining.from_pretrained("FOLDER").eval()
-loss = model(pixels).loss"""
-    return Loading("Masked autoencoder for transformers", "Encoder and decoder.", snippet)
+    code = f"""{_code_until_pixels(subject, "transformers")}
+model = transformers.ViTMAEForPreTraining.from_pretrained(".").eval()
+print(model(pixels).loss)  # of a random mask"""
+    return Loading("Masked autoencoder for transformers", "Encoder and decoder.", code)
 
 
 def write_onnx(subject: Subject, draft: Path) -> Loading:
-    """Write a graph from uint8 RGB images, normalised inside, to P(morph) and logits, or to the encoder's tokens."""
+    """Write a graph from uint8 RGB images, normalised inside, to the calibrated P(morph) and logits, or to tokens."""
     import onnxruntime  # an extra, as onnx and onnxscript, which torch imports
 
-    if subject.detector:
-        expected = {"p_morph": subject.logits.softmax(dim=1)[:, 1], "logits": subject.logits}
-    else:
-        expected = {"tokens": subject.tokens}
+    is_detector = subject.detector is not None
+    expected = {"p_morph": subject.scores, "logits": subject.logits} if is_detector else {"tokens": subject.tokens}
     names, graph = list(expected), _Graph(subject).eval()
     num_bytes = sum(value.numel() * value.element_size() for value in graph.state_dict().values())
     torch.onnx.export(
@@ -279,14 +308,13 @@ def write_onnx(subject: Subject, draft: Path) -> Loading:
         for ours, theirs in zip(expected.values(), outputs, strict=True):
             _compare("onnxruntime", torch.from_numpy(theirs), ours[:num_images])
     shape = ", ".join(map(str, subject.image_size))
-    snippet = f"""import numpy as np
-import onnxruntime
-session = onnxruntime.InferenceSession("FOLDER/model.onnx")
-images = np.zeros((1, 3, {shape}), np.uint8)  # any number of them
-[{", ".join(names)}] = session.run({names}, {{"images": images}})"""
+    code = f"""{_code_until_image(subject, "onnxruntime")}
+session = onnxruntime.InferenceSession("model.onnx")
+[{", ".join(names)}] = session.run({names}, {{"images": image.numpy()}})  # any number of images"""
+    code += f"\n{_decide(subject, 'float(p_morph[0])')}" if subject.detector else "\nprint(tokens.shape)"
     notes = f"Input `images`: uint8 RGB, (batch, 3, {shape}); mean and std below stand inside the graph. "
-    notes += _SCORE if subject.detector else "Output `tokens`: class token (and registers), then patches."
-    return Loading("ONNX graph", notes, snippet)
+    notes += _ONNX_SCORE if subject.detector else "Output `tokens`: class token (and registers), then patches."
+    return Loading("ONNX graph", notes, code)
 
 
 FORMATS: dict[str, tuple[Writer, tuple[str, ...]]] = {
@@ -298,13 +326,18 @@ FORMATS: dict[str, tuple[Writer, tuple[str, ...]]] = {
 }
 """Name -> what writes it, and the packages that it needs."""
 
+_TIMM_POOLING: dict[str, dict[str, Any]] = {
+    "avg": {"global_pool": "avg", "fc_norm": False},
+    "avg_fc_norm": {"global_pool": "avg", "fc_norm": True},
+    "cls": {"global_pool": "token", "fc_norm": False},
+}
 _REMEDY = "nothing was written; install the versions of constraints.txt"
-_PIXELS = "# pixels: float32 (B, 3, H, W), uint8 RGB / 255, less mean, by std; both stand below"
-_SOFTMAX = "p_morph = model(pixels).softmax(dim=1)[:, 1]  # classes are [bonafide, morph]"
-_SCORE = (
-    "The score is P(morph) as the network gives it, WITHOUT calibration: the thresholds below are meant for "
-    "1 / (1 + exp(-(slope * x + offset))) with x = logit of morph - logit of bonafide."
-)
+_BASE = "base.safetensors"
+_PLACE = re.compile(r"(?:(?<=[\s='\"])|file:/)/+(?:[^\s,;='\"/]+/)*([^\s,;='\"/]+)")
+_ANSWER = "the score is the calibrated P(morph) of evaluation; the image is a morph where score >= threshold."
+_SCORE = f"The code below prints score and decision: {_ANSWER} The network's own softmax is NOT calibrated."
+_ONNX_SCORE = f"Output `p_morph`: {_ANSWER} `logits` are those of the network, before calibration."
+_TIMM_MODEL = 'model = timm.create_model("local-dir:.", pretrained=True).eval()'
 
 
 class _Graph(nn.Module):
@@ -320,7 +353,7 @@ class _Graph(nn.Module):
         detector = subject.detector
         self.head = detector.head if detector else None
         self._pooling, self._scale = (detector.options.pooling, detector.scale) if detector else ("", 1.0)
-        self._num_prefix = subject.encoder.num_prefix
+        self._calibration = subject.calibration
         for name, values in (("mean", subject.mean), ("std", subject.std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None])
 
@@ -328,8 +361,76 @@ class _Graph(nn.Module):
         tokens_BTD: Tensor = self.vit.forward_features((images_BCHW.float() / 255 - self.mean) / self.std)
         if self.head is None:
             return tokens_BTD
-        logits_BC = self.head(pool(tokens_BTD, self._pooling, self._num_prefix)) * self._scale
-        return logits_BC.softmax(dim=1)[:, 1], logits_BC
+        logits_BC = self.head(pool(tokens_BTD, self._pooling, self.vit)) * self._scale
+        return calibrated(logits_BC, *self._calibration), logits_BC
+
+
+# ---------------------------------------------------------------------------------------------- the card's code
+
+
+def _code_until_image(subject: Subject, library: str) -> str:
+    """Write what turns a photograph into the uint8 ``image`` (1, 3, H, W), exactly as evaluation looks at it."""
+    height, width = subject.image_size
+    size = f"round(side * {height} / min(rows, columns))"
+    if height != width:
+        size = f"round(side * max({height} / rows, {width} / columns))"
+    read = """photo = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")  # python score.py PHOTO
+rows, columns = photo.height, photo.width"""
+    cut = f"""top, left = (size[0] - {height}) // 2, (size[1] - {width}) // 2
+image = image[:, :, top : top + {height}, left : left + {width}].contiguous()"""
+    if "antialias" in subject.view:
+        return f"""import sys
+import numpy as np, torch, {library}
+from PIL import Image, ImageOps
+{read}
+size = [{size} for side in (rows, columns)]
+image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
+image = torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True)
+{cut}"""
+    return f"""import sys
+import cv2, numpy as np, torch, {library}
+from PIL import Image, ImageOps
+{read}
+size = [{size} for side in (rows, columns)]
+image = cv2.resize(np.array(photo), size[::-1], interpolation=cv2.INTER_AREA)
+image = torch.from_numpy(image).permute(2, 0, 1)[None]
+{cut}"""
+
+
+def _code_until_pixels(subject: Subject, library: str) -> str:
+    return f"""{_code_until_image(subject, library)}
+mean, std = torch.tensor([{list(subject.mean)}, {list(subject.std)}])[:, :, None, None]
+pixels = (image.float() / 255 - mean) / std
+torch.set_grad_enabled(False)"""
+
+
+def _code_from_pixels(subject: Subject) -> str:
+    slope, offset = subject.calibration
+    return f"""logits = model(pixels)[0].double()  # [bonafide, morph]
+{_decide(subject, f"float(torch.sigmoid({slope!r} * (logits[1] - logits[0]) + {offset!r}))")}"""
+
+
+def _decide(subject: Subject, score: str) -> str:
+    return f"""score = {score}
+print(f"{{score:.6f}}", "morph" if score >= {_number(subject.threshold)} else "bonafide")"""
+
+
+def _number(value: float) -> str:
+    """Write a number as Python reads it, infinity too."""
+    return repr(value) if math.isfinite(value) else f'float("{value}")'
+
+
+def _describe_view(subject: Subject, draft: Path) -> None:
+    """Write preprocessor_config.json, which transformers reads and other tools look at; the card's code is exact."""
+    height, width = subject.image_size
+    view = {
+        "image_processor_type": "CLIPImageProcessor",
+        **{"do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": min(height, width)}, "resample": 3},
+        **{"do_center_crop": True, "crop_size": {"height": height, "width": width}},
+        **{"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True},
+        **{"image_mean": list(subject.mean), "image_std": list(subject.std)},
+    }
+    write_synced(draft / "preprocessor_config.json", json.dumps(view, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------- what fits where
@@ -343,13 +444,13 @@ def _timm_detector(subject: Subject, to: str) -> tuple[dict[str, Any], dict[str,
     """
     if subject.detector is None:
         raise ConfigError(f"format is {to}, but the source is no detector: name a run of finetune.py, or choose timm")
-    head, cls = subject.detector.head, subject.detector.options.pooling == "cls"
+    head, pooling = subject.detector.head, subject.detector.options.pooling
     if not isinstance(head, nn.Linear):
         raise ConfigError(
             f"format is {to}, but the head is a {type(head).__name__} where timm has one linear layer: export the "
             "detector as onnx, or its encoder as timm"
         )
-    options = subject.timm_options(num_classes=2, global_pool="token" if cls else "avg", fc_norm=False)
+    options = subject.timm_options(num_classes=2, **_TIMM_POOLING[pooling])
     state = merged_state(subject.encoder.vit) | {f"head.{name}": value for name, value in head.state_dict().items()}
     try:
         with torch.device("meta"):
@@ -393,14 +494,21 @@ def _published_mae(subject: Subject) -> MaskedAutoencoder:
 # ---------------------------------------------------------------------------------------------- compare and write
 
 
-def _through_timm(
-    subject: Subject, state: Mapping[str, Tensor], options: Mapping[str, Any], draft: Path
-) -> tuple[Any, str]:
-    """Write weights; returns the model that timm makes of them, and how."""
-    _save(state, draft, subject.encoder.grid)
-    theirs: Any = timm.create_model(subject.name, **options, checkpoint_path=str(draft / _WEIGHTS)).eval()
-    call = f'timm.create_model({_call(subject.name, options)}, checkpoint_path="FOLDER/{_WEIGHTS}")'
-    return theirs, f"import timm\n{_PIXELS}\nmodel = {call}.eval()"
+def _through_timm(subject: Subject, state: Mapping[str, Tensor], options: Mapping[str, Any], draft: Path) -> Any:
+    """Write weights and what timm must know of them; returns the model that timm makes of the folder alone."""
+    _save(state, draft / _WEIGHTS, subject.encoder.grid)
+    height, width = subject.image_size
+    view = {"mean": list(subject.mean), "std": list(subject.std), "interpolation": "bicubic", "crop_pct": 1.0}
+    fixed = {"input_size": [3, height, width], "fixed_input_size": True, "crop_mode": "center", "classifier": "head"}
+    config = {
+        "architecture": subject.name.partition(".")[0],
+        "num_classes": options["num_classes"],
+        "num_features": subject.encoder.width,
+        "model_args": dict(options),
+        "pretrained_cfg": view | fixed | {"first_conv": "patch_embed.proj"},
+    }
+    write_synced(draft / "config.json", json.dumps(config, indent=1) + "\n")
+    return timm.create_model(f"local-dir:{draft}", pretrained=True).eval()
 
 
 def _compare(library: str, theirs: Tensor, ours: Tensor) -> None:
@@ -413,9 +521,9 @@ def _compare(library: str, theirs: Tensor, ours: Tensor) -> None:
         )
 
 
-def _save(weights: Mapping[str, Tensor], draft: Path, grid: tuple[int, int]) -> None:
+def _save(weights: Mapping[str, Tensor], path: Path, grid: tuple[int, int]) -> None:
     tensors = {name: value.detach().float().contiguous() for name, value in weights.items()}
-    save_file(tensors, draft / _WEIGHTS, metadata={"format": "pt", "grid": "{}x{}".format(*grid)})
+    save_file(tensors, path, metadata={"format": "pt", "grid": "{}x{}".format(*grid)})
 
 
 def _call(name: str, options: Mapping[str, Any]) -> str:
@@ -428,12 +536,24 @@ def _card(loading: Loading, card: Mapping[str, Any], packages: tuple[str, ...], 
     parts = [
         f"---\nlicense: {json.dumps(licence or 'unknown')}\nlibrary_name: {packages[0]}\n---\n",
         f"# {loading.title}\n\n{loading.notes}\n",
-        f"```python\n{loading.snippet}\n```\n",
+        f"Inside this folder:\n\n```python\n{loading.snippet}\n```\n",
     ]
-    for title, value in (dict(card) | {"Versions that wrote and checked it": versions}).items():
+    for title, value in (_without_places(card) | {"Versions that wrote and checked it": versions}).items():
         text = value if isinstance(value, str) else f"```json\n{json.dumps(value, indent=1)}\n```"
         parts.append(f"## {title}\n\n{text}\n")
     return "\n".join(parts)
+
+
+def _without_places(value: Any) -> Any:
+    """Shorten absolute paths to their last name: a card is for other machines."""
+    if isinstance(value, Mapping):
+        return {name: _without_places(entry) for name, entry in value.items() if name not in ("path", "relative")}
+    if isinstance(value, list | tuple):
+        return [_without_places(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    parts = [part if not part.strip().startswith(("/", "~")) else Path(part).name for part in value.split(",")]
+    return _PLACE.sub(r"\1", ",".join(parts))
 
 
 @contextlib.contextmanager

@@ -147,7 +147,7 @@ class MorphDetector(nn.Module):
             return mixed_BTD
 
         tokens_BTD = self.encoder(patches_BNP, after_block=mix if self.mixstyle else None)
-        output_BC: Tensor = self.head(pool(tokens_BTD, self.options.pooling, self.encoder.num_prefix))
+        output_BC: Tensor = self.head(pool(tokens_BTD, self.options.pooling, self.encoder.vit))
         return output_BC
 
     def _patches(self, pixels_BCHW: Tensor) -> Tensor:
@@ -167,9 +167,19 @@ class MorphDetector(nn.Module):
         return weight_B111 * pixels_BCHW + (1 - weight_B111) * pixels_BCHW[partner_B], blended_BC
 
 
-def pool(tokens_BTD: Tensor, pooling: str, num_prefix: int) -> Tensor:
-    """Return what the head sees, (B, D): the class token or the mean of the patches."""
-    return tokens_BTD[:, 0] if pooling == "cls" else tokens_BTD[:, num_prefix:].mean(dim=1)
+def pool(tokens_BTD: Tensor, pooling: str, vit: Any) -> Tensor:
+    """Return what the head sees, (B, D), as timm pools.
+
+    Args:
+        tokens_BTD: of the last block, behind the encoder's last norm if that stands there.
+        pooling: ``avg`` the mean of the patches, ``avg_fc_norm`` the norm of that mean, ``cls`` the class token.
+        vit: timm's model.
+    """
+    if pooling == "cls":
+        return tokens_BTD[:, 0]
+    mean_BD = tokens_BTD[:, vit.num_prefix_tokens :].mean(dim=1)
+    normed_BD: Tensor = vit.fc_norm(mean_BD) if pooling == "avg_fc_norm" else mean_BD
+    return normed_BD
 
 
 def build_head(width: int, options: HeadOptions) -> nn.Module:

@@ -28,6 +28,8 @@ from trainer.errors import ConfigError
 from trainer.models.mask_utils import take
 
 _PLAIN = "vit_base_patch16_224"
+_UNUSED = ("attn_pool.", "norm.", "fc_norm.", "head.")
+"""What a pooling of its own, or another one, has behind the blocks."""
 
 
 class PatchEncoder(nn.Module):
@@ -41,17 +43,35 @@ class PatchEncoder(nn.Module):
         patch_size: int | None = None,
         depth: int | None = None,
         fixed_positions: bool = False,
+        fc_norm: bool | None = None,
         drop_path: float = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
         """Build the encoder with random weights.
+
+        Args:
+            model_name: timm's.
+            image_size: side [pixels].
+            patch_size: side; None is the model's own [pixels].
+            depth: blocks; None is the model's own.
+            fixed_positions: put sines and cosines in the place of learned positions.
+            fc_norm: timm's: whether the last norm stands behind the mean over the patches instead of in front of it,
+                where ``vit.fc_norm`` waits for who pools; None is the model's own.
+            drop_path: chance of skipping the last block in training; it rises linearly up to there.
+            grad_checkpointing: recompute activations in the backward pass.
 
         Raises:
             ConfigError: timm has no such model, it is no ViT with absolute positions, or patches do not fit the image.
         """
         super().__init__()
         self.vit: Any = _create(
-            model_name, image_size=image_size, patch_size=patch_size, depth=depth, drop_path_rate=drop_path or None
+            model_name,
+            image_size=image_size,
+            patch_size=patch_size,
+            depth=depth,
+            drop_path_rate=drop_path or None,
+            fc_norm=fc_norm,
+            global_pool="avg" if fc_norm else None,
         )
         self._grad_checkpointing = grad_checkpointing
         if fixed_positions:
@@ -143,6 +163,20 @@ class PatchEncoder(nn.Module):
             num_placed = self.vit.pos_embed.shape[1] - self.num_patches
             weights["pos_embed"] = interpolate_positions(positions, self.grid, num_prefix=num_placed)
         ours = self.vit.state_dict()
+        if "norm.weight" in ours and "norm.weight" not in weights and "fc_norm.weight" in weights:
+            raise ConfigError(
+                "the last norm of the weights stands behind the pooling (fc_norm), as after the published MAE's "
+                "fine-tuning: set --pooling avg_fc_norm to fine-tune them; pre-training cannot start from them"
+            )
+        if "norm.weight" in weights:  # the published fine-tuning starts from these with a fresh norm behind the pooling
+            weights = {name: value for name, value in ours.items() if name.startswith("fc_norm.")} | weights
+        unused = [name for name in weights if name not in ours and not name.startswith(_UNUSED)]
+        if unused:
+            raise ConfigError(
+                f"the weights have {unused[0]}, which has no place in this model, so that it would compute something "
+                "else with them: set --model, --patch_size, --encoder_depth and --image_size to those that it was "
+                "trained with"
+            )
         missing = [name for name in ours if name not in weights]
         misfits = [n for n, value in ours.items() if n in weights and weights[n].shape != value.shape]
         if missing or misfits:
@@ -156,6 +190,11 @@ class PatchEncoder(nn.Module):
         with torch.no_grad():
             for name, value in ours.items():
                 value.copy_(weights[name])
+
+    @property
+    def has_fc_norm(self) -> bool:
+        """Whether the last norm stands behind the pooling."""
+        return not isinstance(self.vit.fc_norm, nn.Identity)
 
     def resize(self, height: int, width: int) -> None:
         """Interpolate the positions for images of another size, square or not.
@@ -252,6 +291,29 @@ def chance_of_skipping(module: nn.Module) -> float:
     return float(module.drop_prob or 0.0) if isinstance(module, DropPath) else 0.0
 
 
+def hub_name_of(model_name: str) -> str:
+    """Return where timm's weights of a model are on the hub; empty where they are not there.
+
+    Raises:
+        ConfigError: timm has no such model, or we cannot run it.
+    """
+    _refuse_other_models(model_name)
+    config = timm.get_pretrained_cfg(model_name)
+    return str(getattr(config, "hf_hub_id", None) or "")
+
+
+def natural_shape(model_name: str) -> tuple[int, int]:
+    """Return the side of a patch [pixels] and the number of blocks that a model has of its own.
+
+    Raises:
+        ConfigError: timm has no such model, or we cannot run it.
+    """
+    _refuse_other_models(model_name)
+    with torch.device("meta"):
+        vit: Any = timm.create_model(model_name, pretrained=False, num_classes=0)
+    return int(vit.patch_embed.patch_size[0]), len(vit.blocks)
+
+
 def pretrained_weights(model_name: str) -> tuple[dict[str, Tensor], tuple[float, ...], tuple[float, ...]]:
     """Download timm's weights of a model; returns them with the pixel mean and deviation that they expect.
 
@@ -312,7 +374,7 @@ def sine_cosine_positions(grid: tuple[int, int], width: int) -> Tensor:
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[None].float()
 
 
-def _create(model_name: str, *, image_size: int, **options: float | None) -> Any:
+def _create(model_name: str, *, image_size: int, **options: float | str | None) -> Any:
     _refuse_other_models(model_name)
     chosen: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     patch = int(options.get("patch_size") or _on_meta(model_name).patch_embed.patch_size[0])

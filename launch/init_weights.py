@@ -161,7 +161,7 @@ def fitting_recipe(init: Init | None, recipe: DetectorRecipe, given: Collection[
     """
     if init is None:
         return recipe
-    wanted, taken = init.settings, {}
+    wanted, taken = init.settings, dict[str, Any]()
     for name in ("model", "image_size", "normalisation", "pooling"):
         value = wanted.get(name)
         if name not in given and value not in (None, getattr(recipe, name)) and isinstance(value, str | int):

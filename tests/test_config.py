@@ -50,6 +50,7 @@ def test_every_repeated_override_counts() -> None:
         ("--mask_ratio nan", "mask_ratio"),
         ("--mask_ratio half", "must be a number"),
         ("--image_size 7.5", "must be an integer"),
+        ("--image_size 224x160", "must be an integer: training and evaluation see squares, only tools/export.py takes"),
         ("--global_batch 0", "global_batch is 0"),
         ("--resume maybe", "auto, must, never"),
         ("--recipe mae_vit_bas", "mae_vit_base"),

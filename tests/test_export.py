@@ -407,7 +407,8 @@ def judged(run: Path, photos: list[Path]) -> list[float]:
     model = rebuild(saved, recipe, name="x", init=None)
     images = np.empty((len(photos), 32, 32, 3), np.uint8)
     for photo, image in zip(photos, images, strict=True):
-        CenterView(size=recipe.image_size)(Photo(photo.read_bytes()), np.empty((1, 0), np.float32), image[None])
+        view = CenterView(size=recipe.image_size, resize=recipe.view_resize)
+        view(Photo(photo.read_bytes()), np.empty((1, 0), np.float32), image[None])
     with torch.no_grad():
         found = model(torch.from_numpy(images).permute(0, 3, 1, 2), want="logits").double().numpy()
     return saved.decision.probability(found[:, 1] - found[:, 0]).tolist()
@@ -423,13 +424,23 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
-@pytest.mark.parametrize("to", ["merged", pytest.param("adapter", marks=pytest.mark.slow), "onnx"])
-def test_the_code_on_a_card_alone_gives_the_score_of_evaluation(official: Path, tmp_path: Path, to: str) -> None:
-    photos = photographs(tmp_path)
-    raw = logit(judged(detector(tmp_path / "raw", official, use_lora=True), photos))
+@pytest.mark.parametrize(
+    ("to", "resize"),
+    [
+        ("merged", "antialias"),
+        pytest.param("merged", "former", marks=pytest.mark.slow),
+        pytest.param("adapter", "antialias", marks=pytest.mark.slow),
+        pytest.param("onnx", "antialias", marks=pytest.mark.slow),
+    ],
+)
+def test_the_code_on_a_card_alone_gives_the_score_of_evaluation(
+    official: Path, tmp_path: Path, to: str, resize: str
+) -> None:
+    photos, kind = photographs(tmp_path), {"use_lora": True, "view_resize": resize}
+    raw = logit(judged(detector(tmp_path / "raw", official, **kind), photos))
     slope = 3 / (raw.max() - raw.min())
     decision = Decision(Calibration(slope, -slope * float(raw.mean())), {"d_eer": 0.45, "macer_0.05": float("inf")})
-    run = detector(tmp_path / "run", official, use_lora=True, decision=decision)
+    run = detector(tmp_path / "run", official, **kind, decision=decision)
     folder, expected = export(run, to, tmp_path / to), judged(run, photos)
     assert max(expected) > 0.6
     assert min(expected) < 0.4

@@ -654,7 +654,10 @@ def _parse(name: str, text: str, hint: Any) -> Any:
             try:
                 return number(text)
             except ValueError:
-                raise ConfigError(f"{name} is {text!r}, but must be {noun}") from None
+                sides = text.lower().split("x")
+                squares = len(sides) == 2 and all(side.strip().isdecimal() for side in sides)
+                hint = ": training and evaluation see squares, only tools/export.py takes HEIGHTxWIDTH"
+                raise ConfigError(f"{name} is {text!r}, but must be {noun}{hint if squares else ''}") from None
     return expand_home(text)
 
 

@@ -38,7 +38,7 @@ from launch.run_setup import (
 )
 from launch.training import Ending, Training, record_end, show
 from trainer import checkpoint
-from trainer.config import DetectorRecipe, DetectorRuntime, as_record, differing_fields
+from trainer.config import DetectorRecipe, DetectorRuntime, as_record
 from trainer.data.augment import CenterView
 from trainer.data.loader import Loader
 from trainer.data.overlap import prints_of
@@ -109,8 +109,8 @@ def finetune(
     output = Path(runtime.output_dir)
     world.on_main(lambda: check_output(output, recipe, runtime.resume))
     start_logging(output, is_main=world.is_main, rank=world.rank)
-    if taken := differing_fields(as_record(recipe), as_record(asked)):
-        logger.info("from --init, as the command line leaves it open: %s", ", ".join(taken))
+    if taken := changed_fields(asked, recipe):
+        logger.info("from --init, where the command line says nothing: %s", taken)
     start_watchdog(output, world, runtime)
     sources = tell_all_ranks(found, world)
     index = open_sets(sources, recipe, runtime, world)
@@ -171,6 +171,12 @@ def check_groups(recipe: DetectorRecipe, micro_batch: int) -> None:
             f"micro_batch is {micro_batch}, but {mixing} mixes samples in groups of mix_group={group}, which must not "
             f"be cut: try --micro_batch {max(1, micro_batch // group) * group}, or for a new run another mix_group"
         )
+
+
+def changed_fields(before: DetectorRecipe, after: DetectorRecipe) -> str:
+    """Name the settings in which two recipes differ, with the later values."""
+    old, new = as_record(before), as_record(after)
+    return ", ".join(f"{name} {value}" for name, value in new.items() if value != old[name])
 
 
 def check_sets(index: dict[str, ShardIndex], recipe: DetectorRecipe, runtime: DetectorRuntime) -> str:

@@ -124,6 +124,7 @@ def open_detector(settings: Settings) -> tuple[Subject, dict[str, Any]]:
         mean=mean,
         std=std,
         view=told["preprocessing"]["view"],
+        colours=told["preprocessing"].get("colours", ""),
         detector=detector,
         calibration=(calibration.slope, calibration.offset),
         threshold=thresholds.get("d_eer", 0.5),

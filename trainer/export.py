@@ -59,6 +59,8 @@ class Subject:
     std: tuple[float, ...]
     view: str = ""
     """What a detector records of its view of images."""
+    colours: str = ""
+    """What it records of their colours, where anything happens to them."""
     mae: MaskedAutoencoder | None = None
     """Around that encoder, where there is a decoder."""
     mask_ratio: float = 0.75
@@ -160,9 +162,8 @@ def export(subject: Subject, card: Mapping[str, Any], *, to: str, output: Path, 
             raise CheckpointError(f"{packages[0]} does not take the export ({error!r}): {_REMEDY}") from error
         _describe_view(subject, draft)
         files = {name: entry["sha256"] for name, entry in describe_files(draft).items()}
-        write_synced(
-            draft / "README.md", _card(loading, dict(card) | {"sha256 of the files": files}, packages, licence)
-        )
+        told = dict(card) | {"sha256 of the files": files}
+        write_synced(draft / "README.md", _card(loading, subject.colours, told, packages, licence))
 
 
 def refuse_early(to: str, output: Path) -> None:
@@ -530,12 +531,13 @@ def _call(name: str, options: Mapping[str, Any]) -> str:
     return ", ".join([json.dumps(name), *(f"{key}={value!r}" for key, value in options.items())])
 
 
-def _card(loading: Loading, card: Mapping[str, Any], packages: tuple[str, ...], licence: str) -> str:
+def _card(loading: Loading, colours: str, card: Mapping[str, Any], packages: tuple[str, ...], licence: str) -> str:
     """Write the README: front matter as the hub reads it, the snippet, and what is known of the weights."""
+    colours = colours and f" Images were {colours}; the code below does not do that: give it sRGB."
     versions = {name: version(name) for name in ("torch", *packages, "safetensors")}
     parts = [
         f"---\nlicense: {json.dumps(licence or 'unknown')}\nlibrary_name: {packages[0]}\n---\n",
-        f"# {loading.title}\n\n{loading.notes}\n",
+        f"# {loading.title}\n\n{loading.notes}{colours}\n",
         f"Inside this folder:\n\n```python\n{loading.snippet}\n```\n",
     ]
     for title, value in (_without_places(card) | {"Versions that wrote and checked it": versions}).items():

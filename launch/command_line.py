@@ -8,6 +8,7 @@ types and ranges are checked by `trainer.config` before any work.
 import contextlib
 import dataclasses
 import difflib
+import io
 import errno
 import functools
 import json
@@ -68,6 +69,9 @@ def run(command: Callable[[], int]) -> NoReturn:
     rank or its host was lost, which the same command may survive; 87 if a newer attempt has taken over; 130 with one
     line after Ctrl-C; 1 with a traceback for anything else.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name from data must not end a command that has done its work
+            stream.reconfigure(errors="backslashreplace")
     interrupt = _Interrupt()
     try:
         try:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from launch.command_line import CommandLine, read_training, run, say
 from launch.data import describe_shares, find_sources, open_sets, order_of, pixels_of, span_reader, tell_all_ranks
@@ -47,13 +48,23 @@ from trainer.data.shards import ShardIndex
 from trainer.data.stream import Batch, fixed_stream
 from trainer.engine import Engine, connect, disconnect
 from trainer.errors import ConfigError
-from trainer.evaluate import UNCALIBRATED, Scores, check_labels, fit_decision, over_ranks, score, validation_figures
+from trainer.evaluate import (
+    UNCALIBRATED,
+    Scores,
+    check_labels,
+    fit_decision,
+    over_ranks,
+    score,
+    truth_of,
+    validation_figures,
+)
 from trainer.guardian import Phase
 from trainer.heldout import share_of
 from trainer.lease import Lease
 from trainer.models.lora import save_adapter
 from trainer.monitor import Monitor, print_and_log, start_console, start_logging
 from trainer.saved_detector import read_description, restore, save_detector
+from trainer.selection import FILE, RULE, Validated, judge, validated
 from trainer.watchdog import mark
 from trainer.world import world_from_environment
 
@@ -203,7 +214,7 @@ def check_sets(index: dict[str, ShardIndex], recipe: DetectorRecipe, runtime: De
 
 
 class BestDetector:
-    """Validation, and the detector that was best at it, in OUTPUT/detector."""
+    """Validation, and the detector that it chose so far (`trainer.selection`), in OUTPUT/detector."""
 
     def __init__(
         self,
@@ -217,12 +228,14 @@ class BestDetector:
         self._lease = lease
         self._engine, self._index, self._recipe, self._runtime, self._origin = engine, index, recipe, runtime, origin
         self.folder = Path(runtime.output_dir) / "detector"
-        self.best = engine.world.on_main(self._read_best)
+        self._best: Validated | None = None
+        """What later steps are compared with; on rank 0."""
         self.last_scores = (np.empty(0, np.int64), np.empty(0))
         """Labels and logits of the last validation, of the images that could be read."""
+        engine.world.on_main(self._read_best)
 
     def measure(self, step: int) -> dict[str, float] | None:
-        """Validate, and keep the detector if none was better; all ranks call. None without validation data."""
+        """Validate, and keep the detector unless an earlier one was better; all ranks call. None without validation."""
         if "val_data" not in self._index:
             return None
         scores = over_ranks(self._score(), self._engine.world)
@@ -230,9 +243,7 @@ class BestDetector:
         read_N = ~np.isnan(scores.logit_N)
         self.last_scores = (label_N[read_N], scores.logit_N[read_N])
         figures = validation_figures(scores, label_N)
-        key = [figures["d_eer"], figures["loss"]]
-        if self.best is None or key < self.best:
-            self.best = key
+        if self._engine.world.on_main(lambda: self._judge(step, scores, label_N)):
             self._keep(step, figures, scores)
         return figures
 
@@ -240,6 +251,17 @@ class BestDetector:
         """Keep the detector as it is, where no validation data could choose one; all ranks call."""
         if "val_data" not in self._index:
             self._keep(step, None, None)
+
+    def _judge(self, step: int, scores: Scores, label_N: NDArray[np.int64]) -> bool:
+        people = truth_of(self._index["val_data"], scores.sample_N).people_N
+        verdict = judge(validated(step, scores.logit_N, label_N), self._best, label_N, people)
+        self._best = verdict.best
+        if not verdict.keep:
+            logger.info(
+                "step %d is not kept: step %d is better by more than a standard error of %.2f points",
+                *(step, verdict.best.step, 100 * verdict.standard_error),
+            )
+        return verdict.keep
 
     def _score(self) -> Scores:
         index, world = self._index["val_data"], self._engine.world
@@ -264,13 +286,25 @@ class BestDetector:
                 "step": step,
                 "recipe": as_record(self._recipe),
                 "preprocessing": preprocessing_of(self._recipe),
-                "selection": {"data": self._runtime.val_data, "figures": figures},
+                "selection": {"data": self._runtime.val_data, "figures": figures} | self._chosen_by(),
                 "versions": versions(),
             }
-            more = functools.partial(self._write_adapter, weights) if self._recipe.use_lora else None
+            more = functools.partial(self._write_more, weights)
             save_detector(self.folder, description, weights, decision, seen, lease=self._lease, write_more=more)
 
         self._engine.world.on_main(write)
+
+    def _chosen_by(self) -> dict[str, Any]:
+        if self._best is None:
+            return {}
+        lowest = {"step": self._best.step, "d_eer": self._best.d_eer}
+        return {"rule": RULE, "lowest": lowest, "fingerprint": self._index["val_data"].fingerprint}
+
+    def _write_more(self, weights: dict[str, torch.Tensor], draft: Path) -> None:
+        if self._best is not None:
+            self._best.save(draft / FILE)
+        if self._recipe.use_lora:
+            self._write_adapter(weights, draft)
 
     def _write_adapter(self, weights: dict[str, torch.Tensor], draft: Path) -> None:
         prefix, model = "encoder.vit.", self._engine.module
@@ -278,12 +312,16 @@ class BestDetector:
         head = {name.removeprefix("head."): value for name, value in weights.items() if name.startswith("head.")}
         save_adapter(draft / "adapter", model.encoder.vit, head, base_model=self._recipe.model, values=values)
 
-    def _read_best(self) -> list[float] | None:
+    def _read_best(self) -> None:
+        """Take up the choice where a killed run left it."""
         restore(self.folder, self._lease)
-        if not (self.folder / "detector.json").exists():
-            return None
-        figures = read_description(self.folder)["selection"]["figures"]
-        return [figures["d_eer"], figures["loss"]] if figures else None
+        if "val_data" not in self._index or not (self.folder / "detector.json").exists():
+            return
+        selection, path = read_description(self.folder)["selection"], self.folder / FILE
+        if path.exists() and selection.get("fingerprint") == self._index["val_data"].fingerprint:
+            self._best = Validated.load(path)
+        else:
+            logger.warning("%s was chosen by another version or other data: the next step replaces it", self.folder)
 
 
 def training_of(
@@ -344,12 +382,17 @@ def tell_where(output: Path, ending: Ending, best: BestDetector, lease: Lease) -
     record_end(output, ending, lease)
     if (best.folder / "detector.json").exists():
         print_and_log(f"  detector     {best.folder}")
-        for note in read_description(best.folder).get("threshold_notes", ()):
+        description = read_description(best.folder)
+        if figures := description["selection"]["figures"]:
+            print_and_log(f"  kept         step {description['step']}, validation D-EER {100 * figures['d_eer']:.2f} %")
+            if (lowest := description["selection"].get("lowest")) and lowest["step"] != description["step"]:
+                print_and_log(
+                    f"               (lowest {100 * lowest['d_eer']:.2f} % at step {lowest['step']}, within its noise)"
+                )
+        for note in description.get("threshold_notes", ()):
             print_and_log(f"  note         {note}")
     print_and_log(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")
     print_and_log(f"  numbers      {output / 'metrics.jsonl'}")
-    if best.best is not None:
-        print_and_log(f"  best validation D-EER {100 * best.best[0]:.2f} %")
     told = f"--models {output.name}={output} --test_sets 'NAME=test/*.tar'"
     print_and_log(f"Next: python launch/evaluate.py {told}   (a test set of other people)")
 

@@ -22,7 +22,7 @@ READING_ORDER = (
     *("models.heads", "models.classifier", "models.mixstyle", "models.dropout", "models.lora", "models.detector"),
     *("optim", "zero_files", "ds_config", "engine", "lease", "checkpoint", "monitor"),
     *("guardian", "watchdog", "numerics", "heldout", "loop"),
-    *("metrics", "evaluate", "saved_detector", "report", "export"),
+    *("metrics", "evaluate", "selection", "saved_detector", "report", "export"),
 )
 OWNERS = {
     "deepspeed": {"trainer/engine.py", "trainer/zero_files.py"},

@@ -127,7 +127,11 @@ def test_the_detector_learns_and_its_folder_and_checkpoint_hold_only_what_traine
     assert rows[-1]["val_loss"] < 0.8 * math.log(2)  # what knowing nothing costs
     assert rows[-1]["val_d_eer"] < 0.2
     saved = load_detector(lora)
-    assert saved.description["selection"]["figures"]["d_eer"] == min(row["val_d_eer"] for row in rows)
+    selection, of_step = saved.description["selection"], {row["step"]: row["val_d_eer"] for row in rows}
+    assert selection["figures"]["d_eer"] == of_step[saved.description["step"]]
+    assert selection["lowest"]["d_eer"] == of_step[selection["lowest"]["step"]] == min(of_step.values())
+    assert selection["lowest"]["step"] <= saved.description["step"]
+    assert "at most one standard error" in selection["rule"]
     assert all(".lora_" in name or name.startswith("head.") for name in saved.weights)
     assert {"d_eer", "macer_0.05", "bscer_0.10"} <= saved.decision.thresholds.keys()
     newest = lora / "checkpoints" / (lora / "checkpoints" / "latest").read_text().strip()

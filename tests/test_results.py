@@ -2,11 +2,13 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import jpeg, write_tar
+from conftest import environment, jpeg, write_tar
 
 from launch.evaluate import TestSet as LabelledSet
 from launch.evaluate import read_baselines
@@ -124,6 +126,14 @@ def test_a_key_that_is_no_utf8_is_written_escaped(tmp_path: Path) -> None:
         results.commit("{}", "", {})
     keys = [row["key"] for row in rows_of(results.path("scores.csv"))]
     assert keys == ["caf\\xe9_\u00fc", "raw\\udce9", "c", "d"]
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_no_command() -> None:
+    code = "from launch.command_line import run; run(lambda: print('caf\\udce9 \\u5b57') or 0)"
+    for encoding in ("utf-8", "ascii"):
+        env = environment() | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout[:9]) == (0, "caf\\udce9"), done.stderr
 
 
 # ---------------------------------------------------------------------------------------------- tables

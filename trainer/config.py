@@ -442,7 +442,8 @@ class DetectorRuntime(Runtime):
     pretrained: bool = False
     """Take --init as the name of a timm model, whose weights are downloaded."""
     val_data: str = ""
-    """Validation shards: they choose the checkpoint, the thresholds and the calibration. Never a test set."""
+    """Validation shards, never a test set. They fit thresholds and calibration, and choose the step that is kept: the
+    latest whose D-EER is at most one standard error, over people, above the lowest one before it."""
     val_every: int = 200
     """Interval of validation [steps]."""
     allow_overlap: bool = False

@@ -44,6 +44,9 @@ FEW_IDENTITIES = 20
 _ROUNDING = 1e-12
 """Shares are sums of weights divided by their sum; a limit is met up to this."""
 
+_AT_ONCE = 10_000_000
+"""Weights of replicates that are cumulated together; more would need memory and bring no speed."""
+
 Floats = NDArray[np.float64]
 
 
@@ -213,6 +216,18 @@ def bootstrap_weights(people: Sequence[Sequence[str]], *, num_replicates: int, s
     padded_RI = np.concatenate([drawn_RI, np.ones((num_replicates, 1))], axis=1)  # -1 picks the ones
     weights_RN: Floats = padded_RI[:, first] * padded_RI[:, second]
     return weights_RN
+
+
+def d_eer_replicates(scores: ArrayLike, labels: ArrayLike, weights_RN: Floats) -> Floats:
+    """Return the D-EER of each replicate that drew both classes: the same ones whatever the scores."""
+    score_N, label_N = _checked(scores, labels)
+    whole_R = (weights_RN[:, label_N == 0].sum(1) > 0) & (weights_RN[:, label_N == 1].sum(1) > 0)
+    threshold_T, place_N = np.unique(score_N, return_inverse=True)
+    rates, found = _Rates(place_N, label_N, len(threshold_T)), []
+    for some_RN in np.array_split(weights_RN[whole_R], 1 + weights_RN.size // _AT_ONCE):
+        _, low_R, high_R = _equal_error(*rates(some_RN))
+        found.append((low_R + high_R) / 2)
+    return np.concatenate(found)
 
 
 def resampling_of(people: Sequence[Sequence[str]], labels: ArrayLike) -> dict[str, Any]:

@@ -8,9 +8,9 @@ types and ranges are checked by `trainer.config` before any work.
 import contextlib
 import dataclasses
 import difflib
-import io
 import errno
 import functools
+import io
 import json
 import logging
 import multiprocessing

@@ -251,6 +251,8 @@ def read_training(argv: Sequence[str], recipes: Recipes[R, T], default: str) -> 
     if answered(argv, functools.partial(recipes_help, recipes, default)):
         return None
     line = read_command(argv, recipes, default)
+    if not line.runtime.data:
+        raise ConfigError("--data is empty: name the shards, for example --data 'shards/*.tar'")
     check_places(line.runtime)
     return line
 

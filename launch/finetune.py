@@ -393,6 +393,8 @@ def tell_where(output: Path, ending: Ending, best: BestDetector, lease: Lease) -
             print_and_log(f"  note         {note}")
     print_and_log(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")
     print_and_log(f"  numbers      {output / 'metrics.jsonl'}")
+    if not ending.is_complete:
+        return
     told = f"--models {output.name}={output} --test_sets 'NAME=test/*.tar'"
     print_and_log(f"Next: python launch/evaluate.py {told}   (a test set of other people)")
 

@@ -327,6 +327,8 @@ def tell_where(output: Path, ending: Ending, held_out: HeldOutView | None, lease
         print_and_log(
             f"  held-out masked MSE {held_out.last_loss:.4f}; predicting the mean face gives {held_out.mean_face:.4f}"
         )
+    if not ending.is_complete:
+        return
     told = f"--init {output} --data 'labelled/*.tar' --val_data 'val/*.tar'"
     print_and_log(f"Next: deepspeed launch/finetune.py --recipe lora {told}   (a detector)")
     print_and_log(f"  or: python tools/export.py --source {output} --output {output}-timm   (the encoder for timm)")

@@ -268,6 +268,11 @@ class Ending:
             return 0
         return EXIT_INTERRUPTED if self.signal == SIGINT else EXIT_REQUEUE
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the schedule is done, so that the next command is another one."""
+        return not self.signal and self.step == self.total_steps
+
     def __str__(self) -> str:
         again = "start the same command again to go on"
         if self.signal:

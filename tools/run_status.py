@@ -7,6 +7,14 @@ interrupted, but one still runs; 2 a folder holds no run. What a launcher return
 returns 0 when the process between it and the ranks is killed.
 """
 
+if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    from launch.early import read_early
+
+    read_early(__file__)
+
 import json
 import socket
 import sys
@@ -123,9 +131,14 @@ def describe(output: Path, status: Status) -> list[str]:
     return lines
 
 
+def read(argv: list[str]) -> Settings | None:
+    """Read the command line; None where it asked for help."""
+    return configure_tool(argv, Settings(), __doc__, required=("run",))
+
+
 def main(argv: list[str]) -> int:
     """Print how the runs stand; returns the exit code."""
-    settings = configure_tool(argv, Settings(), __doc__, required=("run",))
+    settings = read(argv)
     if settings is None:
         return 0
     states, code = set(), 0

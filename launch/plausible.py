@@ -7,7 +7,7 @@ from trainer.monitor import duration
 _FEW_STEPS, _MANY_STEPS = 10, 3_000_000
 _FLOPS_PER_THREAD = 3e10
 """What a core of today reaches in fp32, within a factor of three."""
-_LONG_S = 2 * 86400
+_LONG_S, _LONG_STEP_S = 86400, 300
 _WANTED_STEPS = 20
 """Steps of an epoch below which a smaller batch is proposed."""
 
@@ -50,7 +50,7 @@ def doubts(
         )
     if cpu_threads:
         step_s = step_flops / (cpu_threads * _FLOPS_PER_THREAD)
-        if step_s * total_steps > _LONG_S:
+        if step_s * total_steps > _LONG_S or step_s > _LONG_STEP_S:
             yield (
                 f"on this CPU a step of {step_flops:.2g} floating-point operations takes about {duration(step_s)}, and "
                 f"all {total_steps} steps about {duration(step_s * total_steps)}: use a GPU, or a smaller recipe "

@@ -38,6 +38,10 @@ PLAIN = {
             "on this CPU a step of 1e.13 .* about 2.8 minutes, and all 40000 steps about 77.2 days",
         ),
         ({"cpu_threads": 2, "step_flops": 1e9}, ""),
+        (
+            {"cpu_threads": 2, "step_flops": 2.3e14, "total_steps": 16},
+            "about 63.9 minutes, and all 16 steps about 17.0 h",
+        ),
     ],
 )
 def test_an_odd_length_is_told_with_its_numbers(change: dict[str, float], message: str) -> None:

@@ -148,7 +148,7 @@ REFUSED: dict[str, str] = {
 _NOT_FINITE = "gradients that are not finite would move the weights"
 _NOT_RECORDED = "the recipe does not own it, so that a checkpoint would not tell"
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
-    "optimizer.type": (("AdamW", "Adam", "adamw", "adam"), "the recipe's weight_decay and betas are those of AdamW"),
+    "optimizer.type": (("AdamW", "adamw", "Adam", "adam"), "the recipe's weight_decay and betas are those of AdamW"),
     "optimizer.params.adam_w_mode": ((True,), "the recipe's weight_decay is that of AdamW"),
     "optimizer.params.eps": ((1e-8,), _NOT_RECORDED),
     "optimizer.params.amsgrad": ((False,), _NOT_RECORDED),
@@ -158,7 +158,7 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "bf16.check_grad_overflow": ((True,), _NOT_FINITE),
     "fp16.auto_cast": ((False,), "it would round the samples' draws, and models cast what they take themselves"),
     "zero_optimization.compute_grad_norm": ((True,), _NOT_FINITE),
-    "zero_optimization.stage": ((0, 1, 2, 3), "there are no others"),
+    "zero_optimization.stage": ((1, 0, 2, 3), "the stages are 0 to 3"),
     "zero_optimization.offload_param.device": (("none", "cpu"), _NVME),
     "zero_optimization.offload_optimizer.device": (("none", "cpu"), _NVME),
 }
@@ -179,9 +179,9 @@ def check_names(config: Mapping[str, Any], said: str) -> None:
     for name, (values, reason) in _ONLY.items():
         value = _value_at(config, name)
         if value not in (None, "auto") and not any(type(value) is type(fit) and value == fit for fit in values):
-            fitting = " or ".join(json.dumps(fit) for fit in dict.fromkeys(values))
             raise ConfigError(
-                f"{said} sets {name} to {json.dumps(value)}, but {reason}: remove the line, or write {fitting}"
+                f"{said} sets {name} to {json.dumps(value)}, but {reason}: remove the line, or write "
+                f"{json.dumps(values[0])}"
             )
     for block, package in _MONITORS.items():
         if package and _value_at(config, f"{block}.enabled") and importlib.util.find_spec(package) is None:

@@ -414,7 +414,6 @@ def test_a_compressed_image_member_is_no_image(tmp_path: Path) -> None:
         open_index([write_tar(tmp_path / "a.tar", [("a.jpg.gz", jpeg(1))])])
 
 
-@pytest.mark.xfail(strict=True, reason="storage.reading() turns whatever its block raises into a failure of storage")
 def test_a_mistake_of_the_program_is_not_called_a_failure_of_the_storage(tmp_path: Path) -> None:
     class Mistaken:
         def update(self, _: bytes) -> None:

@@ -233,20 +233,35 @@ def stamp(location: str) -> dict[str, Any]:
 
 
 @contextmanager
-def reading(location: str) -> Iterator[BinaryIO]:
-    """Open a file for one pass from beginning to end; what goes wrong inside the block is an `OSError`, too.
+def reading(location: str) -> Iterator["ReadOnly"]:
+    """Open a file for one pass from beginning to end.
 
     Raises:
-        OSError: it cannot be opened or read.
+        OSError: it cannot be opened or, inside the block, be read. Whatever else the block raises stays what it is.
     """
     with _AsOSError(location):
-        if is_url(location):
-            options = {"block_size": _READ_AHEAD_BYTES, "cache_type": "readahead"}
-            with _file_system(location).open(location, "rb", **options) as file:
-                yield file
-        else:
-            with Path(location).open("rb") as file:
-                yield file
+        file = _open(location)
+    with file:
+        yield ReadOnly(file, location)
+
+
+def _open(location: str) -> BinaryIO:
+    if not is_url(location):
+        return Path(location).open("rb")
+    file: BinaryIO = _file_system(location).open(location, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead")
+    return file
+
+
+class ReadOnly:
+    """A file of which every failure to read is an `OSError` about its location."""
+
+    def __init__(self, file: BinaryIO, location: str) -> None:
+        self._file, self._location = file, location
+
+    def read(self, size: int) -> bytes:
+        """Return so many bytes, fewer at the end."""
+        with _AsOSError(self._location):
+            return self._file.read(size)
 
 
 class SpanReader:

@@ -11,9 +11,8 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
 
-from trainer.data.storage import reading, stamp
+from trainer.data.storage import ReadOnly, reading, stamp
 from trainer.errors import DataError
 
 MAX_MEMBER_BYTES = 256 << 20
@@ -101,7 +100,7 @@ def parse_header(block: bytes) -> tarfile.TarInfo:
 
 class _TarWalk:
     def __init__(
-        self, location: str, file: BinaryIO, total: int, digest: "hashlib._Hash | None", keep_payload_below: int
+        self, location: str, file: ReadOnly, total: int, digest: "hashlib._Hash | None", keep_payload_below: int
     ) -> None:
         self._location, self._file, self._digest, self._keep_below = location, file, digest, keep_payload_below
         self._position, self._total = 0, total

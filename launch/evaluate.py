@@ -108,6 +108,10 @@ class Settings:
         for name in ("num_workers", "num_replicates", "num_hardest"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
+        if self.markdown and (Path(self.markdown).is_dir() or not Path(self.markdown).parent.is_dir()):
+            raise ConfigError(
+                f"markdown is {self.markdown}, but must be a file in a folder that exists: create the folder"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,6 +184,8 @@ def test_a_killed_fine_tuning_goes_on_bitwise(sets: Path, mae: Path, tmp_path: P
     assert exact[0] == exact[1]
     for name, value in load_detector(whole).weights.items():
         assert torch.equal(value, load_detector(parts).weights[name])
+    chosen = [load_detector(output).description for output in (whole, parts)]
+    assert [(c["step"], c["selection"]) for c in chosen[:1]] == [(c["step"], c["selection"]) for c in chosen[1:]]
     done = finetune(sets, parts, **flags | {"init": ""}, stop_at_step="30")
     assert done.returncode == 2
     assert "init" in done.stderr

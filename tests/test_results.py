@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import environment, jpeg, write_tar
 
+from launch.evaluate import Settings, read_baselines
 from launch.evaluate import TestSet as LabelledSet
-from launch.evaluate import read_baselines
 from launch.results import Results, markdown_table, terminal_table
 from trainer.data.shards import open_index
 from trainer.errors import ConfigError, DataError
@@ -115,6 +115,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path: P
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"output_dir is .*file, which cannot be written .*: name another folder"):
         Results(tmp_path / "file")
+
+
+def test_a_markdown_file_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "no" / "table.md"):
+        with pytest.raises(ConfigError, match=r"markdown is .*, but must be a file in a folder that exists"):
+            Settings(markdown=str(path))
+    assert Settings(markdown="table.md").markdown == "table.md"
 
 
 def test_a_key_that_is_no_utf8_is_written_escaped(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -202,6 +203,7 @@ def command_line(argv: Sequence[str], world: World) -> str:
     return without_secrets(shlex.join([*start, *words]))
 
 
+@functools.cache
 def git_commit(folder: Path) -> str:
     """Return the commit of the code that runs, with + where files have changed since; empty outside of git."""
     said = []

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, TINY, environment, forks, metrics, words_of, write_tar
 
@@ -69,6 +70,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_asks_no_scheduler_to_start_again(sha
     assert (output / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
     assert f"Stopped by Ctrl-C at step {last} of 1600, saved: start the same command again to go on." in said
     assert "Traceback" not in said
+    assert said.count("got Ctrl-C") == 1  # not from the loader's worker
 
 
 def test_ctrl_c_before_the_first_step_is_one_line(shards: Path, tmp_path: Path) -> None:
@@ -107,14 +109,17 @@ def test_a_second_ctrl_c_ends_a_tool_at_once() -> None:
     assert exit_code_of(press) == 130
 
 
-def test_a_tool_with_many_processes_ends_in_one_line_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["its processes start", "they work"])
+def test_a_tool_with_many_processes_ends_in_one_line_and_leaves_nothing_half_written(when: str, tmp_path: Path) -> None:
     noise = os.urandom(30_000_000)
     for number in range(6):
         write_tar(tmp_path / "in" / f"{number}.tar", [(f"{i}.jpg", noise) for i in range(4)])
     target = tmp_path / "out"
     words = ["tools/check_shards.py", "--data", str(tmp_path / "in"), "--repair", str(target), "--num_processes", "2"]
     with started(*words) as run:
-        said = interrupt(run, when=lambda: target.exists() and any(target.iterdir()))
+        process = psutil.Process(run.pid)
+        starts, works = lambda: len(process.children()) > 2, lambda: target.exists() and any(target.iterdir())
+        said = interrupt(run, when=starts if when == "its processes start" else works)
         assert run.returncode == 130, said
     assert "Traceback" not in said
     assert said.count("interrupted: ") == 1

@@ -250,8 +250,8 @@ def _from_timm(name: str, said: str) -> Init:
     """Take timm's own weights of a model."""
     hub_name = hub_name_of(name)
     remedy = (
-        f"download model.safetensors of {hub_name} where there is a network, and pass --init FILE in the place of "
-        "--pretrained true, with --model and --normalisation as the weights want them"
+        f"download model.safetensors of {hub_name} where there is a network, and name that file in its place without "
+        "--pretrained, with --model and --normalisation as the weights want them"
     )
     with within_seconds(hub_name, f"{said} with pretrained true", remedy):
         weights, mean, std = pretrained_weights(name)

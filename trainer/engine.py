@@ -138,11 +138,12 @@ def fill_ds_config(config: Mapping[str, Any], owned: Mapping[str, Any]) -> dict[
 
 
 def _check_values(config: dict[str, Any]) -> None:
-    """Let DeepSpeed read the configuration before any work, as one rank would."""
-    alone = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    """Let DeepSpeed read the configuration before any work; it counts the ranks that are connected so far."""
+    connected = dist.get_world_size() if dist.is_initialized() else 1
+    batch = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * connected
     deepspeed_logger.setLevel(logging.WARNING)
     try:
-        deepspeed.DeepSpeedConfig(config | {"train_batch_size": alone})
+        deepspeed.DeepSpeedConfig(config | {"train_batch_size": batch})
     except Exception as error:  # it fails in any way on values of a wrong type
         raise ConfigError(f"DeepSpeed refuses the ds_config: {_reason(error)}; compare it with ds_configs/") from error
 

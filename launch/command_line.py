@@ -417,6 +417,15 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+_EXAMPLES = r"""
+Examples:
+    deepspeed launch/pretrain.py --recipe mae_vit_base --data 'shards/train/*.tar' \
+        --heldout_data 'shards/heldout/*.tar' --output_dir runs/base
+    deepspeed launch/finetune.py --recipe lora --init runs/base --data 'detect/train/*.tar' \
+        --val_data 'detect/val/*.tar'
+"""
+
+
 def recipes_help(recipes: Recipes[R, T], default: str, argv: Sequence[str] = ()) -> str:
     """Describe the recipes and every setting, with the values that the command line would run with.
 
@@ -435,7 +444,8 @@ def recipes_help(recipes: Recipes[R, T], default: str, argv: Sequence[str] = ())
     lines += [
         "\nAlso: --dry_run (show settings, steps, memory and cost, and leave), --version, --override name=value",
         "(repeatable), --deepspeed_config FILE or --deepspeed FILE (same as --ds_config)",
-        f"\nThe values below are those of --recipe {chosen} and of this command line.",
+        _EXAMPLES,
+        f"The values below are those of --recipe {chosen} and of this command line.",
         help_text(line.recipe, "Recipe (changes the numbers)"),
         help_text(line.runtime, "Runtime (does not)"),
     ]

@@ -18,7 +18,7 @@ Usage: python tools/make_morphs.py --source FACES.csv --landmarks POINTS.npz --o
        python tools/make_morphs.py --source 'SHARDS/*.tar' --output_dir FOLDER [--name value]
 
 Examples:
-    python tools/make_morphs.py --source people.csv --landmarks landmarks.npz --output_dir morphs
+    python tools/make_morphs.py --source bona_fides.csv --landmarks landmarks.npz --output_dir morphs
 """
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ Usage: python tools/run_status.py --run runs/base[,runs/other]
 Nothing is written. Exit codes: 0 every run is finished; 3 a run is interrupted, and its command goes on; 4 none is
 interrupted, but one still runs; 2 a folder holds no run. What a launcher returned does not matter: DeepSpeed's
 returns 0 when the process between it and the ranks is killed.
+
+Examples:
+    python tools/run_status.py --run runs/exact,runs/fast
 """
 
 if __name__ == "__main__":

@@ -1,0 +1,343 @@
+"""Every command that README, the guides or a --help shows works as it is typed, with its default settings.
+
+The commands are read out of the documents, so a new one without an expectation here fails the first test. They run in
+a folder like a user's: the project's folders, a few photographs, an activated environment and no other variable set.
+Their outputs are looked into. What cannot end on a small machine, such as ViT-B with 4,096 images a step, is started as
+it stands and stopped with Ctrl-C, as a user would.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT, TINY, launch, metrics
+
+_STARTS = ("python ", "deepspeed ", "make ", "sbatch ", "ssh ")
+_COMMANDS = sorted([*ROOT.glob("launch/*.py"), *ROOT.glob("tools/*.py")])
+SCRIPTS = [path for path in _COMMANDS if "__main__" in path.read_text()]
+PEOPLE, PHOTOGRAPHS = 20, 2
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What becomes of a command."""
+
+    look: Callable[[Path, str], None] = lambda place, out: None
+    """Looks at the outputs: the folder and the printed text."""
+    before: Callable[[Path], None] = lambda place: None
+    """Puts in place what a user would have by then and an earlier command has not made."""
+    code: int = 0
+    stop_after: str = ""
+    """Ctrl-C once this is printed, and once more: the command cannot end here."""
+
+
+# ------------------------------------------------------------------------------------------- commands of the documents
+
+
+def _commands_of(text: str) -> list[str]:
+    """Return the commands in fenced or indented blocks and in `code`, continued lines joined, comments dropped."""
+    joined = text.replace("\\\n", " ")
+    lines = [line.strip().removeprefix("$ ") for line in joined.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", text)
+    found = [re.sub(r"\s+", " ", re.sub(r"\s{2,}#.*", "", line)).strip() for line in lines if line.startswith(_STARTS)]
+    return [command for command in dict.fromkeys(found) if " " in command]
+
+
+@cache
+def documented() -> dict[str, str]:
+    """Command -> the document that shows it."""
+    found: dict[str, str] = {}
+    for path in sorted(ROOT.rglob("README.md")):
+        if not {".venv", "demo", ".git"} & set(path.relative_to(ROOT).parts):
+            found |= {command: str(path.relative_to(ROOT)) for command in _commands_of(path.read_text())}
+    for script in SCRIPTS:
+        _, _, examples = help_of(script).partition("Examples:\n")
+        for command in _commands_of(examples.partition("\n\n")[0]):
+            found.setdefault(command, f"{script.name} --help")
+    return found
+
+
+@cache
+def help_of(script: Path) -> str:
+    shell = fresh_shell(Path(tempfile.gettempdir()))
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, env=shell, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fresh_shell(home: Path) -> dict[str, str]:
+    """The variables of a login with the environment activated, and no other."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
+    return {"HOME": str(home), "PATH": path, "LANG": "C.UTF-8", "TERM": "dumb", "VIRTUAL_ENV": sys.prefix}
+
+
+# ------------------------------------------------------------------------------------------- a user's folder
+
+
+def _photograph(path: Path, person: int, number: int, side: int = 96) -> None:
+    rng = np.random.default_rng([person, number])
+    coarse = rng.integers(0, 256, size=(6, 6, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's folders, photographs of people, and a CSV that names them and all their morphs."""
+    place = tmp_path_factory.mktemp("user")
+    for name in ("trainer", "launch", "tools", "ds_configs", "Makefile", "setup.py", "constraints.txt", "tests"):
+        (place / name).symlink_to(ROOT / name)
+    rows = []
+    for person in range(PEOPLE):
+        for number in range(PHOTOGRAPHS):
+            _photograph(place / "faces" / f"person{person:02d}" / f"{number}.jpg", person, number)
+            rows.append(
+                [f"faces/person{person:02d}/{number}.jpg", f"p{person:02d}_{number}", 0, f"p{person:02d}", "", ""]
+            )
+        for other in range(person):
+            path = f"made/{person:02d}_{other:02d}.jpg"
+            _photograph(place / path, person, 100 + other)
+            rows.append([path, f"m{person:02d}_{other:02d}", 1, f"p{person:02d}", f"p{other:02d}", "made"])
+    for person in range(3):
+        _photograph(place / "faces_heldout" / f"{person}.jpg", 1000 + person, 0)
+    header = ["path", "key", "label", "identity", "identity_2", "attack"]
+    for name, wanted in (("people", rows), ("bona_fides", [row for row in rows if row[2] == 0])):
+        with (place / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([header, *wanted])
+    names = [row[1] for row in rows]
+    x, y = np.meshgrid(np.linspace(20, 75, 4), np.linspace(20, 75, 4))
+    points_NL2 = np.stack([x.ravel(), y.ravel()], axis=1) + np.random.default_rng(0).normal(0, 1, (len(names), 16, 2))
+    np.savez(place / "landmarks.npz", names=np.array(names), points=points_NL2.astype(np.float32))
+    return place
+
+
+# ------------------------------------------------------------------------------------------- what is expected
+
+
+def holds(*paths: str) -> Callable[[Path, str], None]:
+    """The files are there and hold something."""
+
+    def look(place: Path, out: str) -> None:
+        for path in paths:
+            found = sorted(place.glob(path))
+            assert found, f"no {path}: {out[-2000:]}"
+            assert all(file.stat().st_size for file in found), path
+
+    return look
+
+
+def packed(folder: str, images: int | None = None) -> Callable[[Path, str], None]:
+    """Shards, and a count of what went in that agrees with what the trainer reads."""
+
+    def look(place: Path, out: str) -> None:
+        from trainer.data.shards import list_shards, open_index
+
+        index = open_index(list_shards(str(place / folder / "*.tar"), setting="--data"))
+        assert images in (None, len(index))
+        assert len(index) > 0
+        assert str(len(index)) in out
+
+    return look
+
+
+def says(*texts: str) -> Callable[[Path, str], None]:
+    def look(place: Path, out: str) -> None:
+        for text in texts:
+            assert text in out, out[-3000:]
+
+    return look
+
+
+def pretrained(place: Path) -> None:
+    """The run that days on a cluster leave behind: here a tiny one, in the place of the one that Ctrl-C ended."""
+    shutil.rmtree(place / "runs" / "base", ignore_errors=True)
+    for name in ("base", "exact", "fast"):
+        flags = TINY | {
+            "data": str(place / "shards/train/*.tar"),
+            "heldout_data": str(place / "shards/heldout/*.tar"),
+            "output_dir": str(place / "runs" / name),
+            "stop_at_step": "2",
+            "heldout_every": "1",
+        }
+        if not (place / "runs" / name).exists():
+            done = launch(flags)
+            assert done.returncode == 0, done.stderr
+
+
+def of_the_split(place: Path) -> None:
+    """The split, where the document shows packing alone."""
+    assert (place / "splits" / "train.csv").exists()
+
+
+def trained(place: Path, out: str) -> None:
+    steps = metrics(place / "runs/detector")
+    assert steps
+    assert all(np.isfinite(step["loss"]) for step in steps if "loss" in step)
+    description = json.loads((place / "runs/detector/detector/detector.json").read_text())
+    assert description["recipe"]["use_lora"] is True
+
+
+def judged(place: Path, out: str) -> None:
+    [figures] = (place / "results").glob("*_eval.json")
+    [scores] = (place / "results").glob("*_scores.csv")
+    [report] = (place / "results").glob("*_report.html")
+    [test_set] = json.loads(figures.read_text())["test_sets"]
+    rows = list(csv.DictReader(scores.read_text().splitlines()))
+    with (place / "splits" / "test.csv").open() as file:
+        wanted = {row["key"] for row in csv.DictReader(file)}
+    assert {row["key"] for row in rows} == wanted
+    assert len(rows) == len(wanted) == test_set["num_bona_fide"] + test_set["num_morphs"]
+    assert "<html" in report.read_text()
+
+
+def morphed(place: Path, out: str) -> None:
+    with (place / "morphs" / "morphs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    assert all((place / "morphs" / row["path"]).is_file() for row in rows)
+
+
+STARTED = re.compile(r"\d+ steps of [\d,]+ images").pattern
+ALONE = Expected()
+NO_SLURM = Expected(code=2, look=says("sbatch"))
+DRY = Expected(look=says("#SBATCH --nodes", "train "))
+
+EXPECTED: dict[str, Expected] = {
+    "python tools/make_shards.py --source faces --output_dir shards/train": Expected(
+        packed("shards/train", PEOPLE * PHOTOGRAPHS)
+    ),
+    "python tools/make_shards.py --source faces_heldout --output_dir shards/heldout": Expected(
+        packed("shards/heldout", 3)
+    ),
+    "python tools/check_shards.py --data shards/train": Expected(says("40")),
+    "python tools/check_shards.py --data 'shards/train/*.tar'": Expected(says("40")),
+    "python tools/check_shards.py --data 'shards/train/*.tar' --repair shards/repaired": Expected(
+        packed("shards/repaired", PEOPLE * PHOTOGRAPHS)
+    ),
+    "python tools/contact_sheet.py --data 'shards/train/*.tar' --output sheet.png": Expected(holds("sheet.png")),
+    "python launch/doctor.py --recipe mae_vit_base --data 'shards/train/*.tar'": Expected(says("ok ")),
+    "deepspeed launch/pretrain.py --help": Expected(says("mae_vit_base", "mask_ratio")),
+    "deepspeed launch/pretrain.py --recipe mae_vit_base --data 'shards/train/*.tar' "
+    "--heldout_data 'shards/heldout/*.tar' --output_dir runs/base": Expected(stop_after=STARTED),
+    "python tools/export.py --source runs/base --format timm --output exported/encoder": Expected(
+        holds("exported/encoder/model.safetensors", "exported/encoder/README.md"), before=pretrained
+    ),
+    "python tools/compare_runs.py --runs exact=runs/exact,fast=runs/fast --plot curves.png": Expected(
+        holds("curves.png"), before=pretrained
+    ),
+    "python tools/run_status.py --run runs/exact,runs/fast": Expected(
+        says("runs/exact: interrupted at step 2 of", "runs/fast: interrupted at step 2 of"), before=pretrained, code=3
+    ),
+    "python tools/splits.py --source people.csv --output_dir splits": Expected(
+        holds("splits/train.csv", "splits/dev.csv", "splits/test.csv")
+    ),
+    "python tools/make_shards.py --source splits/train.csv --output_dir detect/train": Expected(packed("detect/train")),
+    "python tools/make_shards.py --source splits/dev.csv --output_dir detect/val": Expected(packed("detect/val")),
+    "python tools/make_shards.py --source splits/test.csv --output_dir detect/test": Expected(packed("detect/test")),
+    "python tools/make_morphs.py --source bona_fides.csv --landmarks landmarks.npz --output_dir morphs": Expected(
+        morphed
+    ),
+    "python tools/shortcut_baselines.py --data 'detect/train/*.tar' --test_sets 'test=detect/test/*.tar' "
+    "--output baselines.json": Expected(holds("baselines.json")),
+    "deepspeed launch/finetune.py --recipe lora --init runs/base --data 'detect/train/*.tar' "
+    "--val_data 'detect/val/*.tar'": Expected(trained, before=pretrained),
+    "python launch/evaluate.py --models 'lora=runs/detector' --test_sets 'test=detect/test/*.tar'": Expected(judged),
+    "python tools/export.py --source runs/detector --format merged --output exported/merged": Expected(
+        holds("exported/merged/model.safetensors", "exported/merged/README.md")
+    ),
+    "python tools/plan_run.py --recipe mae_vit_large --nodes 8 --gpus 8 --hardware h100 --images 300000000": Expected(
+        says("ZeRO", "images/s")
+    ),
+    "python tools/orl_faces.py demo/orl": Expected(holds("demo/orl/train.csv", "demo/orl/heldout.csv")),
+    "python tools/submit.py --nodes 8 --gpus 8 --time 48:00:00 --recipe mae_vit_large --micro_batch 64 "
+    "--data shards/train --output_dir runs/large --dry_run": DRY,
+    "python tools/submit.py --nodes 1 --gpus 8 --sweep 'mask_ratio 0.6 0.75 0.9' --recipe mae_vit_base "
+    "--data shards/train --output_dir runs/sweep --dry_run": DRY,
+    "python tools/submit.py --script finetune --nodes 1 --gpus 1 --recipe lora --init runs/base --data detect/train "
+    "--val_data detect/val --output_dir runs/lora --dry_run": DRY,
+    "python tools/submit.py --nodes 8 --gpus 8 --recipe mae_vit_large --micro_batch 64 --data shards/train "
+    "--output_dir runs/large": NO_SLURM,
+    "python tools/submit.py --nodes 8 --gpus 8 --time 48:00:00 --recipe mae_vit_large --micro_batch 64 "
+    "--data shards/train --heldout_data shards/heldout --output_dir runs/large": NO_SLURM,
+}
+"""In the order in which a user would type them."""
+
+ELSEWHERE = {
+    "make install": "every run of CI begins with it",
+    "make demo": "eight minutes; its tools and commands are here",
+    "make test": "this",
+    "make bench": "its tools answer --help in tests/test_command_line.py; an hour of timings",
+    "make curves": "twenty minutes of training",
+    "python tools/orl_morphs.py demo/detect": "tests/test_make_morphs.py, and a minute of blending",
+    "sbatch ": "tests/cluster/test_slurm.py",
+    "deepspeed --hostfile": "tests/cluster/test_hosts.py",
+    "python launch/doctor.py --hostfile ": "tests/cluster/test_hosts.py",
+    "ssh ": "another machine",
+}
+"""Beginnings of commands, and what runs them instead."""
+
+
+def test_every_command_that_a_document_shows_has_an_expectation_and_none_is_left_over() -> None:
+    shown = documented()
+    assert len(shown) >= 25
+    told = {command for command in shown if command in EXPECTED or command.startswith(tuple(ELSEWHERE))}
+    assert set(shown) == told, f"say in EXPECTED what comes of {sorted(set(shown) - told)}"
+    assert set(EXPECTED) <= set(shown), f"no document shows {sorted(set(EXPECTED) - set(shown))}"
+    assert all(any(command.startswith(start) for command in shown) for start in ELSEWHERE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", list(EXPECTED))
+def test_a_command_works_as_it_is_typed(command: str, place: Path) -> None:
+    expected = EXPECTED[command]
+    expected.before(place)
+    code, out = typed(command, place, stop_after=expected.stop_after)
+    assert not _own_tracebacks(out), out[-4000:]
+    if not expected.stop_after:
+        assert code == expected.code, out[-4000:]
+    expected.look(place, out)
+
+
+def _own_tracebacks(out: str) -> list[str]:
+    """Return tracebacks through our files; DeepSpeed's launcher answers Ctrl-C with one of its own."""
+    blocks = re.findall(r"Traceback \(most recent call last\):\n(?:[ \t].*\n)*.*", out)
+    return [block for block in blocks if re.search(r'File "[^"]*/(launch|trainer|tools)/\w+\.py', block)]
+
+
+def typed(command: str, place: Path, *, stop_after: str = "") -> tuple[int, str]:
+    """Type a command into a shell; with ``stop_after``, Ctrl-C twice once that is printed."""
+    log = place / "terminal.txt"
+    with log.open("w") as file:
+        shell = subprocess.Popen(
+            ["bash", "-c", command], stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            cwd=place, env=fresh_shell(place), start_new_session=True,
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 240
+            while stop_after and shell.poll() is None and not re.search(stop_after, log.read_text()):
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.1)
+            if stop_after:
+                assert shell.poll() is None, log.read_text()[-3000:]
+                for _ in range(2):
+                    os.killpg(shell.pid, signal.SIGINT)
+                    time.sleep(1)
+            return shell.wait(240), log.read_text()
+        finally:
+            if shell.poll() is None:
+                os.killpg(shell.pid, signal.SIGKILL)

@@ -60,7 +60,7 @@ demo: $(INSTALLED)
 	$(LAUNCH) launch/pretrain.py --recipe demo --output_dir $(RUN) \
 		--data 'demo/shards/train/shard-*.tar' --heldout_data 'demo/shards/heldout/shard-*.tar'
 	$(TWO_AT_A_TIME) $(DETECTORS:%=demo/detect/%/finished)
-	$(NOTHING_NATIVE) $(BIN)/python launch/evaluate.py --test_sets $(TEST_SETS) --output_dir demo/results --num_workers 0 \
+	$(NOTHING_NATIVE) $(BIN)/python launch/evaluate.py --test_sets $(TEST_SETS) --output_dir demo/results --markdown demo/results/table.md \
 		--models '$(subst $(SPACE),;,$(foreach name,$(DETECTORS),$(name)=demo/detect/$(name)))' \
 		--baselines demo/detect/baselines.json
 

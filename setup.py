@@ -2,7 +2,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="face-mae-trainer",
-    version="0.1.0",
+    version="0.2.0",
     description="Distributed MAE pre-training on DeepSpeed from WebDataset shards, for face morphing attack detection",
     license="Apache-2.0",
     python_requires=">=3.11",

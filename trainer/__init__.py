@@ -1,3 +1,3 @@
 """Distributed MAE pre-training and face morphing attack detection on DeepSpeed."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -24,12 +24,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from launch.command_line import EXIT_USER_ERROR, configure_tool, run
 from trainer.checkpoint import newest_manifest
 from trainer.config import check_types
 from trainer.errors import ConfigError
+from trainer.files import read_json
 from trainer.guardian import beat_interval_s, state_of
 from trainer.lease import Attempt, attempts_of
 
@@ -79,7 +80,7 @@ def status_of(output: Path) -> Status:
     found = newest_manifest(output / "checkpoints")
     saved = int(found[1]["progress"]["step"]) if found else 0
     total = next((attempt.total_steps for attempt in reversed(attempts) if attempt.total_steps), None)
-    start = _read(output / "recipe.json").get("start", {})
+    start = read_json(output / "recipe.json").get("start", {})
     state: Literal["finished", "running", "interrupted"] = "interrupted"
     last = next((attempt for attempt in reversed(attempts) if not attempt.end.startswith("refused")), attempts[-1])
     if not last.end and is_alive(output / "logs", last):
@@ -105,7 +106,7 @@ def is_alive(logs: Path, attempt: Attempt) -> bool:
     limit_s = _LATE_BEATS * beat_interval_s(attempt.num_ranks)
     newest = 0.0
     for path in (logs / "heartbeats").glob("rank-*.json"):
-        beat = _read(path)
+        beat = read_json(path)
         if not beat.get("gone", True) and beat.get("host") != socket.gethostname():
             newest = max(newest, path.stat().st_mtime)
     return time.time() - newest < limit_s
@@ -174,14 +175,6 @@ def _command_of(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from trainer.data.members import (
     NO_LABEL,
     Sample,
     Tally,
+    image_candidates,
     key_of,
     samples_of,
     why_left_out,
@@ -337,12 +338,8 @@ def _is_image(suffix: str) -> bool:
 
 
 def _choose_image(location: str, key: str, found: dict[str, Member], image_member: str | None) -> str:
-    images = candidates = sorted(filter(_is_image, found))
-    if image_member is not None:
-        wanted = image_member.removeprefix("*").lstrip(".").lower()
-        candidates = [suffix for suffix in images if wanted in (suffix, suffix.rpartition(".")[0])]
-    elif len(images) > 1:
-        candidates = [suffix for suffix in images if "." not in suffix] or images
+    images = sorted(filter(_is_image, found))
+    candidates = image_candidates(images, image_member)
     if len(candidates) != 1:
         shown = ", ".join(f".{suffix}" for suffix in sorted(found))
         remedy = f"name one with --image_member {images[0]}" if images else "remove the sample"

@@ -24,10 +24,10 @@ import uuid
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from trainer.errors import CheckpointError, ConfigError, SupersededError
-from trainer.files import sync_folder, write_synced
+from trainer.files import read_json, sync_folder, write_synced
 
 _NUMBER = re.compile(r"\d{6,}")
 
@@ -165,10 +165,10 @@ def refuse_hopeless(lease: Lease, step: int, *, limit: int) -> None:
     fruitless = []
     for number in sorted(_numbers(lease.folder.parent) - {lease.number}, reverse=True):
         folder = lease.folder.parent / f"{number:06d}"
-        end = _read(folder / "end.json").get("end", "")
+        end = read_json(folder / "end.json").get("end", "")
         if end.startswith("refused"):
             continue
-        if end or _read(folder / "start.json").get("step", step) != step:
+        if end or read_json(folder / "start.json").get("step", step) != step:
             break
         fruitless.append(number)
     if limit and len(fruitless) >= limit:
@@ -202,7 +202,7 @@ def attempts_of(output: Path) -> list[Attempt]:
     found = []
     for number in sorted(_numbers(output / "attempts")) if (output / "attempts").is_dir() else []:
         folder = output / "attempts" / f"{number:06d}"
-        lease, start, end = (_read(folder / name) for name in ("lease.json", "start.json", "end.json"))
+        lease, start, end = (read_json(folder / name) for name in ("lease.json", "start.json", "end.json"))
         found.append(
             Attempt(
                 number,
@@ -245,14 +245,6 @@ def _fence(attempt: Path) -> None:
 
 def _numbers(attempts: Path) -> set[int]:
     return {int(path.name) for path in attempts.iterdir() if _NUMBER.fullmatch(path.name)}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _now() -> str:

@@ -215,14 +215,22 @@ def _is_image(suffix: str) -> bool:
     return suffix.rpartition(".")[2] in IMAGE_SUFFIXES
 
 
+def image_candidates(images: list[str], image_member: str | None) -> list[str]:
+    """Return those of a sample's image suffixes that may be meant: the named one, else plain ones such as ``jpg``."""
+    if image_member is not None:
+        wanted = _wanted(image_member)
+        return [suffix for suffix in images if wanted in (suffix, suffix.rpartition(".")[0])]
+    return [suffix for suffix in images if "." not in suffix] or images
+
+
+def _wanted(image_member: str) -> str:
+    return image_member.removeprefix("*").lstrip(".").lower()
+
+
 def _image_suffix(location: str, key: str, found: dict[str, Member], image_member: str | None) -> str:
     """Choose the image of a sample."""
-    images = candidates = sorted(filter(_is_image, found))
-    if image_member is not None:
-        wanted = image_member.removeprefix("*").lstrip(".").lower()
-        candidates = [suffix for suffix in images if wanted in (suffix, suffix.rpartition(".")[0])]
-    elif len(images) > 1:
-        candidates = [suffix for suffix in images if "." not in suffix] or images
+    images = sorted(filter(_is_image, found))
+    candidates = image_candidates(images, image_member)
     if len(candidates) == 1:
         return candidates[0]
     said = f"shard {location}: sample {key!r}"
@@ -233,7 +241,10 @@ def _image_suffix(location: str, key: str, found: dict[str, Member], image_membe
             "tools/check_shards.py --repair FOLDER, or pack other image formats with tools/make_shards.py"
         )
     if image_member is not None and not candidates:
-        raise DataError(f"{said} has no image .{wanted}, only {shown}: set --image_member to one that every sample has")
+        raise DataError(
+            f"{said} has no image .{_wanted(image_member)}, only {shown}: set --image_member to one that every sample "
+            "has"
+        )
     dots = (
         ""
         if all("." not in suffix for suffix in candidates)

@@ -34,7 +34,7 @@ demo/shards/%/make_shards.json: demo/orl/train.csv
 
 demo/detect/train.csv: $(INSTALLED)
 	@mkdir -p demo && rm -rf demo/detect
-	$(BIN)/python tools/orl_morphs.py demo/detect
+	OMP_NUM_THREADS=1 $(BIN)/python tools/orl_morphs.py demo/detect
 
 demo/detect/shards/%/make_shards.json: demo/detect/train.csv
 	$(BIN)/python tools/make_shards.py --source demo/detect/$*.csv --output_dir demo/detect/shards/$* --progress_bar false

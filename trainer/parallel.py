@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -13,6 +14,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _PR_SET_PDEATHSIG = 1
 """Linux: send this process a signal when its parent dies."""
 
@@ -35,7 +37,7 @@ def parallel_map(
     guarded = _Item(work)
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"), initializer=_prepare) as pool:
         try:
-            with _interrupts_held_back():
+            with _interrupts_held_back(), _one_thread_each():
                 if in_order:
                     results = pool.map(guarded, items, chunksize=chunksize)
                 else:
@@ -55,6 +57,18 @@ def _interrupts_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Start processes whose BLAS has one thread, unless the user chose: pools inside pools fight over the cores."""
+    chosen = {name: os.environ.get(name) for name in _THREADS}
+    os.environ |= {name: value or "1" for name, value in chosen.items()}
+    try:
+        yield
+    finally:
+        for name in (name for name, value in chosen.items() if value is None):
+            del os.environ[name]
 
 
 _leaving = False

@@ -171,9 +171,25 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values(tmp_path: Path,
         checkpoint.check_identity(manifest, dataclasses.replace(IDENTITY, **change), path)
 
 
+@pytest.mark.parametrize(("old", "new"), [('"seed"', '"sved"'), ('"sha256": "', '"shb256": "'), ('"abc"', '"abb"')])
+def test_damage_to_a_manifest_is_damage_and_no_other_recipe(tmp_path: Path, old: str, new: str) -> None:
+    path = Run(tmp_path).save(1)
+    manifest = path / "manifest.json"
+    text = manifest.read_text()
+    assert old in text
+    manifest.write_text(new.join(text.rsplit(old, 1)))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is unreadable"):
+        checkpoint.verify(path)
+    former = json.loads(text)
+    del former["sha256"]  # as release 0.1 wrote it
+    manifest.write_text(json.dumps(former))
+    checkpoint.verify(path)
+
+
 def test_a_manifest_cannot_name_files_outside(tmp_path: Path) -> None:
     path = Run(tmp_path).save(1)
     manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
     manifest["files"]["../../secret"] = {"bytes": 1, "sha256": "0"}
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="outside its folder"):

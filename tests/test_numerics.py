@@ -110,7 +110,7 @@ def worker(folder: Path, config: Path, stage: int) -> list[dict[str, Any]]:
 )
 def test_a_ds_config_that_blinds_the_check_is_refused(tmp_path: Path, setting: dict[str, Any]) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(setting))
-    with pytest.raises(ConfigError, match="not finite move the weights"):
+    with pytest.raises(ConfigError, match="not finite would move the weights"):
         read_ds_config(tmp_path / "ds.json")
 
 

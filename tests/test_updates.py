@@ -122,6 +122,7 @@ def cut_to(release: set[str], output: Path) -> None:
     record.write_text(json.dumps({"recipe": cut(json.loads(record.read_text())["recipe"]), "runtime": {}}))
     for path in output.glob("checkpoints/*/manifest.json"):
         manifest = json.loads(path.read_text())
+        manifest.pop("sha256", None)
         for part, names in MANIFEST_0_1.items():
             manifest[part] = {name: manifest[part][name] for name in names}
         manifest["identity"]["recipe"] = cut(manifest["identity"]["recipe"])

@@ -19,6 +19,7 @@ is lost with the process, and what they write cannot be loaded again at ZeRO sta
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import re
@@ -43,6 +44,8 @@ T = TypeVar("T")
 
 FORMAT_VERSION = 3
 _MANIFEST = "manifest.json"
+_SEAL = "sha256"
+_PARTS = {"format_version", "progress", "samples", "identity", "versions", "files"}
 _NAME = re.compile(r"step-(\d{8,})")
 _MOST_FAILURES = 3
 """Saves that may fail in a row before the run stops; storage that is full for an hour must not cost a cluster a day."""
@@ -306,7 +309,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
+        manifest = _unsealed((path / _MANIFEST).read_text())
         version = manifest["format_version"]
         if version == FORMAT_VERSION:
             for part, legacy in LEGACY_FIELDS.items():
@@ -323,8 +326,28 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _sealed(manifest: dict[str, Any]) -> str:
+    """Write a manifest with its own sha256, so that damage to it is not taken for another recipe."""
+    return json.dumps(manifest | {_SEAL: _digest_of(manifest)}, indent=1)
+
+
+def _unsealed(text: str) -> dict[str, Any]:
+    """Read what `_sealed` wrote; release 0.1 wrote no seal. Raises some error if the text was altered."""
+    manifest: dict[str, Any] = json.loads(text)
+    seal = manifest.pop(_SEAL, None)
+    if seal is not None and seal != _digest_of(manifest):
+        raise ValueError("it was altered")
+    return manifest
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Raise some error if a part is missing, of a wrong type, or of another step."""
+    """Raise some error if a part is unknown, missing, of a wrong type, or of another step."""
+    if unknown := manifest.keys() - _PARTS:  # such as a seal with a damaged name, which would look like no seal
+        raise ValueError(f"{min(unknown)} is no part of it")
     all((int(entry["bytes"]), str(entry["sha256"])) for entry in manifest["files"].values())
     progress, _ = _typed(Progress, manifest["progress"]), _typed(Identity, manifest["identity"])
     if progress.step < 0 or progress.data_step < progress.step:
@@ -414,7 +437,7 @@ def rewind(root: Path, progress: Progress, *, lease: Lease, max_attempts: int) -
             lease.discard(path)
     saved.skips.append({"at_step": saved.step, "num_steps": progress.data_step - saved.data_step})
     manifest["progress"] = dataclasses.asdict(saved)
-    lease.write(chosen / _MANIFEST, json.dumps(manifest, indent=1))
+    lease.write(chosen / _MANIFEST, _sealed(manifest))
     lease.write(root / "latest", chosen.name + "\n")
     return chosen
 
@@ -465,7 +488,7 @@ def _write_manifest(
         "versions": versions,
         "files": files,
     }
-    write_synced(draft / _MANIFEST, json.dumps(manifest, indent=1))
+    write_synced(draft / _MANIFEST, _sealed(manifest))
     for folder in {draft, *(path.parent for path in files_below(draft))}:
         sync_folder(folder)
 

@@ -108,10 +108,13 @@ class Settings:
         for name in ("num_workers", "num_replicates", "num_hardest"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
-        if self.markdown and (Path(self.markdown).is_dir() or not Path(self.markdown).parent.is_dir()):
-            raise ConfigError(
-                f"markdown is {self.markdown}, but must be a file in a folder that exists: create the folder"
-            )
+        if self.markdown is not None:
+            path = Path(self.markdown)
+            will_exist = path.parent.is_dir() or path.parent == Path(self.output_dir)
+            if path.is_dir() or not will_exist:
+                raise ConfigError(
+                    f"markdown is {self.markdown}, but must be a file in a folder that exists: create the folder"
+                )
 
 
 @dataclass(frozen=True, slots=True)

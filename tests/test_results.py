@@ -122,6 +122,8 @@ def test_a_markdown_file_that_cannot_be_written_is_refused_before_any_work(tmp_p
         with pytest.raises(ConfigError, match=r"markdown is .*, but must be a file in a folder that exists"):
             Settings(markdown=str(path))
     assert Settings(markdown="table.md").markdown == "table.md"
+    inside = str(tmp_path / "new" / "table.md")  # the folder of the results is made with them
+    assert Settings(output_dir=str(tmp_path / "new"), markdown=inside).markdown == inside
 
 
 def test_a_key_that_is_no_utf8_is_written_escaped(tmp_path: Path) -> None:

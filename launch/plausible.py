@@ -1,4 +1,4 @@
-"""What a training says of lengths that nobody wants: batches beyond the data, a handful of steps, years on a CPU."""
+"""What a training says of sizes that nobody wants: batches beyond the data, a handful of steps, years on a CPU."""
 
 from collections.abc import Iterator
 
@@ -20,8 +20,9 @@ def doubts(
     num_ranks: int,
     step_flops: float,
     cpu_threads: int | None,
+    spare_workers: int = 0,
 ) -> Iterator[str]:
-    """Name what is odd about the length of a training, with the numbers and a command that fits better.
+    """Name what is odd about a training, with the numbers and a command that fits better.
 
     Args:
         global_batch: samples in a step.
@@ -30,6 +31,7 @@ def doubts(
         num_ranks: that divide the batch.
         step_flops: floating-point operations of a step.
         cpu_threads: over all ranks; None where a GPU computes.
+        spare_workers: loader processes of a host beyond its cores.
     """
     if global_batch > num_images:
         fitting = fitting_batch(num_images, num_ranks)
@@ -47,6 +49,11 @@ def doubts(
         yield (
             f"the schedule is {total_steps} steps of {global_batch} images, more than anyone trains: try a larger "
             f"--global_batch, or --epochs {_MANY_STEPS / 10 * global_batch / num_images:.3g}"
+        )
+    if spare_workers > 0:
+        yield (
+            f"the ranks of this host start {spare_workers} more loader processes than it has cores: try a smaller "
+            "--num_workers"
         )
     if cpu_threads:
         step_s = step_flops / (cpu_threads * _FLOPS_PER_THREAD)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ class Training:
             *(engine.precision, engine.zero_stage),
         )
         if world.is_main:
-            self._warn_of_odd_lengths(total_steps)
+            self._warn_of_odd_sizes(total_steps)
         loader = Loader(
             self._stream(share, progress.data_step),
             num_workers=runtime.num_workers,
@@ -204,16 +205,18 @@ class Training:
     def _epoch_at(self, left_out: int, step: int) -> float:
         return (step + left_out) * self.recipe.global_batch / len(self.index)
 
-    def _warn_of_odd_lengths(self, total_steps: int) -> None:
+    def _warn_of_odd_sizes(self, total_steps: int) -> None:
         step_flops = float(self.flops_per_image * self.recipe.global_batch)
-        threads = torch.get_num_threads() * self.engine.world.size if self.engine.device.type == "cpu" else None
+        world = self.engine.world
+        threads = torch.get_num_threads() * world.size if self.engine.device.type == "cpu" else None
         for text in doubts(
             global_batch=self.recipe.global_batch,
             num_images=len(self.index),
             total_steps=total_steps,
-            num_ranks=self.engine.world.size,
+            num_ranks=world.size,
             step_flops=step_flops,
             cpu_threads=threads,
+            spare_workers=self.runtime.num_workers * world.local_size - len(os.sched_getaffinity(0)),
         ):
             logger.warning("%s", text)
 

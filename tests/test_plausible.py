@@ -32,6 +32,8 @@ PLAIN = {
             "4096, but .* has 98 images: every step sees each 41.8 times",
         ),
         ({"total_steps": 3}, "the schedule is 3 steps of 256 images"),
+        ({"spare_workers": 6}, "start 6 more loader processes than it has cores: try a smaller --num_workers"),
+        ({"spare_workers": -6}, ""),
         ({"total_steps": 9_000_000}, "more than anyone trains"),
         (
             {"cpu_threads": 2},

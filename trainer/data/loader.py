@@ -1,5 +1,6 @@
 """Workers, prefetch and the copy to the device: batches are ready when the step wants them."""
 
+import contextlib
 import ctypes
 import dataclasses
 import math
@@ -8,6 +9,7 @@ import multiprocessing.queues
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from multiprocessing.reduction import DupFd
 from typing import Any
@@ -28,14 +30,15 @@ class Loader:
 
     def __init__(self, stream: Stream, *, num_workers: int = 0, prefetch: int = 2, pin_memory: bool = False) -> None:
         self._stream = stream
-        self._loader: DataLoader[Batch | TrainerError] = DataLoader(
-            _HandedOver(Guarded(stream)),
-            batch_size=None,
-            num_workers=num_workers,
-            prefetch_factor=prefetch if num_workers else None,
-            pin_memory=pin_memory,
-            worker_init_fn=_prepare_worker,
-        )
+        with _many_workers_allowed():
+            self._loader: DataLoader[Batch | TrainerError] = DataLoader(
+                _HandedOver(Guarded(stream)),
+                batch_size=None,
+                num_workers=num_workers,
+                prefetch_factor=prefetch if num_workers else None,
+                pin_memory=pin_memory,
+                worker_init_fn=_prepare_worker,
+            )
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches in plan order.
@@ -45,12 +48,22 @@ class Loader:
             RuntimeError: a sample arrived twice, in another order, or not at all: a fault of this program.
         """
         expected = self._stream.expected_positions()
-        for item in self._loader:
+        with _many_workers_allowed():
+            items = iter(self._loader)
+        for item in items:
             if isinstance(item, TrainerError):
                 raise item
             _compare(next(expected, None), item.positions)
             yield item
         _compare(next(expected, None), None)
+
+
+@contextlib.contextmanager
+def _many_workers_allowed() -> Iterator[None]:
+    """Leave out torch's warnings of more workers than cores: a training says so once, with the setting."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        yield
 
 
 def _compare(expected: list[int] | None, delivered: list[int] | None) -> None:

@@ -48,14 +48,16 @@ class Loader:
             RuntimeError: a sample arrived twice, in another order, or not at all: a fault of this program.
         """
         expected = self._stream.expected_positions()
-        with _many_workers_allowed():
-            items = iter(self._loader)
-        for item in items:
+        for item in self._start():  # held by no name: a kept traceback would keep the workers, which ignore SIGTERM
             if isinstance(item, TrainerError):
                 raise item
             _compare(next(expected, None), item.positions)
             yield item
         _compare(next(expected, None), None)
+
+    def _start(self) -> Iterator[Batch | TrainerError]:
+        with _many_workers_allowed():
+            return iter(self._loader)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ from launch.command_line import configure_tool, run
 from launch.data import pixels_of, span_reader
 from launch.detectors import preprocessing_of, rebuild, recipe_of
 from launch.results import Results, markdown_table, terminal_table
-from launch.run_setup import versions
+from launch.run_setup import refuse_unusable_gpus, versions
 from trainer.config import DetectorRecipe, DetectorRuntime, check_types
 from trainer.data.augment import CenterView
 from trainer.data.loader import Loader
@@ -156,6 +156,7 @@ def evaluate(settings: Settings) -> Path:
     Raises:
         ConfigError: before any work, about settings; DataError: about test sets. What was scored before stays on disk.
     """
+    refuse_unusable_gpus()
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     detectors = [open_detector(name, Path(path), settings) for name, path in named_values(settings.models, "models")]

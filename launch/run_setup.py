@@ -46,8 +46,8 @@ def use_devices(world: World, runtime: Runtime, *, refuse_unusable: bool = True)
     Raises:
         ConfigError: see above.
     """
-    if refuse_unusable and (problem := unusable_gpus()):
-        raise ConfigError(f"{problem}; to compute on the CPU all the same, set DS_ACCELERATOR=cpu")
+    if refuse_unusable:
+        refuse_unusable_gpus()
     cores = len(os.sched_getaffinity(0))
     device = default_device()
     num_devices = torch.cuda.device_count() if device.type == "cuda" else cores
@@ -55,6 +55,16 @@ def use_devices(world: World, runtime: Runtime, *, refuse_unusable: bool = True)
     logger.info("device: %d x %s, for %d ranks on this host", num_devices, name, world.local_size)
     check_devices(world, num_devices, device.type, oversubscribe=runtime.oversubscribe)
     torch.set_num_threads(runtime.num_threads or max(1, cores // world.local_size))
+
+
+def refuse_unusable_gpus() -> None:
+    """Refuse a host whose GPUs would stay idle in silence.
+
+    Raises:
+        ConfigError: naming why, and how to compute on the CPU all the same.
+    """
+    if problem := unusable_gpus():
+        raise ConfigError(f"{problem}; to compute on the CPU all the same, set DS_ACCELERATOR=cpu")
 
 
 def unusable_gpus(devices: Path = Path("/dev")) -> str:

@@ -13,6 +13,7 @@ from conftest import ROOT, TINY, environment, words_of
 from deepspeed.launcher.runner import fetch_hostfile
 
 from launch import doctor, run_setup
+from launch.evaluate import Settings, evaluate
 from launch.recipes import RECIPES
 from launch.run_setup import unusable_gpus
 from trainer.errors import ConfigError
@@ -119,6 +120,8 @@ def test_gpus_that_cuda_cannot_use_are_refused_unless_the_user_wants_the_cpu(
     monkeypatch.setattr(run_setup.unusable_gpus, "__defaults__", (tmp_path,))
     with pytest.raises(ConfigError, match="to compute on the CPU all the same, set DS_ACCELERATOR=cpu"):
         run_setup.use_devices(World(), RECIPES["demo"]()[1])
+    with pytest.raises(ConfigError, match="to compute on the CPU all the same, set DS_ACCELERATOR=cpu"):
+        evaluate(Settings(models="none=nowhere", test_sets="none=nowhere"))
     for name, value in (("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1")):
         with monkeypatch.context() as told:
             told.setenv(name, value)

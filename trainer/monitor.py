@@ -61,13 +61,18 @@ def start_console(*, is_main: bool, rank: int) -> None:
     root.handlers = [console, MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)] if is_main else [console]
 
 
+def _held_back() -> MemoryHandler | None:
+    """Return what keeps the lines that were said before there was a file."""
+    return next((handler for handler in logging.getLogger().handlers if isinstance(handler, MemoryHandler)), None)
+
+
 def start_logging(output_dir: Path, *, is_main: bool, rank: int) -> Path | None:
     """Send the log to the console and, on rank 0, with all said so far to OUTPUT/logs/[timestamp]_training.log."""
     root = logging.getLogger()
-    early = next((handler for handler in root.handlers if isinstance(handler, MemoryHandler)), None)
+    early = _held_back()
     if early is None:
         start_console(is_main=is_main, rank=rank)
-        early = next((handler for handler in root.handlers if isinstance(handler, MemoryHandler)), None)
+        early = _held_back()
     if not is_main or early is None:
         return None
     folder = output_dir / "logs"

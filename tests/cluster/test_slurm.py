@@ -115,18 +115,21 @@ def test_a_node_that_is_cut_off_is_replaced_and_its_rank_ends_itself(
         wait_for(lambda: "attempt 2: 1 ranks on hostb" in log_of(output), lambda: cluster.slurm("sinfo"))
         last_words = "attempt 1 ends: attempt 2 has taken over"
         wait_for(lambda: last_words in log_of(output), lambda: log_of(output)[-3000:])  # while the cable is still out
+        # srun on the cut host says how its rank ended some time after the rank's own last words.
+        ended = "task 0: Exited with exit code 87"
+        wait_for(lambda: ended in log_of(output), lambda: log_of(output)[-3000:])
         done = num_steps(output)
         wait_for_steps(output, done + 10)
     finally:
         cluster("heal", "hosta")
-    assert "task 0: Exited with exit code 87" in log_of(output)
+        # The tests that follow need both nodes, however this one ends.
+        wait_for(lambda: "down" not in cluster.slurm("sinfo", "-h", "-o", "%T"), lambda: cluster.slurm("sinfo", "-N"))
     cluster.slurm("scancel", job)
     wait_for(lambda: state(cluster, job)["JobState"] == "CANCELLED", lambda: cluster.slurm("squeue"))
     wait_for(lambda: attempts(output) == [None, "stopped by a signal"], lambda: log_of(output)[-3000:])
     steps = [row["step"] for row in metrics(output)]
     assert steps == list(range(1, len(steps) + 1))
     assert consumed(output) == list(range(8 * len(steps)))
-    wait_for(lambda: "down" not in cluster.slurm("sinfo", "-h", "-o", "%T"), lambda: cluster.slurm("sinfo", "-N"))
 
 
 def test_a_sweep_is_a_job_array_with_a_run_for_each_value(cluster: Lab, shards: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Recipe, Runtime
+from trainer.config.settings import Recipe, Runtime
 from trainer.data.augment import Pixels
 from trainer.data.mixture import Mixture, Source, groups_by_value, groups_of_sources, read_sources
 from trainer.data.plan import Order, Plan

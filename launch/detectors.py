@@ -9,7 +9,8 @@ from torch import Tensor
 
 from launch.data import pixels_of
 from launch.init_weights import Init, check_heads, check_init, find_again, read_init
-from trainer.config import DetectorRecipe, from_record
+from trainer.config.record import from_record
+from trainer.config.settings import DetectorRecipe
 from trainer.data.augment import AS_STORED, CenterView, DetectorView, Pixels
 from trainer.data.distort import BasicAugment, PassportChain, RandAugment
 from trainer.errors import CheckpointError

@@ -41,17 +41,19 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from launch.command_line import EXIT_USER_ERROR, answered, run
 from launch.pretrain import build_model
-from launch.recipes import configure_script
 from launch.run_setup import engine_settings, unusable_gpus, use_devices, versions
 from trainer.checkpoint import newest_manifest
-from trainer.config import DetectorRecipe, PretrainRecipe, PretrainRuntime, Recipe, Runtime, expand_home
+from trainer.config.command_line import answered
+from trainer.config.parse import expand_home
+from trainer.config.recipes import configure_script
+from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime, Recipe, Runtime
 from trainer.data.mixture import read_sources
 from trainer.data.storage import reading
 from trainer.ds_config import compiled_optimizer
 from trainer.engine import connect, default_device, disconnect
 from trainer.errors import ConfigError, TrainerError, without_secrets
+from trainer.fault_tolerance.exit_codes import EXIT_USER_ERROR, run
 from trainer.models.encoder import PatchEncoder
 from trainer.world import World, world_from_environment
 

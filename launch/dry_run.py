@@ -17,7 +17,8 @@ from launch.data import open_sets
 from launch.run_setup import check_output
 from tools import planning
 from tools.plan_run import Model, read_model
-from trainer.config import Recipe, Runtime, as_text
+from trainer.config.parse import as_text
+from trainer.config.settings import Recipe, Runtime
 from trainer.data.mixture import Source
 from trainer.data.shards import describe_index
 from trainer.engine import default_device

@@ -33,8 +33,9 @@ def explain_missing(kind: type[BaseException], error: BaseException, trace: Trac
 
 sys.excepthook = explain_missing  # the imports below, and later those of the command
 
-from launch.command_line import EXIT_INTERRUPTED, explain, say, say_interrupted
 from trainer.errors import TrainerError
+from trainer.fault_tolerance.exit_codes import EXIT_INTERRUPTED, explain, say_interrupted
+from trainer.progress import say
 
 
 def read_early(path: str, *, loads: str = "") -> None:

@@ -37,12 +37,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from launch.command_line import configure_tool, run
 from launch.data import pixels_of, span_reader
 from launch.detectors import preprocessing_of, rebuild, recipe_of
 from launch.results import Results, markdown_table, terminal_table
 from launch.run_setup import refuse_unusable_gpus, versions
-from trainer.config import DetectorRecipe, DetectorRuntime, check_types
+from trainer.config.command_line import configure_tool
+from trainer.config.settings import DetectorRecipe, DetectorRuntime, check_types
 from trainer.data.augment import CenterView
 from trainer.data.loader import Loader
 from trainer.data.overlap import prints_of
@@ -51,6 +51,7 @@ from trainer.data.stream import fixed_stream
 from trainer.engine import default_device
 from trainer.errors import ConfigError, DataError, without_secrets
 from trainer.evaluate import CLASSES, SUCCESS, Scores, Truth, check_labels, score, truth_of
+from trainer.fault_tolerance.exit_codes import run
 from trainer.files import readable
 from trainer.metrics import FEW_IDENTITIES, json_threshold, summarise
 from trainer.models.detector import MorphDetector

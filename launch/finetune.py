@@ -22,11 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from launch.command_line import CommandLine, read_training, run, say
 from launch.data import describe_shares, find_sources, open_sets, order_of, pixels_of, span_reader, tell_all_ranks
 from launch.detectors import build_detector, preprocessing_of, training_view
 from launch.init_weights import describe, fitting_recipe, place_of, read_init
-from launch.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
 from launch.run_setup import (
     backend_timeout_s,
     begin,
@@ -39,7 +37,10 @@ from launch.run_setup import (
 )
 from launch.training import Ending, Training, record_end, show
 from trainer import checkpoint
-from trainer.config import DetectorRecipe, DetectorRuntime, as_record
+from trainer.config.command_line import CommandLine, read_training
+from trainer.config.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
+from trainer.config.record import as_record
+from trainer.config.settings import DetectorRecipe, DetectorRuntime
 from trainer.data.augment import CenterView
 from trainer.data.loader import Loader
 from trainer.data.overlap import prints_of
@@ -58,11 +59,13 @@ from trainer.evaluate import (
     truth_of,
     validation_figures,
 )
+from trainer.fault_tolerance.exit_codes import run
 from trainer.guardian import Phase
 from trainer.heldout import share_of
 from trainer.lease import Lease
 from trainer.models.lora import save_adapter
 from trainer.monitor import Monitor, print_and_log, start_console, start_logging
+from trainer.progress import say
 from trainer.saved_detector import read_description, restore, save_detector
 from trainer.selection import FILE, RULE, Validated, judge, validated
 from trainer.watchdog import mark

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from launch.hub_weights import fetch_folder, is_hub_name, within_seconds
 from trainer import checkpoint
-from trainer.config import DetectorRecipe, PretrainRecipe
+from trainer.config.settings import DetectorRecipe, PretrainRecipe
 from trainer.errors import CheckpointError, ConfigError
 from trainer.models.detector import STATISTICS
 from trainer.models.encoder import PatchEncoder, hub_name_of, natural_shape, pretrained_weights

@@ -21,10 +21,8 @@ from pathlib import Path
 
 import torch
 
-from launch.command_line import CommandLine, read_training, run, say
 from launch.data import describe_shares, find_sources, open_sets, order_of, pixels_of, span_reader, tell_all_ranks
 from launch.init_weights import check_heads, check_init, read_init
-from launch.recipes import DEFAULT, RECIPES
 from launch.run_setup import (
     backend_timeout_s,
     begin,
@@ -37,7 +35,10 @@ from launch.run_setup import (
 )
 from launch.training import Ending, Training, record_end, show
 from trainer import checkpoint, heldout
-from trainer.config import PretrainRecipe, PretrainRuntime, as_record
+from trainer.config.command_line import CommandLine, read_training
+from trainer.config.recipes import DEFAULT, RECIPES
+from trainer.config.record import as_record
+from trainer.config.settings import PretrainRecipe, PretrainRuntime
 from trainer.data.augment import CenterView, PretrainView
 from trainer.data.loader import Loader
 from trainer.data.mixture import Source
@@ -46,6 +47,7 @@ from trainer.data.shards import ShardIndex
 from trainer.data.stream import Batch, fixed_stream
 from trainer.engine import Engine, connect, disconnect
 from trainer.errors import ConfigError
+from trainer.fault_tolerance.exit_codes import run
 from trainer.guardian import Phase
 from trainer.lease import Lease
 from trainer.models.encoder import PatchEncoder
@@ -53,6 +55,7 @@ from trainer.models.lora import backbone_sha256
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
 from trainer.monitor import Monitor, print_and_log, start_console, start_logging
+from trainer.progress import say
 from trainer.watchdog import mark
 from trainer.world import World, world_from_environment
 

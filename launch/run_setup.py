@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from launch.command_line import read_flags
 from trainer import checkpoint
 from trainer import lease as leases
-from trainer.config import Recipe, Runtime, as_record, complete_record, differing_fields
+from trainer.config.command_line import read_flags
+from trainer.config.record import as_record, complete_record, differing_fields
+from trainer.config.settings import Recipe, Runtime
 from trainer.engine import Engine, default_device, fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.errors import CheckpointError, ConfigError, SupersededError, TrainerError, without_secrets
 from trainer.lease import Lease

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from launch.command_line import EXIT_INTERRUPTED, EXIT_REQUEUE
 from launch.data import span_reader
 from launch.plausible import doubts
 from launch.run_setup import claim, describe_start, resume, versions
 from trainer import checkpoint
-from trainer.config import Recipe, Runtime, as_record
+from trainer.config.record import as_record
+from trainer.config.settings import Recipe, Runtime
 from trainer.data.augment import View
 from trainer.data.loader import Loader
 from trainer.data.mixture import Source
@@ -29,6 +29,7 @@ from trainer.data.shards import ShardIndex
 from trainer.data.stream import Batch, Slice, Stream, train_stream
 from trainer.engine import Engine
 from trainer.errors import without_secrets
+from trainer.fault_tolerance.exit_codes import EXIT_INTERRUPTED, EXIT_REQUEUE
 from trainer.lease import Lease
 from trainer.loop import BadSamples, Dates, Guards, Hooks, Inputs, Outcome, StopRequest, name_of_signal, train
 from trainer.monitor import Ledger, Monitor, Speedometer, print_and_log

@@ -34,7 +34,7 @@ OWNERS = {
     "transformers": {"trainer/export.py", "tools/bench_step.py"},
     "onnxruntime": {"trainer/export.py"},
     "tqdm": {"trainer/progress.py", "trainer/monitor.py"},
-    "fire": {"launch/command_line.py"},
+    "fire": {"trainer/config/command_line.py"},
 }
 
 

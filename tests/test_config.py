@@ -6,24 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from launch.command_line import answered, check_places, configure, explain, read_command, read_flags, recipes_help
-from launch.recipes import DEFAULT, DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
 from launch.run_setup import check_output
-from trainer import foreign_names
-from trainer.config import (
-    LEGACY_VALUES,
-    DetectorRecipe,
-    DetectorRuntime,
-    PretrainRecipe,
-    PretrainRuntime,
-    as_record,
-    differing_fields,
-    expand_home,
-    from_record,
-    help_text,
-)
+from trainer.config import foreign_names
+from trainer.config.command_line import answered, check_places, configure, read_command, read_flags, recipes_help
+from trainer.config.parse import expand_home, help_text
+from trainer.config.recipes import DEFAULT, DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
+from trainer.config.record import LEGACY_VALUES, as_record, differing_fields, from_record
+from trainer.config.settings import DetectorRecipe, DetectorRuntime, PretrainRecipe, PretrainRuntime
 from trainer.data.shards import list_shards
 from trainer.errors import ConfigError
+from trainer.fault_tolerance.exit_codes import explain
 
 
 def test_flags_and_overrides_and_the_launchers_words_mix() -> None:

@@ -14,8 +14,8 @@ from deepspeed.launcher.runner import fetch_hostfile
 
 from launch import doctor, run_setup
 from launch.evaluate import Settings, evaluate
-from launch.recipes import RECIPES
 from launch.run_setup import unusable_gpus
+from trainer.config.recipes import RECIPES
 from trainer.errors import ConfigError
 from trainer.world import World
 

@@ -30,7 +30,8 @@ from launch.pretrain import build_model
 from tools.export import main
 from trainer import export as formats
 from trainer import lease as leases
-from trainer.config import DetectorRecipe, PretrainRecipe, PretrainRuntime, as_record
+from trainer.config.record import as_record
+from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime
 from trainer.data.augment import CenterView, Photo
 from trainer.data.overlap import Prints
 from trainer.errors import CheckpointError, ConfigError, TrainerError

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from launch.detectors import build_detector
 from launch.init_weights import find_again, fitting_recipe, place_of, read_init
 from launch.pretrain import build_model, take_weights
-from trainer.config import DetectorRecipe, PretrainRecipe, PretrainRuntime
+from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime
 from trainer.errors import ConfigError
 from trainer.models.mae import MaskedAutoencoder
 

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from conftest import ROOT, TINY, environment, forks, metrics, words_of, write_tar
 
-from launch.command_line import _Interrupt
 from launch.training import Ending
+from trainer.fault_tolerance.exit_codes import _Interrupt
 from trainer.loop import StopRequest
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from launch.data import open_sets, order_of
-from trainer.config import PretrainRecipe, PretrainRuntime, as_record
+from trainer.config.record import as_record
+from trainer.config.settings import PretrainRecipe, PretrainRuntime
 from trainer.data.members import MAX_JSON_BYTES, Tally, samples_of
 from trainer.data.mixture import Source
 from trainer.data.shards import ShardReader, list_shards, open_index

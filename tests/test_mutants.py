@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch.command_line import configure
-from launch.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
 from trainer import checkpoint
 from trainer.checkpoint import Identity, Progress, Saver
+from trainer.config.command_line import configure
+from trainer.config.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
 from trainer.data.mixture import read_sources
 from trainer.engine import fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.errors import ConfigError, TrainerError

@@ -16,10 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from launch.recipes import DETECTOR_RECIPES, RECIPES
 from tools import plan_run, planning
 from tools.planning import Failures, Weights, Zero
-from trainer.config import Recipe, with_flags
+from trainer.config.parse import with_flags
+from trainer.config.recipes import DETECTOR_RECIPES, RECIPES
+from trainer.config.settings import Recipe
 from trainer.errors import ConfigError
 
 SMALL = {"model": "vit_tiny_patch16_224", "encoder_depth": "2", "image_size": "32", "patch_size": "8", "num_lanes": "4"}

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from launch.plausible import doubts, fitting_batch
-from launch.recipes import RECIPES
 from launch.training import labelled_views
-from trainer.config import with_flags
+from trainer.config.parse import with_flags
+from trainer.config.recipes import RECIPES
 from trainer.data.stream import Batch
 from trainer.monitor import Forecast, duration
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from launch.pretrain import build_model, flops_of
-from launch.recipes import RECIPES
+from trainer.config.recipes import RECIPES
 
 
 @pytest.mark.slow

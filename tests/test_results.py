@@ -138,7 +138,7 @@ def test_a_key_that_is_no_utf8_is_written_escaped(tmp_path: Path) -> None:
 
 
 def test_a_name_that_the_terminal_cannot_show_ends_no_command() -> None:
-    code = "from launch.command_line import run; run(lambda: print('caf\\udce9 \\u5b57') or 0)"
+    code = "from trainer.config.command_line import run; run(lambda: print('caf\\udce9 \\u5b57') or 0)"
     for encoding in ("utf-8", "ascii"):
         env = environment() | {"PYTHONIOENCODING": encoding}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, Run, forks, jpeg, metrics, words_of, write_tar
 
-from trainer.config import DetectorRuntime, PretrainRuntime, Runtime
+from trainer.config.settings import DetectorRuntime, PretrainRuntime, Runtime
 
 pytestmark = pytest.mark.ranks
 
@@ -157,9 +157,9 @@ def test_any_two_runtimes_give_the_same_losses(script: str, train: Path, tmp_pat
 
 
 def test_a_micro_batch_that_would_cut_the_mixed_groups_is_refused(train: Path, tmp_path: Path) -> None:
-    from launch.command_line import configure
     from launch.finetune import check_groups
-    from launch.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
+    from trainer.config.command_line import configure
+    from trainer.config.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
     from trainer.errors import ConfigError
 
     def checked(words: str) -> None:

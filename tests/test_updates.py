@@ -8,20 +8,13 @@ from typing import Any
 import pytest
 from conftest import TINY, launch, metrics
 
-from launch.command_line import configure
-from launch.recipes import RECIPES
 from launch.run_setup import check_output
-from trainer import checkpoint, config
-from trainer.config import (
-    LEGACY_VALUES,
-    DetectorRecipe,
-    PretrainRecipe,
-    Recipe,
-    as_record,
-    complete_record,
-    from_record,
-    keep_legacy_values,
-)
+from trainer import checkpoint
+from trainer.config import settings as config
+from trainer.config.command_line import configure
+from trainer.config.recipes import RECIPES
+from trainer.config.record import LEGACY_VALUES, as_record, complete_record, from_record, keep_legacy_values
+from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe
 from trainer.errors import CheckpointError, ConfigError
 
 # The names that releases have written, as they were. Only append new releases; never correct these.
@@ -60,7 +53,7 @@ RELEASES = [(PretrainRecipe, PRETRAIN_BEFORE_CROSS), (PretrainRecipe, PRETRAIN_0
 @pytest.mark.parametrize(("kind", "release"), RELEASES)
 def test_every_recipe_field_that_a_release_lacks_has_a_legacy_value(kind: type[Recipe], release: set[str]) -> None:
     names = {entry.name for entry in dataclasses.fields(kind)}
-    assert names - release <= LEGACY_VALUES.keys(), "add the new field to trainer.config.LEGACY_VALUES"
+    assert names - release <= LEGACY_VALUES.keys(), "add the new field to trainer.config.record.LEGACY_VALUES"
     whole = complete_record(dict.fromkeys(release), names)
     assert whole.keys() >= names
     made = from_record(kind, {name: LEGACY_VALUES[name] for name in names & LEGACY_VALUES.keys()})

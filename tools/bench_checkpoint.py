@@ -30,11 +30,12 @@ from pathlib import Path
 
 import torch
 
-from launch.command_line import configure_tool, run
 from launch.run_setup import engine_settings
 from trainer.checkpoint import Identity, Progress, Saver
-from trainer.config import PretrainRecipe, PretrainRuntime, check_types
+from trainer.config.command_line import configure_tool
+from trainer.config.settings import PretrainRecipe, PretrainRuntime, check_types
 from trainer.engine import Engine, connect
+from trainer.fault_tolerance.exit_codes import run
 from trainer.lease import take
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder

@@ -43,14 +43,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from launch.command_line import configure_tool, run
-from trainer.config import check_types
+from trainer.config.command_line import configure_tool
+from trainer.config.settings import check_types
 from trainer.data.augment import PretrainView
 from trainer.data.loader import Loader
 from trainer.data.plan import Plan, Repeated
 from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch, Slice, train_stream
 from trainer.errors import ConfigError
+from trainer.fault_tolerance.exit_codes import run
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask

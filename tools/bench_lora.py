@@ -29,8 +29,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from launch.command_line import configure_tool, run
-from trainer.config import check_types
+from trainer.config.command_line import configure_tool
+from trainer.config.settings import check_types
+from trainer.fault_tolerance.exit_codes import run
 from trainer.models.detector import HeadOptions, MorphDetector
 from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import add_lora, save_adapter

@@ -28,11 +28,12 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
-from launch.command_line import configure_tool, run
-from trainer.config import check_types
+from trainer.config.command_line import configure_tool
+from trainer.config.settings import check_types
 from trainer.data.members import Tally
 from trainer.data.plan import Plan, positions_of
 from trainer.data.shards import INDEX_VERSION, SHARD_COLUMNS, ShardIndex
+from trainer.fault_tolerance.exit_codes import run
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

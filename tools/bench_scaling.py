@@ -30,10 +30,11 @@ from pathlib import Path
 
 import torch
 
-from launch.command_line import configure_tool, run
 from launch.run_setup import engine_settings
-from trainer.config import PretrainRecipe, PretrainRuntime, check_types
+from trainer.config.command_line import configure_tool
+from trainer.config.settings import PretrainRecipe, PretrainRuntime, check_types
 from trainer.engine import Engine, connect, disconnect
+from trainer.fault_tolerance.exit_codes import run
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask

@@ -39,11 +39,12 @@ import torch
 from torch import nn
 from transformers import ViTMAEForPreTraining
 
-from launch.command_line import configure_tool, run
 from tools.bench_scaling import forget_peak
-from trainer.config import check_types
+from trainer.config.command_line import configure_tool
+from trainer.config.settings import check_types
 from trainer.errors import ConfigError
 from trainer.export import Subject, write_vitmae
+from trainer.fault_tolerance.exit_codes import run
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
@@ -222,7 +223,7 @@ def peak_memory(settings: Settings) -> Iterator[str]:
         chosen = ("model", "image_size", "micro_batch", "num_threads", "device")
         words = [f"--{setting}={getattr(settings, setting)}" for setting in chosen]
         code = (
-            "import sys; from launch.command_line import read_flags; from trainer.config import with_flags\n"
+            "import sys; from trainer.config.command_line import read_flags; from trainer.config.settings import with_flags\n"
             "from tools.bench_step import Settings, peak_of\n"
             f"print(peak_of(with_flags(Settings(), read_flags(sys.argv[1:])), {name!r}))"
         )

@@ -25,9 +25,10 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
-from launch.command_line import configure_tool, run
-from trainer.config import check_types
+from trainer.config.command_line import configure_tool
+from trainer.config.settings import check_types
 from trainer.errors import ConfigError
+from trainer.fault_tolerance.exit_codes import run
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

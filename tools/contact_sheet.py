@@ -32,12 +32,13 @@ from matplotlib.ft2font import FT2Font
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from launch.command_line import configure_tool, run
-from trainer.config import check_types
+from trainer.config.command_line import configure_tool
+from trainer.config.settings import check_types
 from trainer.data.decode import decode_image
 from trainer.data.members import NO_LABEL
 from trainer.data.shards import ShardReader, list_shards, open_index
 from trainer.errors import ConfigError, SampleError
+from trainer.fault_tolerance.exit_codes import run
 from trainer.files import atomic_draft
 
 _SIDE = 160

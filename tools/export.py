@@ -33,13 +33,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.command_line import configure_tool, run
 from launch.detectors import preprocessing, rebuild, recipe_of
 from launch.init_weights import Init, check_heads, holds_detector, num_blocks, read_init
 from launch.pretrain import build_model
-from trainer.config import PretrainRecipe, PretrainRuntime, check_types, from_record
+from trainer.config.command_line import configure_tool
+from trainer.config.record import from_record
+from trainer.config.settings import PretrainRecipe, PretrainRuntime, check_types
 from trainer.errors import ConfigError
 from trainer.export import Subject, export, refuse_early
+from trainer.fault_tolerance.exit_codes import run
 from trainer.models.detector import STATISTICS
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder

@@ -48,16 +48,17 @@ from typing import Any, Literal
 import numpy as np
 import webdataset as wds
 
-from launch.command_line import configure_tool, run
 from tools.image_files import DAMAGE, Storing, describe_damage, stored_bytes_bound, stored_image
 from tools.landmarks import landmarks_of, read_landmarks
 from tools.sources import Entry, Source, group_values, names_tars, plain_text, read_source, with_distinct_keys
-from trainer.config import check_types
+from trainer.config.command_line import configure_tool
+from trainer.config.settings import check_types
 from trainer.data.decode import MIN_SIDE, colour_profile, suffix_of
 from trainer.data.members import LANDMARKS, NO_LABEL, Sample, Tally, samples_of
 from trainer.data.storage import SpanReader
 from trainer.data.tar import MAX_MEMBER_BYTES, Member, walk_tar
 from trainer.errors import ConfigError, DataError, SampleError
+from trainer.fault_tolerance.exit_codes import run
 from trainer.files import write_atomically
 from trainer.parallel import parallel_map
 from trainer.progress import Progress

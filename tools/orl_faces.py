@@ -22,8 +22,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from launch.command_line import read_folder, run
+from trainer.config.command_line import read_folder
 from trainer.errors import DataError
+from trainer.fault_tolerance.exit_codes import run
 
 NUM_PEOPLE = 40
 IMAGES_A_PERSON = 10

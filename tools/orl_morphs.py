@@ -25,9 +25,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from launch.command_line import read_folder, run
 from tools.make_morphs import Settings, make_morphs
 from tools.orl_faces import IMAGES_A_PERSON, NUM_PEOPLE, TRAIN_PEOPLE, VALIDATION_PEOPLE, find_faces
+from trainer.config.command_line import read_folder
+from trainer.fault_tolerance.exit_codes import run
 
 LANDMARKS = Path(__file__).resolve().parent / "data" / "orl_landmarks_468.npz"
 _COLUMNS = ("path", "key", "label", "identity", "identity_2", "attack", "control")

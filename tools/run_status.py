@@ -26,10 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launch.command_line import EXIT_USER_ERROR, configure_tool, run
 from trainer.checkpoint import newest_manifest
-from trainer.config import check_types
+from trainer.config.command_line import configure_tool
+from trainer.config.settings import check_types
 from trainer.errors import ConfigError
+from trainer.fault_tolerance.exit_codes import EXIT_USER_ERROR, run
 from trainer.files import read_json
 from trainer.guardian import beat_interval_s, state_of
 from trainer.lease import Attempt, attempts_of

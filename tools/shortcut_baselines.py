@@ -36,14 +36,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from launch.command_line import configure_tool, run
 from launch.evaluate import named_values
-from trainer.config import check_types
+from trainer.config.command_line import configure_tool
+from trainer.config.settings import check_types
 from trainer.data.augment import CenterView
 from trainer.data.shards import describe_index, list_shards, open_index
 from trainer.data.stream import fixed_stream
 from trainer.errors import DataError
 from trainer.evaluate import Truth, check_labels, truth_of
+from trainer.fault_tolerance.exit_codes import run
 from trainer.files import write_atomically
 from trainer.metrics import summarise
 from trainer.report import det_points

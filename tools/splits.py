@@ -34,11 +34,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.command_line import configure_tool, run
 from tools.manifest import read_table
 from tools.sources import Entry, names_tars, plain_text, read_source
-from trainer.config import check_types
+from trainer.config.command_line import configure_tool
+from trainer.config.settings import check_types
 from trainer.errors import ConfigError
+from trainer.fault_tolerance.exit_codes import run
 
 SPLITS = ("train", "dev", "test")
 PATTERNS = {

@@ -35,11 +35,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from launch.command_line import answered, read_flags, run
-from launch.recipes import configure_script
 from launch.run_setup import engine_settings
-from trainer.config import Recipe, Runtime
+from trainer.config.command_line import answered, read_flags
+from trainer.config.recipes import configure_script
+from trainer.config.settings import Recipe, Runtime
 from trainer.errors import ConfigError
+from trainer.fault_tolerance.exit_codes import run
 from trainer.world import World
 
 _HOME = Path(__file__).resolve().parent.parent

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trainer.config import complete_record, differing_fields
+from trainer.config.record import complete_record, differing_fields
 from trainer.errors import CheckpointError, DataError, TrainerError
 from trainer.files import describe_files, files_below, sync_files, sync_folder, write_synced
 from trainer.lease import Lease

@@ -3,6 +3,7 @@
 A bar redraws one line; in a file that is a line of thousands of characters.
 """
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -91,3 +92,14 @@ class Progress:
         if kind is not None:
             self._writes = False  # a log has the reason instead
         self.close()
+
+
+def say(text: str) -> None:
+    """Say at once, on one rank, what begins: a start takes many seconds, and silence looks like a hang."""
+    if is_main():
+        print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+def is_main() -> bool:
+    """Whether this is the one rank that talks to the user; true without ranks."""
+    return os.environ.get("RANK", "0") == "0"

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from launch.command_line import run
 from launch.training import Training
 from trainer.data.stream import Batch
+from trainer.fault_tolerance.exit_codes import run
 from trainer.models.detector import MorphDetector
 from trainer.models.mae import MaskedAutoencoder
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from launch import pretrain
-from launch.command_line import run
 from trainer import checkpoint, engine, lease
+from trainer.fault_tolerance.exit_codes import run
 
 
 def act(fault: dict[str, Any]) -> None:

@@ -15,9 +15,9 @@ import torch
 
 from launch.detectors import build_detector
 from launch.pretrain import build_model, mask_of
-from launch.recipes import DETECTOR_RECIPES, RECIPES
 from launch.run_setup import engine_settings
-from trainer.config import resolve
+from trainer.config.parse import resolve
+from trainer.config.recipes import DETECTOR_RECIPES, RECIPES
 from trainer.engine import Engine, connect
 from trainer.world import world_from_environment
 

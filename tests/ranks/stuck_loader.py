@@ -4,9 +4,9 @@ import os
 import sys
 import time
 
-from launch.command_line import run
 from launch.pretrain import main
 from trainer.data import loader
+from trainer.fault_tolerance.exit_codes import run
 
 if os.environ["RANK"] == "1":
     loader._prepare_worker = lambda worker: time.sleep(3600)

@@ -6,8 +6,8 @@ Each returns a recipe (the numbers) and a runtime (a first guess for the hardwar
 import dataclasses
 from typing import Any
 
-from launch.command_line import configure
-from trainer.config import DetectorRecipe, DetectorRuntime, PretrainRecipe, PretrainRuntime, Recipe, Runtime
+from trainer.config.command_line import configure
+from trainer.config.settings import DetectorRecipe, DetectorRuntime, PretrainRecipe, PretrainRuntime, Recipe, Runtime
 
 
 def demo() -> tuple[PretrainRecipe, PretrainRuntime]:

@@ -5,20 +5,13 @@ flag of its own. Text from the command line becomes typed values here, and every
 docstring under a field is its help text; its unit stands in brackets at the end.
 """
 
-import ast
 import dataclasses
-import inspect
-import json
 import math
-import re
 import types
 import typing
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from trainer import foreign_names
 from trainer.errors import ConfigError
 
 C = TypeVar("C", bound=Any)
@@ -463,163 +456,13 @@ _AT_LEAST_ONE = {
 R = TypeVar("R", bound=Recipe)
 T = TypeVar("T", bound=Runtime)
 
-LEGACY_VALUES: dict[str, Any] = {
-    # Recipe fields that release 0.1 did not have from its beginning, oldest first.
-    "decoder_type": "self",
-    "predict_share": 1.0,
-    "aug_repeats": 1,
-    "max_steps": None,
-    "image_member": None,
-    "mix_group": 0,
-    "view_resize": "former",
-    "colours": "stored",
-    "decay_embeddings": True,
-}
-"""Recipe field -> the value, as JSON gives it, under which a run begun before the field existed behaved, or a run begun
-before its default changed. Whoever adds a field, or changes a default that changes numbers, adds a line: without it no
-such run can go on."""
 
-
-def resolve(recipe: R, runtime: T, flags: Mapping[str, str]) -> tuple[R, T]:
-    """Apply flags, given as text, to the two configurations.
-
-    Raises:
-        ConfigError: a name is unknown (the nearest valid ones are listed), or a value has the wrong type or range.
-    """
-    refuse_unknown(flags, _names(type(recipe)) | _names(type(runtime)))
-    return with_flags(recipe, flags), with_flags(runtime, flags)
-
-
-def refuse_unknown(flags: Mapping[str, str], known: Collection[str]) -> None:
-    """Raise `ConfigError` with the nearest valid names if a flag is unknown."""
-    for name in flags:
-        if name not in known:
-            raise ConfigError(f"unknown setting --{name}: {foreign_names.hint(name, known)}")
-
-
-def with_flags(config: C, flags: Mapping[str, str]) -> C:
-    """Return the frozen dataclass with those of the flags that are its own, parsed by their types.
-
-    Raises:
-        ConfigError: a value has the wrong type or range.
-    """
-    hints = typing.get_type_hints(type(config))
-    mine = {name: _parse(name, text, hints[name]) for name, text in flags.items() if name in hints}
-    return dataclasses.replace(config, **mine)
-
-
-def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Name the fields in which two recorded recipes differ, each with both values."""
-    missing = object()
-    names = sorted(ours.keys() | theirs.keys())
-    return [
-        f"{name} (here {ours.get(name, 'absent')!r}, there {theirs.get(name, 'absent')!r})"
-        for name in names
-        if ours.get(name, missing) != theirs.get(name, missing)
-    ]
-
-
-def complete_record(record: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Give those of the named fields that a recorded recipe lacks the values under which it behaved."""
-    return {name: value for name, value in LEGACY_VALUES.items() if name in names} | dict(record)
-
-
-def keep_legacy_values(recipe: R, recorded: Mapping[str, Any], explicit: Collection[str]) -> tuple[R, dict[str, Any]]:
-    """Keep what an update brought away from a run begun before it, so that its command line still resumes it.
-
-    Args:
-        recipe: what the command line asks for today.
-        recorded: the recipe that the run has recorded.
-        explicit: the settings that the command line names; they are never changed.
-
-    Returns:
-        recipe: with the legacy value of every other field that the run lacks, or records with that value.
-        kept: those that differed, with their values.
-
-    Raises:
-        ConfigError: a setting contradicts a legacy value.
-    """
-    asked = as_record(recipe)
-    kept = {
-        name: value
-        for name, value in LEGACY_VALUES.items()
-        if name in asked.keys() - set(explicit) and recorded.get(name, value) == value != asked[name]
-    }
-    return dataclasses.replace(recipe, **{name: _tuple_of(value) for name, value in kept.items()}), kept
-
-
-def help_text(config: Any, title: str) -> str:
-    """Describe every setting with its meaning, unit and default; of a configuration instead of a class, its value."""
-    is_class = isinstance(config, type)
-    lines, docs = [f"\n{title}:"], _field_docs(config if is_class else type(config))
-    for entry in dataclasses.fields(config):
-        shown = f"Default: {as_text(entry.default)}" if is_class else f"Value: {as_text(getattr(config, entry.name))}"
-        lines.append(f"  --{entry.name} {_type_name(entry)}\n        {docs[entry.name]} {shown}")
-    return "\n".join(lines)
-
-
-def as_text(value: Any) -> str:
-    """Write a value as the command line takes it."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "[]"
-    return {"True": "true", "False": "false", "None": "none", "": "''"}.get(str(value), str(value))
-
-
-def as_record(config: Any) -> dict[str, Any]:
-    """Write a configuration down as JSON would give it back."""
-    record: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return record
-
-
-def from_record(config: type[C], record: Mapping[str, Any]) -> C:
-    """Read what `as_record` wrote; what an older version did not know has its value of `LEGACY_VALUES`, or its default.
-
-    Raises:
-        ConfigError: a newer version knew a name that this one does not.
-    """
-    unknown = sorted(record.keys() - _names(config))
-    if unknown:
-        raise ConfigError(
-            f"the recorded recipe has {unknown[0]}, which this version does not know: use the version that wrote it, "
-            "see the versions beside it"
-        )
-    whole = complete_record(record, _names(config))
-    made: C = config(**{name: _tuple_of(value) for name, value in whole.items()})
-    return made
-
-
-def _tuple_of(value: Any) -> Any:
-    """JSON knows lists only, and a frozen configuration has tuples."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-class Bare(str):
-    """The text of a setting after which no value stands: right for a boolean only."""
-
-    __slots__ = ()
-
-
-def expand_home(text: str) -> str:
-    """Write out ~ and ~user where a path may begin: at the front, and in lists and after names.
-
-    A shell does it for bare words only: not in quotes, which patterns need, nor after an equals sign.
-    """
-
-    def home(found: "re.Match[str]") -> str:
-        try:
-            return str(Path(found[0]).expanduser())
-        except RuntimeError:  # nobody is called so
-            return found[0]
-
-    return re.sub(r"(?<![^,;=])~[^/,;@]*(?=$|[/,;@])", home, text)
-
-
-def _names(config: type) -> set[str]:
+def field_names(config: type) -> set[str]:
     return {entry.name for entry in dataclasses.fields(config)}
 
 
 def _require_at_least_one(config: Any) -> None:
-    for name in sorted(_AT_LEAST_ONE & _names(type(config))):
+    for name in sorted(_AT_LEAST_ONE & field_names(type(config))):
         _require(config, name, (value := getattr(config, name)) is None or value >= 1, "must be at least 1")
 
 
@@ -628,44 +471,15 @@ def _require(config: Any, name: str, holds: bool, rule: str) -> None:
         raise ConfigError(f"{name} is {getattr(config, name)!r}, but {rule}")
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
+def union_members(hint: Any) -> tuple[Any, ...]:
     """Split ``X | None`` into its types."""
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def _parse(name: str, text: str, hint: Any) -> Any:
-    """Read one value from text; numbers and booleans as Python and YAML people write them, ~ as a shell does."""
-    if typing.get_origin(hint) is tuple:
-        words = (word.strip().strip("'\"") for word in text.strip().strip("[]()").split(","))
-        return tuple(_parse(name, word, typing.get_args(hint)[0]) for word in words if word)
-    options = _options(hint)
-    lowered = text.strip().lower()
-    if isinstance(text, Bare) and bool not in options:
-        raise ConfigError(f"{name} has no value: write --{name} VALUE")
-    if type(None) in options and lowered in ("none", "null"):
-        return None
-    if bool in options:
-        if lowered in ("true", "1", "yes", "on"):
-            return True
-        if lowered in ("false", "0", "no", "off"):
-            return False
-        raise ConfigError(f"{name} is {text!r}, but must be true or false")
-    for number, noun in ((int, "an integer"), (float, "a number")):
-        if number in options:
-            try:
-                return number(text)
-            except ValueError:
-                sides = text.lower().split("x")
-                squares = len(sides) == 2 and all(side.strip().isdecimal() for side in sides)
-                hint = ": training and evaluation see squares, only tools/export.py takes HEIGHTxWIDTH"
-                raise ConfigError(f"{name} is {text!r}, but must be {noun}{hint if squares else ''}") from None
-    return expand_home(text)
 
 
 def check_types(config: Any) -> None:
     """Raise `ConfigError` for the first field whose value is not of its declared type; called by ``__post_init__``."""
     for name, hint in typing.get_type_hints(type(config)).items():
-        value, options = getattr(config, name), _options(hint)
+        value, options = getattr(config, name), union_members(hint)
         if typing.get_origin(hint) is Literal:
             choices = typing.get_args(hint)
             _require(config, name, value in choices, f"must be one of {', '.join(choices)}")
@@ -673,35 +487,19 @@ def check_types(config: Any) -> None:
         if typing.get_origin(hint) is tuple:
             kind = typing.get_args(hint)[0]
             right = isinstance(value, tuple) and all(type(entry) is kind for entry in value)
-            _require(config, name, right, f"must be {_type_text(hint)}")
+            _require(config, name, right, f"must be {type_text(hint)}")
             right = all(not isinstance(entry, float) or math.isfinite(entry) for entry in value)
             _require(config, name, right, "must be finite numbers")
             continue
         if float in options and type(value) is int:
             object.__setattr__(config, name, value := float(value))
-        _require(config, name, type(value) in options, f"must be of type {_type_text(hint)}")
+        _require(config, name, type(value) in options, f"must be of type {type_text(hint)}")
         _require(config, name, not isinstance(value, float) or math.isfinite(value), "must be a finite number")
 
 
-def _type_text(hint: Any) -> str:
+def type_text(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "|".join(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return f"[{typing.get_args(hint)[0].__name__},...]"
-    return "|".join("none" if option is type(None) else option.__name__ for option in _options(hint))
-
-
-def _type_name(entry: "dataclasses.Field[Any]") -> str:
-    return _type_text(entry.type)
-
-
-def _field_docs(config: type) -> dict[str, str]:
-    """Read the docstring that stands under each field, which Python itself does not keep."""
-    docs = {}
-    for owner in reversed(config.__mro__[:-1]):
-        body = ast.parse(inspect.getsource(owner)).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, below in zip(body.body, body.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-                docs[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
-    return docs
+    return "|".join("none" if option is type(None) else option.__name__ for option in union_members(hint))

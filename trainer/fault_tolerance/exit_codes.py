@@ -1,0 +1,138 @@
+"""From a command's end, or an error, to one message and an exit code."""
+
+import errno
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from trainer.config.command_line import flag_pairs
+from trainer.config.parse import expand_home
+from trainer.errors import SupersededError, TrainerError
+from trainer.guardian import Phase
+from trainer.progress import is_main
+from trainer.watchdog import explain_loss, mark
+
+EXIT_USER_ERROR = 2
+
+
+EXIT_REQUEUE = 85
+
+
+EXIT_PEER_LOST = 86
+
+
+EXIT_SUPERSEDED = 87
+
+
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+
+_MAIN_SPEAKS_FIRST_S = 15.0
+
+
+def run(command: Callable[[], int]) -> NoReturn:
+    """Run a command and end the process.
+
+    The exit code is the command's own; 2 with one message on stderr if the user can mend what went wrong; 86 if another
+    rank or its host was lost, which the same command may survive; 87 if a newer attempt has taken over; 130 with one
+    line after Ctrl-C; 1 with a traceback for anything else.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name from data must not end a command that has done its work
+            stream.reconfigure(errors="backslashreplace")
+    interrupt = _Interrupt()
+    try:
+        try:
+            code = command()
+        except Exception as error:  # noqa: BLE001  (every error is shown; this process must not linger)
+            code = EXIT_INTERRUPTED if interrupt.seen else explain(error)
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    if interrupt.seen:
+        mark(Phase.FAILED)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a rank that failed must not wait in the clean-up of a group that lost its members
+
+
+def explain(error: Exception) -> int:
+    """Show an error, and return the exit code."""
+    if isinstance(error, TrainerError):
+        mark(Phase.FAILED)
+        code = EXIT_SUPERSEDED if isinstance(error, SupersededError) else EXIT_USER_ERROR
+        _let_main_speak_first(code)
+        print(f"\nerror: {error}", file=sys.stderr)
+        return code
+    if isinstance(error, OSError) and (place := _place_of(error)):
+        mark(Phase.FAILED)
+        print(f"\nerror: {place}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    loss = explain_loss(error)
+    if loss is None:
+        mark(Phase.FAILED)
+        traceback.print_exception(error)
+        return 1
+    if is_main():
+        print(f"\nerror: {loss}", file=sys.stderr)
+    return EXIT_PEER_LOST
+
+
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+def _place_of(error: OSError) -> str | None:
+    """Say which setting leads to a file that the system refuses; None where none does: then it is a mistake of ours."""
+    if error.errno not in _REFUSALS or not isinstance(error.filename, str):
+        return None
+    path = Path(error.filename).absolute()
+    for name, value in flag_pairs(sys.argv[1:]):
+        given = Path(expand_home(value)).absolute()
+        above, below = path == given or path in given.parents, given in path.parents
+        if above or (below and error.errno != errno.ENOENT):  # that something is missing below is not the user's doing
+            return f"{name} is {value!r}, but {path} cannot be used: {error.strerror}. Name another place"
+    return None
+
+
+class _Interrupt:
+    """Answers Ctrl-C with one line and `KeyboardInterrupt`, so that what is half written is removed; a second one ends.
+
+    Processes that this one has started get SIGTERM, and forks of it end in silence: a terminal interrupts them too.
+    """
+
+    def __init__(self) -> None:
+        self.seen, self._pid = False, os.getpid()
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self.seen or os.getpid() != self._pid:
+            os._exit(EXIT_INTERRUPTED)
+        self.seen = True
+        say_interrupted()
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise KeyboardInterrupt
+
+
+def say_interrupted() -> None:
+    """Write the one line of a command that Ctrl-C ends."""
+    if is_main():
+        os.write(2, b"\ninterrupted: nothing half written stays; the same command starts it again\n")
+
+
+def _let_main_speak_first(code: int) -> None:
+    """Wait on other ranks: the launcher ends all of them when the first leaves, and rank 0 has the better message.
+
+    Who is ended while it waits leaves with the same code, so that nobody takes a mistake for a lost rank.
+    """
+    if not is_main():
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+        time.sleep(_MAIN_SPEAKS_FIRST_S)

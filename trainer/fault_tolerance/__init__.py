@@ -1,0 +1,1 @@
+"""What survives a kill, and what ends a run that cannot go on."""

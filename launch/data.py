@@ -14,9 +14,9 @@ from trainer.data.plan import Order, Plan
 from trainer.data.sampler import WeightedOrder, class_weights
 from trainer.data.shards import ShardIndex, describe_index, list_shards, missing_labels, open_index
 from trainer.data.storage import SpanReader
+from trainer.distributed.world import World
 from trainer.errors import ConfigError, DataError
 from trainer.progress import Progress
-from trainer.world import World
 
 logger = logging.getLogger(__name__)
 

@@ -42,7 +42,7 @@ import torch
 import torch.distributed as dist
 
 from launch.pretrain import build_model
-from launch.run_setup import engine_settings, unusable_gpus, use_devices, versions
+from launch.run_setup import versions
 from trainer.checkpoint import newest_manifest
 from trainer.config.command_line import answered
 from trainer.config.parse import expand_home
@@ -50,12 +50,13 @@ from trainer.config.recipes import configure_script
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime, Recipe, Runtime
 from trainer.data.mixture import read_sources
 from trainer.data.storage import reading
-from trainer.ds_config import compiled_optimizer
-from trainer.engine import connect, default_device, disconnect
+from trainer.distributed.devices import unusable_gpus, use_devices
+from trainer.distributed.ds_config import compiled_optimizer, engine_settings
+from trainer.distributed.engine import connect, default_device, disconnect
+from trainer.distributed.world import World, world_from_environment
 from trainer.errors import ConfigError, TrainerError, without_secrets
 from trainer.fault_tolerance.exit_codes import EXIT_USER_ERROR, run
 from trainer.models.encoder import PatchEncoder
-from trainer.world import World, world_from_environment
 
 START_TIMEOUT_S = 50
 _READ_BYTES, _READ_S = 64_000_000, 5.0

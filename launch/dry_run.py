@@ -15,15 +15,15 @@ import torch
 
 from launch.data import open_sets
 from launch.run_setup import check_output
-from tools import planning
 from tools.plan_run import Model, read_model
 from trainer.config.parse import as_text
 from trainer.config.settings import Recipe, Runtime
 from trainer.data.mixture import Source
 from trainer.data.shards import describe_index
-from trainer.engine import default_device
+from trainer.distributed import cost_model as planning
+from trainer.distributed.engine import default_device
+from trainer.distributed.world import World
 from trainer.monitor import peak_flops
-from trainer.world import World
 
 GIB = 2**30
 _MFU = {"cuda": 0.25, "cpu": 0.5}

@@ -25,16 +25,7 @@ from numpy.typing import NDArray
 from launch.data import describe_shares, find_sources, open_sets, order_of, pixels_of, span_reader, tell_all_ranks
 from launch.detectors import build_detector, preprocessing_of, training_view
 from launch.init_weights import describe, fitting_recipe, place_of, read_init
-from launch.run_setup import (
-    backend_timeout_s,
-    begin,
-    check_output,
-    engine_settings,
-    noting_the_end,
-    start_watchdog,
-    use_devices,
-    versions,
-)
+from launch.run_setup import backend_timeout_s, begin, check_output, noting_the_end, start_watchdog, versions
 from launch.training import Ending, Training, record_end, show
 from trainer import checkpoint
 from trainer.config.command_line import CommandLine, read_training
@@ -47,7 +38,10 @@ from trainer.data.overlap import prints_of
 from trainer.data.plan import PLAN_VERSION, Order
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import Batch, fixed_stream
-from trainer.engine import Engine, connect, disconnect
+from trainer.distributed.devices import use_devices
+from trainer.distributed.ds_config import engine_settings
+from trainer.distributed.engine import Engine, connect, disconnect
+from trainer.distributed.world import world_from_environment
 from trainer.errors import ConfigError
 from trainer.evaluate import (
     UNCALIBRATED,
@@ -69,7 +63,6 @@ from trainer.progress import say
 from trainer.saved_detector import read_description, restore, save_detector
 from trainer.selection import FILE, RULE, Validated, judge, validated
 from trainer.watchdog import mark
-from trainer.world import world_from_environment
 
 logger = logging.getLogger(__name__)
 

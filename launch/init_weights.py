@@ -20,12 +20,12 @@ from torch import Tensor
 from launch.hub_weights import fetch_folder, is_hub_name, within_seconds
 from trainer import checkpoint
 from trainer.config.settings import DetectorRecipe, PretrainRecipe
+from trainer.distributed.zero_state import read_weights
 from trainer.errors import CheckpointError, ConfigError
 from trainer.models.detector import STATISTICS
 from trainer.models.encoder import PatchEncoder, hub_name_of, natural_shape, pretrained_weights
 from trainer.models.vitmae import from_vitmae, is_vitmae
 from trainer.saved_detector import load_detector
-from trainer.zero_files import read_weights
 
 logger = logging.getLogger(__name__)
 

@@ -23,16 +23,7 @@ import torch
 
 from launch.data import describe_shares, find_sources, open_sets, order_of, pixels_of, span_reader, tell_all_ranks
 from launch.init_weights import check_heads, check_init, read_init
-from launch.run_setup import (
-    backend_timeout_s,
-    begin,
-    check_output,
-    engine_settings,
-    noting_the_end,
-    spread,
-    start_watchdog,
-    use_devices,
-)
+from launch.run_setup import backend_timeout_s, begin, check_output, noting_the_end, spread, start_watchdog
 from launch.training import Ending, Training, record_end, show
 from trainer import checkpoint, heldout
 from trainer.config.command_line import CommandLine, read_training
@@ -45,7 +36,10 @@ from trainer.data.mixture import Source
 from trainer.data.plan import PLAN_VERSION, Order, Repeated
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import Batch, fixed_stream
-from trainer.engine import Engine, connect, disconnect
+from trainer.distributed.devices import use_devices
+from trainer.distributed.ds_config import engine_settings
+from trainer.distributed.engine import Engine, connect, disconnect
+from trainer.distributed.world import World, world_from_environment
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.guardian import Phase
@@ -57,7 +51,6 @@ from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
 from trainer.monitor import Monitor, print_and_log, start_console, start_logging
 from trainer.progress import say
 from trainer.watchdog import mark
-from trainer.world import World, world_from_environment
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import shlex
 import socket
 import subprocess
@@ -16,76 +15,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainer import checkpoint
 from trainer import lease as leases
 from trainer.config.command_line import read_flags
 from trainer.config.record import as_record, complete_record, differing_fields
 from trainer.config.settings import Recipe, Runtime
-from trainer.engine import Engine, default_device, fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.engine import Engine
+from trainer.distributed.world import World
 from trainer.errors import CheckpointError, ConfigError, SupersededError, TrainerError, without_secrets
 from trainer.lease import Lease
 from trainer.monitor import cut_other_ledgers, note
 from trainer.watchdog import BACKEND_MARGIN_S, Limits, start
-from trainer.world import World, check_devices
 
 logger = logging.getLogger(__name__)
 
 _FOR_EVER_S = 30 * 86400
-_DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
-
-
-def use_devices(world: World, runtime: Runtime, *, refuse_unusable: bool = True) -> None:
-    """Say which devices will compute, refuse more ranks than devices, and share the cores of the host among its ranks.
-
-    Args:
-        world: who this process is.
-        runtime: of the command.
-        refuse_unusable: refuse a host whose GPUs cannot be used; otherwise it computes on the CPU.
-
-    Raises:
-        ConfigError: see above.
-    """
-    if refuse_unusable:
-        refuse_unusable_gpus()
-    cores = len(os.sched_getaffinity(0))
-    device = default_device()
-    num_devices = torch.cuda.device_count() if device.type == "cuda" else cores
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU cores"
-    logger.info("device: %d x %s, for %d ranks on this host", num_devices, name, world.local_size)
-    check_devices(world, num_devices, device.type, oversubscribe=runtime.oversubscribe)
-    torch.set_num_threads(runtime.num_threads or max(1, cores // world.local_size))
-
-
-def refuse_unusable_gpus() -> None:
-    """Refuse a host whose GPUs would stay idle in silence.
-
-    Raises:
-        ConfigError: naming why, and how to compute on the CPU all the same.
-    """
-    if problem := unusable_gpus():
-        raise ConfigError(f"{problem}; to compute on the CPU all the same, set DS_ACCELERATOR=cpu")
-
-
-def unusable_gpus(devices: Path = Path("/dev")) -> str:
-    """Say why the NVIDIA GPUs of this host would stay idle; empty where there are none, they work, or are not wanted.
-
-    Args:
-        devices: folder of the device files.
-    """
-    hidden = "CUDA_VISIBLE_DEVICES" in os.environ and os.environ["CUDA_VISIBLE_DEVICES"].strip() in ("", "-1")
-    files = sorted(path.name for path in devices.glob("nvidia[0-9]*"))
-    if not files or hidden or os.environ.get("DS_ACCELERATOR") or torch.cuda.is_available():
-        return ""
-    reason = "this torch was built without CUDA: install one with it"
-    if torch.version.cuda:
-        try:
-            torch.cuda.init()  # type: ignore[no-untyped-call]
-            reason = "torch finds no device: check the driver with nvidia-smi, and what this job may use"
-        except (RuntimeError, AssertionError) as error:
-            reason = " ".join(str(error).split())
-    return f"this host has {len(files)} NVIDIA GPUs ({', '.join(files[:8])}), but CUDA cannot use them ({reason})"
 
 
 def backend_timeout_s(runtime: Runtime) -> int:
@@ -98,24 +42,6 @@ def start_watchdog(output: Path, world: World, runtime: Runtime) -> None:
     limits = Limits(runtime.timeout_s, runtime.data_timeout_s, runtime.save_timeout_s)
     attempt = world.on_main(lambda: f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
     start(output / "logs", attempt, rank=world.rank, num_ranks=world.size, limits=limits)
-
-
-def engine_settings(recipe: Recipe, runtime: Runtime, world: World) -> dict[str, Any]:
-    """Read the DeepSpeed JSON and fill in what the recipe owns."""
-    fallback = "cpu_fp32.json" if default_device().type == "cpu" else "zero1_bf16.json"
-    path = Path(runtime.ds_config) if runtime.ds_config else _DS_CONFIGS / fallback
-    return fill_ds_config(
-        read_ds_config(path),
-        owned_by_recipe(
-            global_batch=recipe.global_batch,
-            micro_batch=runtime.micro_batch,
-            num_ranks=world.size,
-            learning_rate=recipe.peak_learning_rate,
-            betas=(recipe.beta1, recipe.beta2),
-            weight_decay=recipe.weight_decay,
-            clip_grad_norm=recipe.clip_grad_norm,
-        ),
-    )
 
 
 def check_output(output: Path, recipe: Recipe, resume: str) -> None:

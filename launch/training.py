@@ -27,16 +27,16 @@ from trainer.data.mixture import Source
 from trainer.data.plan import Order
 from trainer.data.shards import ShardIndex
 from trainer.data.stream import Batch, Slice, Stream, train_stream
-from trainer.engine import Engine
+from trainer.distributed.engine import Engine
+from trainer.distributed.world import World
 from trainer.errors import without_secrets
 from trainer.fault_tolerance.exit_codes import EXIT_INTERRUPTED, EXIT_REQUEUE
 from trainer.lease import Lease
 from trainer.loop import BadSamples, Dates, Guards, Hooks, Inputs, Outcome, StopRequest, name_of_signal, train
 from trainer.monitor import Ledger, Monitor, Speedometer, print_and_log
 from trainer.numerics import BadSteps, SpikeWatch
-from trainer.optim import learning_rate_at
 from trainer.seeds import step_seed
-from trainer.world import World
+from trainer.training.schedule import learning_rate_at
 
 logger = logging.getLogger(__name__)
 

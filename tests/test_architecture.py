@@ -25,7 +25,7 @@ READING_ORDER = (
     *("metrics", "evaluate", "selection", "saved_detector", "report", "export"),
 )
 OWNERS = {
-    "deepspeed": {"trainer/engine.py", "trainer/zero_files.py"},
+    "deepspeed": {"trainer/distributed/engine.py", "trainer/distributed/zero_state.py"},
     "webdataset": {"trainer/data/stream.py", "tools/make_shards.py", "tools/bench_loader.py"},
     "timm": {"trainer/models/encoder.py", "trainer/export.py"},
     "albumentations": {"trainer/data/augment.py", "trainer/data/distort.py"},

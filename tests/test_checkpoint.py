@@ -8,10 +8,10 @@ import pytest
 
 from trainer import checkpoint
 from trainer.checkpoint import Identity, Progress, Saver
+from trainer.distributed.world import World
 from trainer.errors import CheckpointError
 from trainer.lease import take
 from trainer.monitor import rows_until
-from trainer.world import World
 
 IDENTITY = Identity({"global_batch": 8, "seed": 0}, "abc", "", 1, 1, "fp32", 1)
 

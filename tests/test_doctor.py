@@ -14,10 +14,10 @@ from deepspeed.launcher.runner import fetch_hostfile
 
 from launch import doctor, run_setup
 from launch.evaluate import Settings, evaluate
-from launch.run_setup import unusable_gpus
 from trainer.config.recipes import RECIPES
+from trainer.distributed.devices import unusable_gpus
+from trainer.distributed.world import World
 from trainer.errors import ConfigError
-from trainer.world import World
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from torch import nn
 
-from trainer.ds_config import HONOURED, REFUSED
-from trainer.engine import Engine, connect, disconnect, fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.ds_config import HONOURED, REFUSED, fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.engine import Engine, connect, disconnect
+from trainer.distributed.world import World
 from trainer.errors import ConfigError
-from trainer.world import World
 
 OWNED = owned_by_recipe(
     global_batch=4,

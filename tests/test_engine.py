@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from conftest import ROOT, run_worker
 
-from trainer.engine import fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.errors import ConfigError
-from trainer.optim import learning_rate_at
+from trainer.training.schedule import learning_rate_at
 
 CPU = ROOT / "ds_configs" / "cpu_fp32.json"
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from trainer.data.overlap import Prints, prints_of
 from trainer.data.shards import ShardIndex, open_index
 from trainer.data.stream import Batch
+from trainer.distributed.world import World
 from trainer.errors import CheckpointError, DataError
 from trainer.evaluate import (
     RULE,
@@ -28,7 +29,6 @@ from trainer.evaluate import (
 from trainer.lease import take
 from trainer.metrics import Calibration, threshold_for_bscer, threshold_for_macer
 from trainer.saved_detector import load_detector, save_detector
-from trainer.world import World
 
 Row = dict[str, object]
 

@@ -11,13 +11,13 @@ from pytorch_metric_learning.losses import CosFaceLoss
 from scipy.stats import beta, chisquare, kstest
 from torch.nn import functional as F
 
-from trainer.losses import margin_loss, weighted_cross_entropy
 from trainer.models.classifier import MorphClassifier
 from trainer.models.detector import HeadOptions, MorphDetector
 from trainer.models.encoder import PatchEncoder
 from trainer.models.heads import CosineLayer, ProjectionHead
+from trainer.models.losses import margin_loss, weighted_cross_entropy
 from trainer.models.mixstyle import MixStyle, beta_quantiles, partners, quantile
-from trainer.optim import parameter_groups
+from trainer.models.parameter_groups import parameter_groups
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:

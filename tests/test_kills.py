@@ -19,7 +19,7 @@ from conftest import ROOT, TINY, Run, forks, metrics, words_of
 from torch.utils._pytree import tree_leaves
 
 from trainer import checkpoint
-from trainer.zero_files import load_safely
+from trainer.distributed.zero_state import load_safely
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 KILLED = ROOT / "tests" / "ranks" / "killed_pretrain.py"

@@ -11,9 +11,9 @@ import pytest
 from conftest import environment
 
 from trainer.checkpoint import Identity, Progress, Saver
+from trainer.distributed.world import World
 from trainer.errors import CheckpointError, ConfigError, SupersededError
 from trainer.lease import Lease, refuse_hopeless, take
-from trainer.world import World
 
 IDENTITY = Identity({"global_batch": 8, "seed": 0}, "abc", "", 1, 1, "fp32", 1)
 

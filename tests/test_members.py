@@ -20,9 +20,9 @@ from trainer.data.members import MAX_JSON_BYTES, Tally, samples_of
 from trainer.data.mixture import Source
 from trainer.data.shards import ShardReader, list_shards, open_index
 from trainer.data.tar import Member
+from trainer.distributed.world import World
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate import check_labels
-from trainer.world import World
 
 
 def index_of(folder: Path, *members: tuple[str, bytes], image_member: str | None = None):

@@ -18,10 +18,10 @@ from trainer.checkpoint import Identity, Progress, Saver
 from trainer.config.command_line import configure
 from trainer.config.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
 from trainer.data.mixture import read_sources
-from trainer.engine import fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.world import World
 from trainer.errors import ConfigError, TrainerError
 from trainer.lease import take
-from trainer.world import World
 
 MUTANTS = settings(
     max_examples=int(os.environ.get("TRAINER_MUTANTS", "150")),

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from trainer import checkpoint
 from trainer.checkpoint import Identity, Progress
-from trainer.engine import StepResult, read_ds_config
+from trainer.distributed.ds_config import read_ds_config
+from trainer.distributed.engine import StepResult
+from trainer.distributed.world import World
 from trainer.errors import ConfigError, DataError
 from trainer.lease import take
 from trainer.numerics import WINDOW, SpikeWatch, is_spike
-from trainer.world import World
 
 FAULTY = ROOT / "tests" / "ranks" / "faulty_training.py"
 CPU = ROOT / "ds_configs" / "cpu_fp32.json"

@@ -16,11 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tools import plan_run, planning
-from tools.planning import Failures, Weights, Zero
+from tools import plan_run
 from trainer.config.parse import with_flags
 from trainer.config.recipes import DETECTOR_RECIPES, RECIPES
 from trainer.config.settings import Recipe
+from trainer.distributed import cost_model as planning
+from trainer.distributed.cost_model import Failures, Weights, Zero
 from trainer.errors import ConfigError
 
 SMALL = {"model": "vit_tiny_patch16_224", "encoder_depth": "2", "image_size": "32", "patch_size": "8", "num_lanes": "4"}

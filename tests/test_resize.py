@@ -16,7 +16,7 @@ from conftest import ROOT, TINY, Run, forks, metrics, run_worker, words_of
 from test_elastic import ledger, steps_done
 from test_finetune import QUICK, faces
 
-from trainer import zero_files
+from trainer.distributed import zero_state as zero_files
 from trainer.errors import CheckpointError
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder

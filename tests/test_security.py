@@ -14,10 +14,10 @@ from trainer.data.augment import PretrainView
 from trainer.data.plan import Plan
 from trainer.data.shards import open_index
 from trainer.data.stream import Slice, train_stream
+from trainer.distributed.world import World
+from trainer.distributed.zero_state import load_safely
 from trainer.errors import CheckpointError
 from trainer.lease import take
-from trainer.world import World
-from trainer.zero_files import load_safely
 
 SUFFIXES = ("pyd", "pickle", "pkl", "pth", "PYD", "x.pyd", "pyd.gz")
 """What webdataset's own decoders unpickle."""

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from conftest import free_port
 
+from trainer.distributed.devices import check_devices
+from trainer.distributed.rendezvous import meet
+from trainer.distributed.world import World, world_from_environment
 from trainer.errors import CheckpointError, ConfigError, DataError
-from trainer.world import World, check_devices, meet, world_from_environment
 
 
 def test_the_launchers_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +67,7 @@ def test_several_processes_that_know_nothing_of_each_other_do_not_train(
 
 
 def _talk(rank: int, port: int, answers: Any) -> None:
-    from trainer.engine import connect, disconnect
+    from trainer.distributed.engine import connect, disconnect
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
     world = connect(World(rank, 2, rank, 2), timeout_s=60)

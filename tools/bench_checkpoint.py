@@ -30,17 +30,17 @@ from pathlib import Path
 
 import torch
 
-from launch.run_setup import engine_settings
 from trainer.checkpoint import Identity, Progress, Saver
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import PretrainRecipe, PretrainRuntime, check_types
-from trainer.engine import Engine, connect
+from trainer.distributed.ds_config import engine_settings
+from trainer.distributed.engine import Engine, connect
+from trainer.distributed.world import World
 from trainer.fault_tolerance.exit_codes import run
 from trainer.lease import take
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask
-from trainer.world import World
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

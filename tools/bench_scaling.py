@@ -30,16 +30,16 @@ from pathlib import Path
 
 import torch
 
-from launch.run_setup import engine_settings
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import PretrainRecipe, PretrainRuntime, check_types
-from trainer.engine import Engine, connect, disconnect
+from trainer.distributed.ds_config import engine_settings
+from trainer.distributed.engine import Engine, connect, disconnect
+from trainer.distributed.world import world_from_environment
 from trainer.fault_tolerance.exit_codes import run
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask
 from trainer.monitor import peak_resident_gib
-from trainer.world import world_from_environment
 
 CPU_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "cpu_fp32.json"
 

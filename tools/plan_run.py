@@ -35,18 +35,18 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from launch.detectors import assemble_detector
 from launch.pretrain import build_model, flops_of
-from launch.run_setup import engine_settings
-from tools import planning
-from tools.planning import BYTES, Checkpoint, Failures, Memory, StepTime, Weights, Zero
 from trainer.config.command_line import answered, read_flags
 from trainer.config.parse import help_text, refuse_unknown, with_flags
 from trainer.config.recipes import DETECTOR_RECIPES, RECIPES
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime, Recipe, Runtime, check_types
+from trainer.distributed import cost_model as planning
+from trainer.distributed.cost_model import BYTES, Checkpoint, Failures, Memory, StepTime, Weights, Zero
+from trainer.distributed.ds_config import engine_settings
+from trainer.distributed.world import World
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.models.mask_utils import num_kept, num_predicted
-from trainer.optim import parameter_groups
-from trainer.world import World
+from trainer.models.parameter_groups import parameter_groups
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

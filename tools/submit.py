@@ -35,13 +35,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from launch.run_setup import engine_settings
 from trainer.config.command_line import answered, read_flags
 from trainer.config.recipes import configure_script
 from trainer.config.settings import Recipe, Runtime
+from trainer.distributed.ds_config import engine_settings
+from trainer.distributed.world import World
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
-from trainer.world import World
 
 _HOME = Path(__file__).resolve().parent.parent
 _TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")

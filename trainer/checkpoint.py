@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer.config.record import complete_record, differing_fields
+from trainer.distributed.world import World
 from trainer.errors import CheckpointError, DataError, TrainerError
 from trainer.files import describe_files, files_below, sync_files, sync_folder, write_synced
 from trainer.lease import Lease
-from trainer.world import World
 
 logger = logging.getLogger(__name__)
 

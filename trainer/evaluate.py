@@ -19,6 +19,7 @@ from trainer.data.loader import to_device
 from trainer.data.members import CLASS_FIELD
 from trainer.data.shards import NO_GROUP, ShardIndex, missing_labels
 from trainer.data.stream import Batch
+from trainer.distributed.world import World
 from trainer.errors import DataError
 from trainer.metrics import (
     BSCER_LIMITS,
@@ -31,7 +32,6 @@ from trainer.metrics import (
     threshold_for_bscer,
     threshold_for_macer,
 )
-from trainer.world import World
 
 CLASSES = ("bonafide", "morph")
 SUCCESS = "Success"

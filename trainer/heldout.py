@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.data.loader import to_device
 from trainer.data.stream import Batch
-from trainer.engine import Engine
+from trainer.distributed.engine import Engine
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import MaskIndices
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from trainer.checkpoint import Progress
 from trainer.data.loader import to_device
 from trainer.data.stream import Batch
-from trainer.engine import Engine, StepResult
+from trainer.distributed.engine import Engine, StepResult
 from trainer.errors import DataError
 from trainer.guardian import Phase
 from trainer.lease import Lease

@@ -17,10 +17,10 @@ from typing import Any
 
 from trainer.checkpoint import Progress
 from trainer.data.stream import Batch
-from trainer.engine import StepResult
+from trainer.distributed.engine import StepResult
+from trainer.distributed.world import World
 from trainer.errors import DataError
 from trainer.files import write_atomically
-from trainer.world import World
 
 logger = logging.getLogger(__name__)
 

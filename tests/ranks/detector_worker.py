@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from engine_worker import images_at
 
-from trainer.engine import Engine, connect, disconnect, fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.engine import Engine, connect, disconnect
+from trainer.distributed.world import world_from_environment
 from trainer.models.detector import HeadOptions, MorphDetector
 from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import add_lora
-from trainer.world import world_from_environment
 
 GLOBAL_BATCH, STEPS, LR = 8, 6, 1e-2
 

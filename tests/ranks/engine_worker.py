@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from trainer.engine import Engine, connect, disconnect, fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.engine import Engine, connect, disconnect
+from trainer.distributed.world import world_from_environment
+from trainer.distributed.zero_state import load_safely
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask
 from trainer.seeds import Purpose, random_words, uniforms
-from trainer.world import world_from_environment
-from trainer.zero_files import load_safely
 
 GLOBAL_BATCH, STEPS, LR = 8, 20, 2e-3
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from launch import pretrain
-from trainer import checkpoint, engine, lease
+from trainer import checkpoint, lease
+from trainer.distributed import engine
 from trainer.fault_tolerance.exit_codes import run
 
 

@@ -15,11 +15,11 @@ import torch
 
 from launch.detectors import build_detector
 from launch.pretrain import build_model, mask_of
-from launch.run_setup import engine_settings
 from trainer.config.parse import resolve
 from trainer.config.recipes import DETECTOR_RECIPES, RECIPES
-from trainer.engine import Engine, connect
-from trainer.world import world_from_environment
+from trainer.distributed.ds_config import engine_settings
+from trainer.distributed.engine import Engine, connect
+from trainer.distributed.world import world_from_environment
 
 LATE = ("runtime.zero.muon.muon_optimizer", "runtime.superoffload.superoffload_stage3", "module_inject.auto_ep_layer")
 for late in (*LATE, "ops.op_builder.all_ops"):

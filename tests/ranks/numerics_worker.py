@@ -11,11 +11,12 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from engine_worker import GLOBAL_BATCH, inputs
 
-from trainer.engine import Engine, StepResult, connect, disconnect, fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.engine import Engine, StepResult, connect, disconnect
+from trainer.distributed.world import World, world_from_environment
 from trainer.errors import TrainerError
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
-from trainer.world import World, world_from_environment
 
 SAVED, STEPS, LR, MICRO_BATCH = 6, 8, 2e-3, 2
 FAULTS = {2: "loss", 3: "constant", 4: "gradient"}

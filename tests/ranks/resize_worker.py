@@ -15,12 +15,13 @@ import engine_worker
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 
-from trainer import zero_files
-from trainer.engine import Engine, connect, disconnect, fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed import zero_state as zero_files
+from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.engine import Engine, connect, disconnect
+from trainer.distributed.world import World, world_from_environment
 from trainer.errors import CheckpointError
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
-from trainer.world import World, world_from_environment
 
 GLOBAL_BATCH, MICRO_BATCH, LR = 12, 2, 2e-3
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "ds_configs"

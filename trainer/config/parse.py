@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer.config import foreign_names
-from trainer.config.settings import Recipe, Runtime, field_names, union_members, type_text
+from trainer.config.settings import Recipe, Runtime, field_names, type_text, union_members
 from trainer.errors import ConfigError
 
 T = TypeVar("T", bound=Runtime)

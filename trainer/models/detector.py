@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.errors import ConfigError
-from trainer.losses import margin_loss, weighted_cross_entropy
 from trainer.models.classifier import MorphClassifier
 from trainer.models.dropout import NUM_DRAWS as DRAWS_A_KEY
 from trainer.models.dropout import key_dropouts
 from trainer.models.encoder import PatchEncoder
 from trainer.models.heads import CosineLayer, ProjectionHead
+from trainer.models.losses import margin_loss, weighted_cross_entropy
 from trainer.models.mask_utils import patchify
 from trainer.models.mixstyle import NUM_DRAWS as DRAWS_A_MIX
 from trainer.models.mixstyle import MixStyle, beta_quantiles, partners, quantile

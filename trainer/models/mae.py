@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
-from trainer.losses import masked_pixel_error, normalise_patches, patch_statistics
 from trainer.models.cross_block import CrossBlock
 from trainer.models.encoder import (
     PatchEncoder,
@@ -30,6 +29,7 @@ from trainer.models.encoder import (
     query_key_value,
     sine_cosine_positions,
 )
+from trainer.models.losses import masked_pixel_error, normalise_patches, patch_statistics
 from trainer.models.mask_utils import patchify, take, unpatchify
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

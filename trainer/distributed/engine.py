@@ -4,13 +4,12 @@ DeepSpeed owns memory, communication and precision (``ds_configs/``); the recipe
 mathematics. A value that both could set stands as "auto" in the JSON and is filled in here; a contradiction is refused.
 """
 
-import json
 import logging
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,15 +21,15 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.utils.logging import logger as deepspeed_logger
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from trainer import zero_files
-from trainer.ds_config import check_names, compiled_optimizer
+from trainer.distributed import zero_state as zero_files
+from trainer.distributed.ds_config import one_line_reason, compiled_optimizer
+from trainer.distributed.rendezvous import join, meet
+from trainer.distributed.world import World
 from trainer.errors import CheckpointError, ConfigError, DataError
-from trainer.optim import parameter_groups
-from trainer.world import World, join, meet
+from trainer.models.parameter_groups import parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -78,114 +77,6 @@ def disconnect() -> None:
     """End the process group, so that the interpreter can leave without complaints."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def read_ds_config(path: Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON file.
-
-    Raises:
-        ConfigError: the file is missing, is not a JSON object, or sets something that does nothing here.
-    """
-    try:
-        config: Any = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_names)
-    except OSError as error:
-        raise ConfigError(f"ds_config {path} cannot be read ({error.strerror}): name a file of ds_configs/") from error
-    except ValueError as error:
-        raise ConfigError(f"ds_config {path} is not valid JSON ({error}): compare it with ds_configs/") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"ds_config {path} holds a {type(config).__name__}, but must be one JSON object")
-    check_names(config, f"ds_config {path}")
-    return config
-
-
-def fill_ds_config(config: Mapping[str, Any], owned: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the recipe's values where the JSON says "auto" or nothing.
-
-    Args:
-        config: a DeepSpeed configuration.
-        owned: what the recipe decides, by dotted name, for example ``optimizer.params.lr``.
-
-    Returns:
-        filled: a new configuration without any "auto".
-
-    Raises:
-        ConfigError: the JSON sets another value explicitly, leaves an "auto" that the recipe does not own, or holds a
-            value that DeepSpeed refuses.
-    """
-    filled: dict[str, Any] = json.loads(json.dumps(config))
-    filled.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True, "fused": True}})
-    for name, value in owned.items():
-        *blocks, last = name.split(".")
-        block = filled
-        for step in blocks:
-            block = block.setdefault(step, {})
-            if not isinstance(block, dict):
-                raise ConfigError(f"ds_config sets {step} to {block!r}, but it must be a JSON object")
-        if block.get(last, "auto") not in ("auto", value):
-            raise ConfigError(
-                f"ds_config sets {name} to {block[last]!r}, but the recipe says {value!r}: "
-                f'write "auto" in the JSON, or change the recipe'
-            )
-        block[last] = value
-    left = [name for name, value in _leaves(filled) if value == "auto"]
-    if left:
-        raise ConfigError(
-            f'ds_config leaves {", ".join(left)} "auto", but the recipe does not own it: remove the line, or write a '
-            "value"
-        )
-    _check_values(filled)
-    return filled
-
-
-def _check_values(config: dict[str, Any]) -> None:
-    """Let DeepSpeed read the configuration before any work; it counts the ranks that are connected so far."""
-    connected = dist.get_world_size() if dist.is_initialized() else 1
-    batch = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * connected
-    deepspeed_logger.setLevel(logging.WARNING)
-    try:
-        deepspeed.DeepSpeedConfig(config | {"train_batch_size": batch})
-    except Exception as error:  # it fails in any way on values of a wrong type
-        raise ConfigError(f"DeepSpeed refuses the ds_config: {_reason(error)}; compare it with ds_configs/") from error
-
-
-def _reason(error: BaseException) -> str:
-    """Say on one line what is wrong: pydantic's texts have several lines for each setting, and a link."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    found = [(".".join(map(str, entry["loc"])), entry["msg"], entry["input"]) for entry in error.errors()]
-    return "; ".join(f"{where} is {given!r}: {message}" if where else message for where, message, given in found)
-
-
-def owned_by_recipe(
-    *,
-    global_batch: int,
-    micro_batch: int,
-    num_ranks: int,
-    learning_rate: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    clip_grad_norm: float,
-) -> dict[str, Any]:
-    """Name the DeepSpeed settings that follow from the recipe and the world.
-
-    Raises:
-        ConfigError: the global batch is not made of whole micro batches.
-    """
-    accumulation, rest = divmod(global_batch, num_ranks * micro_batch)
-    if rest or not accumulation:
-        raise ConfigError(
-            f"global_batch is {global_batch}, but must be divisible by ranks x micro_batch = {num_ranks} x "
-            f"{micro_batch}: {_batch_remedy(global_batch, micro_batch, num_ranks)}"
-        )
-    return {
-        "train_batch_size": global_batch,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip_grad_norm,
-        "optimizer.params.lr": learning_rate,
-        "optimizer.params.betas": list(betas),
-        "optimizer.params.weight_decay": weight_decay,
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,7 +341,7 @@ def _initialize(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     except (deepspeed.DeepSpeedConfigError, AssertionError, NotImplementedError, ValueError) as error:
-        raise ConfigError(f"DeepSpeed refuses the ds_config: {_reason(error)}; compare it with ds_configs/") from error
+        raise ConfigError(f"DeepSpeed refuses the ds_config: {one_line_reason(error)}; compare it with ds_configs/") from error
     except Exception as error:  # compilers, ninja, nvcc and their loaders fail in many ways
         if not compiled:
             raise
@@ -504,40 +395,3 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 def _gradients(module: nn.Module) -> list[Tensor]:
     return [p.grad for p in module.parameters() if p.grad is not None]
-
-
-def _leaves(block: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in block.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise ValueError(f"the name {twice.pop()!r} stands twice")
-    return dict(pairs)
-
-
-def _batch_remedy(global_batch: int, micro_batch: int, num_ranks: int) -> str:
-    """Say which world sizes and micro batches would do; for a run that goes on the global batch is fixed."""
-    sizes = _divisors(global_batch // micro_batch) if global_batch % micro_batch == 0 else []
-    remedies = [f"start {_either(sizes, num_ranks)} ranks"] if sizes else []
-    if global_batch % num_ranks == 0:
-        remedies.append(f"set micro_batch to {_either(_divisors(global_batch // num_ranks), micro_batch)}")
-    if not remedies:
-        remedies = [f"start {_either(_divisors(global_batch), num_ranks)} ranks with a micro_batch that divides theirs"]
-    return ", or ".join(remedies)
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _either(numbers: list[int], wanted: int) -> str:
-    """Name up to eight of the numbers, those next to the one that was wanted."""
-    near = sorted(sorted(numbers, key=lambda n: abs(n - wanted))[:8])
-    return " or ".join(filter(None, (", ".join(map(str, near[:-1])), str(near[-1]))))

@@ -1,0 +1,1 @@
+"""Ranks, DeepSpeed's engine and its files."""

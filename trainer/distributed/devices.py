@@ -1,0 +1,89 @@
+"""Which device a rank may use."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from trainer.config.settings import Runtime
+from trainer.distributed.engine import default_device
+from trainer.distributed.world import World
+from trainer.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def check_devices(world: World, num_devices: int, kind: str, *, oversubscribe: bool) -> None:
+    """Refuse more ranks on this host than it has devices.
+
+    Args:
+        world: this process.
+        num_devices: GPUs, or CPU cores where there is no GPU.
+        kind: "cuda" or "cpu".
+        oversubscribe: let CPU ranks share cores (slow, for tests).
+    """
+    if world.local_size <= num_devices or (kind == "cpu" and oversubscribe):
+        return
+    if num_devices == 0:
+        raise ConfigError(
+            f"this host shows no {'GPU' if kind == 'cuda' else 'CPU core'}: see nvidia-smi and CUDA_VISIBLE_DEVICES, "
+            "or set DS_ACCELERATOR=cpu to train on the CPU"
+        )
+    remedy = f"start with --num_gpus {num_devices}"
+    if kind == "cpu":
+        remedy += ", or pass --oversubscribe true to let CPU ranks share cores"
+    noun = "GPUs" if kind == "cuda" else "CPU cores"
+    raise ConfigError(f"{world.local_size} ranks were started on a host with {num_devices} {noun}: {remedy}")
+
+
+def use_devices(world: World, runtime: Runtime, *, refuse_unusable: bool = True) -> None:
+    """Say which devices will compute, refuse more ranks than devices, and share the cores of the host among its ranks.
+
+    Args:
+        world: who this process is.
+        runtime: of the command.
+        refuse_unusable: refuse a host whose GPUs cannot be used; otherwise it computes on the CPU.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if refuse_unusable:
+        refuse_unusable_gpus()
+    cores = len(os.sched_getaffinity(0))
+    device = default_device()
+    num_devices = torch.cuda.device_count() if device.type == "cuda" else cores
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU cores"
+    logger.info("device: %d x %s, for %d ranks on this host", num_devices, name, world.local_size)
+    check_devices(world, num_devices, device.type, oversubscribe=runtime.oversubscribe)
+    torch.set_num_threads(runtime.num_threads or max(1, cores // world.local_size))
+
+
+def refuse_unusable_gpus() -> None:
+    """Refuse a host whose GPUs would stay idle in silence.
+
+    Raises:
+        ConfigError: naming why, and how to compute on the CPU all the same.
+    """
+    if problem := unusable_gpus():
+        raise ConfigError(f"{problem}; to compute on the CPU all the same, set DS_ACCELERATOR=cpu")
+
+
+def unusable_gpus(devices: Path = Path("/dev")) -> str:
+    """Say why the NVIDIA GPUs of this host would stay idle; empty where there are none, they work, or are not wanted.
+
+    Args:
+        devices: folder of the device files.
+    """
+    hidden = "CUDA_VISIBLE_DEVICES" in os.environ and os.environ["CUDA_VISIBLE_DEVICES"].strip() in ("", "-1")
+    files = sorted(path.name for path in devices.glob("nvidia[0-9]*"))
+    if not files or hidden or os.environ.get("DS_ACCELERATOR") or torch.cuda.is_available():
+        return ""
+    reason = "this torch was built without CUDA: install one with it"
+    if torch.version.cuda:
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            reason = "torch finds no device: check the driver with nvidia-smi, and what this job may use"
+        except (RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+    return f"this host has {len(files)} NVIDIA GPUs ({', '.join(files[:8])}), but CUDA cannot use them ({reason})"

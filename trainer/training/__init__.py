@@ -1,0 +1,1 @@
+"""The training loop, what it watches and what it writes."""

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.data import pixels_of
 from launch.init_weights import Init, check_heads, check_init, find_again, read_init
 from trainer.config.record import from_record
 from trainer.config.settings import DetectorRecipe
-from trainer.data.augment import AS_STORED, CenterView, DetectorView, Pixels
-from trainer.data.distort import BasicAugment, PassportChain, RandAugment
+from trainer.data.sources import pixels_of
+from trainer.data.transforms.passport import PassportChain
+from trainer.data.transforms.randaugment import BasicAugment, RandAugment
+from trainer.data.transforms.views import AS_STORED, CenterView, DetectorView, Pixels
 from trainer.errors import CheckpointError
 from trainer.models.detector import STATISTICS, HeadOptions, MorphDetector
 from trainer.models.encoder import PatchEncoder

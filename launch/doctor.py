@@ -48,7 +48,7 @@ from trainer.config.command_line import answered
 from trainer.config.parse import expand_home
 from trainer.config.recipes import configure_script
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime, Recipe, Runtime
-from trainer.data.mixture import read_sources
+from trainer.data.order.mixture import read_sources
 from trainer.data.storage import reading
 from trainer.distributed.devices import unusable_gpus, use_devices
 from trainer.distributed.ds_config import compiled_optimizer, engine_settings

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from launch.data import open_sets
 from launch.run_setup import check_output
 from tools.plan_run import Model, read_model
 from trainer.config.parse import as_text
 from trainer.config.settings import Recipe, Runtime
-from trainer.data.mixture import Source
-from trainer.data.shards import describe_index
+from trainer.data.order.mixture import Source
+from trainer.data.shards.index import describe_index
+from trainer.data.sources import open_sets
 from trainer.distributed import cost_model as planning
 from trainer.distributed.engine import default_device
 from trainer.distributed.world import World
@@ -40,7 +40,7 @@ def describe(
         recipe: what the run computes, with what it takes from --init.
         runtime: likewise.
         ds_config: filled in.
-        found: the shards by setting, as `launch.data.find_sources` lists them.
+        found: the shards by setting, as `trainer.data.sources.find_sources` lists them.
         world: this process among its ranks.
 
     Raises:

@@ -37,17 +37,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from launch.data import pixels_of, span_reader
 from launch.detectors import preprocessing_of, rebuild, recipe_of
 from launch.results import Results, markdown_table, terminal_table
 from launch.run_setup import versions
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import DetectorRecipe, DetectorRuntime, check_types
-from trainer.data.augment import CenterView
 from trainer.data.loader import Loader
-from trainer.data.overlap import prints_of
-from trainer.data.shards import ShardIndex, describe_index, list_shards, open_index
+from trainer.data.shards.index import ShardIndex, describe_index, list_shards, open_index
+from trainer.data.sources import pixels_of, span_reader
 from trainer.data.stream import fixed_stream
+from trainer.data.transforms.views import CenterView
+from trainer.detection.leakage import prints_of
 from trainer.distributed.devices import refuse_unusable_gpus
 from trainer.distributed.engine import default_device
 from trainer.errors import ConfigError, DataError, without_secrets

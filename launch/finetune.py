@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from launch.data import describe_shares, find_sources, open_sets, order_of, pixels_of, span_reader, tell_all_ranks
 from launch.detectors import build_detector, preprocessing_of, training_view
 from launch.init_weights import describe, fitting_recipe, place_of, read_init
 from launch.run_setup import backend_timeout_s, begin, check_output, noting_the_end, start_watchdog, versions
@@ -32,12 +31,21 @@ from trainer.config.command_line import CommandLine, read_training
 from trainer.config.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
 from trainer.config.record import as_record
 from trainer.config.settings import DetectorRecipe, DetectorRuntime
-from trainer.data.augment import CenterView
 from trainer.data.loader import Loader
-from trainer.data.overlap import prints_of
-from trainer.data.plan import PLAN_VERSION, Order
-from trainer.data.shards import ShardIndex
+from trainer.data.order.plan import PLAN_VERSION, Order
+from trainer.data.shards.index import ShardIndex
+from trainer.data.sources import (
+    describe_shares,
+    find_sources,
+    open_sets,
+    order_of,
+    pixels_of,
+    span_reader,
+    tell_all_ranks,
+)
 from trainer.data.stream import Batch, fixed_stream
+from trainer.data.transforms.views import CenterView
+from trainer.detection.leakage import prints_of
 from trainer.distributed.devices import use_devices
 from trainer.distributed.ds_config import engine_settings
 from trainer.distributed.engine import Engine, connect, disconnect

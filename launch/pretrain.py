@@ -21,21 +21,29 @@ from pathlib import Path
 
 import torch
 
-from launch.data import describe_shares, find_sources, open_sets, order_of, pixels_of, span_reader, tell_all_ranks
 from launch.init_weights import check_heads, check_init, read_init
-from launch.run_setup import backend_timeout_s, begin, check_output, noting_the_end, spread, start_watchdog
+from launch.run_setup import backend_timeout_s, begin, check_output, noting_the_end, start_watchdog
 from launch.training import Ending, Training, record_end, show
 from trainer import checkpoint, heldout
 from trainer.config.command_line import CommandLine, read_training
 from trainer.config.recipes import DEFAULT, RECIPES
 from trainer.config.record import as_record
 from trainer.config.settings import PretrainRecipe, PretrainRuntime
-from trainer.data.augment import CenterView, PretrainView
 from trainer.data.loader import Loader
-from trainer.data.mixture import Source
-from trainer.data.plan import PLAN_VERSION, Order, Repeated
-from trainer.data.shards import ShardIndex
+from trainer.data.order.mixture import Source
+from trainer.data.order.plan import PLAN_VERSION, Order, Repeated, spread
+from trainer.data.shards.index import ShardIndex
+from trainer.data.sources import (
+    describe_shares,
+    find_sources,
+    open_sets,
+    order_of,
+    pixels_of,
+    span_reader,
+    tell_all_ranks,
+)
 from trainer.data.stream import Batch, fixed_stream
+from trainer.data.transforms.views import CenterView, PretrainView
 from trainer.distributed.devices import use_devices
 from trainer.distributed.ds_config import engine_settings
 from trainer.distributed.engine import Engine, connect, disconnect

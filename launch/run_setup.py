@@ -210,9 +210,3 @@ def versions() -> dict[str, str]:
     """Record what computed the numbers."""
     names = ("torch", "deepspeed", "timm", "webdataset", "albumentations", "numpy")
     return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
-
-
-def spread(num_wanted: int, num_all: int) -> list[int]:
-    """Choose up to ``num_wanted`` of ``range(num_all)``, evenly from beginning to end."""
-    count = min(num_wanted, num_all)
-    return [i * num_all // count for i in range(count)]

@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from launch.data import span_reader
 from launch.plausible import doubts
 from launch.run_setup import claim, describe_start, resume, versions
 from trainer import checkpoint
 from trainer.config.record import as_record
 from trainer.config.settings import Recipe, Runtime
-from trainer.data.augment import View
 from trainer.data.loader import Loader
-from trainer.data.mixture import Source
-from trainer.data.plan import Order
-from trainer.data.shards import ShardIndex
+from trainer.data.order.mixture import Source
+from trainer.data.order.plan import Order
+from trainer.data.shards.index import ShardIndex
+from trainer.data.sources import span_reader
 from trainer.data.stream import Batch, Slice, Stream, train_stream
+from trainer.data.transforms.views import View
 from trainer.distributed.engine import Engine
 from trainer.distributed.world import World
 from trainer.errors import without_secrets

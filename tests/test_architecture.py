@@ -28,7 +28,7 @@ OWNERS = {
     "deepspeed": {"trainer/distributed/engine.py", "trainer/distributed/zero_state.py"},
     "webdataset": {"trainer/data/stream.py", "tools/make_shards.py", "tools/bench_loader.py"},
     "timm": {"trainer/models/encoder.py", "trainer/export.py"},
-    "albumentations": {"trainer/data/augment.py", "trainer/data/distort.py"},
+    "albumentations": {"trainer/data/transforms/views.py", "trainer/data/transforms/randaugment.py"},
     "fsspec": {"trainer/data/storage.py"},
     "peft": {"trainer/models/lora.py", "trainer/export.py"},
     "transformers": {"trainer/export.py", "tools/bench_step.py"},

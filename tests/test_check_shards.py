@@ -10,7 +10,8 @@ from conftest import display_p3, jpeg, members_of, write_tar
 from PIL import Image
 
 from tools.check_shards import main
-from trainer.data.shards import ShardIndex, ShardReader, open_index
+from trainer.data.shards.index import ShardIndex, open_index
+from trainer.data.shards.reader import ShardReader
 from trainer.errors import ConfigError, DataError
 
 

@@ -145,7 +145,7 @@ def packed(folder: str, images: int | None = None) -> Callable[[Path, str], None
     """Shards, and a count of what went in that agrees with what the trainer reads."""
 
     def look(place: Path, out: str) -> None:
-        from trainer.data.shards import list_shards, open_index
+        from trainer.data.shards.index import list_shards, open_index
 
         index = open_index(list_shards(str(place / folder / "*.tar"), setting="--data"))
         assert images in (None, len(index))

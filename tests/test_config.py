@@ -13,7 +13,7 @@ from trainer.config.parse import expand_home, help_text
 from trainer.config.recipes import DEFAULT, DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
 from trainer.config.record import LEGACY_VALUES, as_record, differing_fields, from_record
 from trainer.config.settings import DetectorRecipe, DetectorRuntime, PretrainRecipe, PretrainRuntime
-from trainer.data.shards import list_shards
+from trainer.data.shards.index import list_shards
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import explain
 

@@ -5,7 +5,7 @@ import pytest
 from conftest import display_p3, grey_profile, jpeg
 from PIL import Image, ImageCms
 
-from trainer.data.decode import colour_profile, decode_image, suffix_of
+from trainer.data.transforms.decode import colour_profile, decode_image, suffix_of
 from trainer.errors import SampleError
 
 

@@ -11,18 +11,10 @@ from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import RandAugment as RandAugmentOfTorchvision
 
 from tools.orl_faces import find_faces
-from trainer.data.augment import DetectorView, Photo
-from trainer.data.distort import (
-    _RANGES,
-    BasicAugment,
-    PassportChain,
-    RandAugment,
-    jpeg2000,
-    jpeg_to_budget,
-    print_scan,
-    rand_augment_ops,
-)
-from trainer.data.selfmorph import NUM_DRAWS, self_morph
+from trainer.data.transforms.passport import PassportChain, jpeg2000, jpeg_to_budget, print_scan
+from trainer.data.transforms.randaugment import _RANGES, BasicAugment, RandAugment, rand_augment_ops
+from trainer.data.transforms.selfmorph import NUM_DRAWS, self_morph
+from trainer.data.transforms.views import DetectorView, Photo
 from trainer.errors import ConfigError
 
 ALL = ("jpeg_budget", "jpeg2000", "resize", "print_scan")

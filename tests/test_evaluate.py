@@ -10,9 +10,9 @@ from conftest import jpeg, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.overlap import Prints, prints_of
-from trainer.data.shards import ShardIndex, open_index
+from trainer.data.shards.index import ShardIndex, open_index
 from trainer.data.stream import Batch
+from trainer.detection.leakage import Prints, prints_of
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError, DataError
 from trainer.evaluate import (

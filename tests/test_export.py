@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from scipy.special import logit
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from launch.data import pixels_of
 from launch.detectors import build_detector, preprocessing_of, rebuild, recipe_of
 from launch.init_weights import fitting_recipe, read_init
 from launch.pretrain import build_model
@@ -32,8 +31,9 @@ from trainer import export as formats
 from trainer import lease as leases
 from trainer.config.record import as_record
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime
-from trainer.data.augment import CenterView, Photo
-from trainer.data.overlap import Prints
+from trainer.data.sources import pixels_of
+from trainer.data.transforms.views import CenterView, Photo
+from trainer.detection.leakage import Prints
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.evaluate import UNCALIBRATED, Decision
 from trainer.metrics import Calibration

@@ -20,10 +20,11 @@ import pytest
 from conftest import jpeg, write_tar
 from PIL import Image, ImageOps
 
-from trainer.data.decode import decode_image
-from trainer.data.members import NO_LABEL
-from trainer.data.shards import ShardReader, open_index
-from trainer.data.tar import Member, walk_tar
+from trainer.data.shards.index import open_index
+from trainer.data.shards.members import NO_LABEL
+from trainer.data.shards.reader import ShardReader
+from trainer.data.shards.tar import Member, walk_tar
+from trainer.data.transforms.decode import decode_image
 from trainer.errors import DataError, SampleError
 
 BLOCK = 512

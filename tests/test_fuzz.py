@@ -37,9 +37,9 @@ from test_faults import (
     with_segments,
 )
 
-from trainer.data.decode import colour_profile, decode_image, upright_jpeg_size
-from trainer.data.members import samples_of
-from trainer.data.tar import Member, walk_tar
+from trainer.data.shards.members import samples_of
+from trainer.data.shards.tar import Member, walk_tar
+from trainer.data.transforms.decode import colour_profile, decode_image, upright_jpeg_size
 from trainer.errors import DataError, SampleError
 
 pytestmark = pytest.mark.slow

@@ -15,10 +15,10 @@ import torch
 from conftest import ROOT, environment, members_of, write_tar
 
 from trainer.data import loader
-from trainer.data.augment import CenterView
 from trainer.data.loader import Loader
-from trainer.data.shards import ShardIndex, list_shards, open_index
+from trainer.data.shards.index import ShardIndex, list_shards, open_index
 from trainer.data.stream import Batch, Stream, fixed_stream
+from trainer.data.transforms.views import CenterView
 from trainer.errors import DataError
 
 CAN_MOUNT = (

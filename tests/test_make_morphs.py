@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tools.landmarks import dlib_finder, read_landmarks
 from tools.make_morphs import Settings, face_mask, make_morphs, spliced_morph, warp, whole_morph
 from tools.make_shards import Settings as ShardSettings
 from tools.make_shards import make_shards
 from tools.orl_faces import find_faces
 from tools.orl_morphs import LANDMARKS
-from trainer.data.shards import ShardReader, open_index
+from trainer.data.landmarks import dlib_finder, read_landmarks
+from trainer.data.shards.index import open_index
+from trainer.data.shards.reader import ShardReader
 from trainer.errors import ConfigError, DataError
 
 SIZE = (60, 50)

@@ -13,8 +13,8 @@ from PIL import Image
 
 from tools import make_shards as make_shards_module
 from tools.make_shards import Settings, main, make_shards
-from trainer.data.decode import colour_profile, decode_image
-from trainer.data.shards import list_shards, open_index
+from trainer.data.shards.index import list_shards, open_index
+from trainer.data.transforms.decode import colour_profile, decode_image
 from trainer.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from launch.data import open_sets, order_of
 from trainer.config.record import as_record
 from trainer.config.settings import PretrainRecipe, PretrainRuntime
-from trainer.data.members import MAX_JSON_BYTES, Tally, samples_of
-from trainer.data.mixture import Source
-from trainer.data.shards import ShardReader, list_shards, open_index
-from trainer.data.tar import Member
+from trainer.data.order.mixture import Source
+from trainer.data.shards.index import list_shards, open_index
+from trainer.data.shards.members import MAX_JSON_BYTES, Tally, samples_of
+from trainer.data.shards.reader import ShardReader
+from trainer.data.shards.tar import Member
+from trainer.data.sources import open_sets, order_of
 from trainer.distributed.world import World
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate import check_labels

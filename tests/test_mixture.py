@@ -9,9 +9,9 @@ from conftest import members_of, write_tar
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from trainer.data.mixture import Group, Mixture, Quotas, groups_by_value, groups_of_sources, read_sources
-from trainer.data.plan import positions_of
-from trainer.data.shards import open_index
+from trainer.data.order.mixture import Group, Mixture, Quotas, groups_by_value, groups_of_sources, read_sources
+from trainer.data.order.plan import positions_of
+from trainer.data.shards.index import open_index
 from trainer.errors import ConfigError, DataError
 
 shares = st.lists(st.integers(1, 40).map(lambda n: Fraction(n, 20)), min_size=1, max_size=6)

@@ -17,7 +17,7 @@ from trainer import checkpoint
 from trainer.checkpoint import Identity, Progress, Saver
 from trainer.config.command_line import configure
 from trainer.config.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
-from trainer.data.mixture import read_sources
+from trainer.data.order.mixture import read_sources
 from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.distributed.world import World
 from trainer.errors import ConfigError, TrainerError

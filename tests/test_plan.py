@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.plan import PLAN_VERSION, Plan, Repeated, positions_of
+from trainer.data.order.plan import PLAN_VERSION, Plan, Repeated, positions_of
 
 plans = st.builds(
     Plan,

@@ -13,7 +13,7 @@ from conftest import environment, jpeg, write_tar
 from launch.evaluate import Settings, read_baselines
 from launch.evaluate import TestSet as LabelledSet
 from launch.results import Results, markdown_table, terminal_table
-from trainer.data.shards import open_index
+from trainer.data.shards.index import open_index
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate import Truth
 from trainer.files import readable, write_together

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from trainer.data.sampler import DistributedWeightedSampler, WeightedOrder, class_weights, make_balanced_sampler
+from trainer.data.order.sampler import DistributedWeightedSampler, WeightedOrder, class_weights, make_balanced_sampler
 from trainer.errors import ConfigError, DataError
 
 
@@ -139,5 +139,5 @@ def test_classes_that_cannot_be_balanced_are_named(labels: list[int], num_classe
 
 def test_the_edges_of_the_weights_belong_to_the_right_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     edges = np.array([0.0, 0.5, 1 - 2.0**-53])
-    monkeypatch.setattr("trainer.data.sampler.uniform_doubles", lambda *_: edges)
+    monkeypatch.setattr("trainer.data.order.sampler.uniform_doubles", lambda *_: edges)
     assert WeightedOrder([0, 1, 1, 0], seed=0).draw(edges).tolist() == [1, 2, 2]

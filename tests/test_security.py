@@ -10,10 +10,10 @@ import torch
 from conftest import jpeg, write_tar
 
 from trainer.checkpoint import Identity, Progress, Saver
-from trainer.data.augment import PretrainView
-from trainer.data.plan import Plan
-from trainer.data.shards import open_index
+from trainer.data.order.plan import Plan
+from trainer.data.shards.index import open_index
 from trainer.data.stream import Slice, train_stream
+from trainer.data.transforms.views import PretrainView
 from trainer.distributed.world import World
 from trainer.distributed.zero_state import load_safely
 from trainer.errors import CheckpointError

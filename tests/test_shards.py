@@ -14,9 +14,10 @@ import pytest
 import webdataset as wds
 from conftest import jpeg, members_of, write_tar
 
-from trainer.data.overlap import prints_of
-from trainer.data.shards import ShardIndex, ShardReader, describe_index, list_shards, open_index
-from trainer.data.tar import walk_tar
+from trainer.data.shards.index import ShardIndex, describe_index, list_shards, open_index
+from trainer.data.shards.reader import ShardReader
+from trainer.data.shards.tar import walk_tar
+from trainer.detection.leakage import prints_of
 from trainer.errors import ConfigError, DataError, SampleError
 
 # Plain webdataset leaves files to the garbage collector.

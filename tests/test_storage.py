@@ -18,13 +18,14 @@ from conftest import jpeg, members_of, write_tar
 from moto.server import ThreadedMotoServer
 from RangeHTTPServer import RangeRequestHandler
 
-from trainer.data import contents
-from trainer.data.augment import CenterView
 from trainer.data.loader import Loader
-from trainer.data.plan import Plan
-from trainer.data.shards import ShardIndex, ShardReader, list_shards, open_index
+from trainer.data.order.plan import Plan
+from trainer.data.shards import contents
+from trainer.data.shards.index import ShardIndex, list_shards, open_index
+from trainer.data.shards.reader import ShardReader
 from trainer.data.storage import Span, SpanReader
 from trainer.data.stream import Slice, train_stream
+from trainer.data.transforms.views import CenterView
 from trainer.errors import ConfigError, DataError, without_secrets
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

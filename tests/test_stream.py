@@ -11,12 +11,12 @@ from conftest import members_of, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data import augment
-from trainer.data.augment import CenterView, PretrainView
 from trainer.data.loader import Loader
-from trainer.data.plan import Order, Plan, Repeated
-from trainer.data.shards import ShardIndex, list_shards, open_index
+from trainer.data.order.plan import Order, Plan, Repeated
+from trainer.data.shards.index import ShardIndex, list_shards, open_index
 from trainer.data.stream import Batch, ChosenRequests, Slice, Stream, fixed_stream, train_stream
+from trainer.data.transforms import views as augment
+from trainer.data.transforms.views import CenterView, PretrainView
 from trainer.errors import DataError
 
 GLOBAL_BATCH, STEPS = 12, 8

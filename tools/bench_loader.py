@@ -45,11 +45,11 @@ from torchvision import datasets, transforms
 
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import check_types
-from trainer.data.augment import PretrainView
 from trainer.data.loader import Loader
-from trainer.data.plan import Plan, Repeated
-from trainer.data.shards import ShardIndex, open_index
+from trainer.data.order.plan import Plan, Repeated
+from trainer.data.shards.index import ShardIndex, open_index
 from trainer.data.stream import Batch, Slice, train_stream
+from trainer.data.transforms.views import PretrainView
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.models.encoder import PatchEncoder

@@ -30,9 +30,9 @@ import numpy as np
 
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import check_types
-from trainer.data.members import Tally
-from trainer.data.plan import Plan, positions_of
-from trainer.data.shards import INDEX_VERSION, SHARD_COLUMNS, ShardIndex
+from trainer.data.order.plan import Plan, positions_of
+from trainer.data.shards.index import INDEX_VERSION, SHARD_COLUMNS, ShardIndex
+from trainer.data.shards.members import Tally
 from trainer.fault_tolerance.exit_codes import run
 
 mpl.use("Agg")

@@ -35,11 +35,11 @@ from pathlib import Path
 from tools.salvage import Saved, rewrite
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import check_types
-from trainer.data.decode import colour_profile, decode_image
-from trainer.data.members import GROUP_FIELDS, NO_LABEL, Sample, Tally, check_image_member, samples_of
-from trainer.data.shards import list_shards
+from trainer.data.shards.index import list_shards
+from trainer.data.shards.members import GROUP_FIELDS, NO_LABEL, Sample, Tally, check_image_member, samples_of
+from trainer.data.shards.tar import MAX_MEMBER_BYTES, walk_tar
 from trainer.data.storage import is_url
-from trainer.data.tar import MAX_MEMBER_BYTES, walk_tar
+from trainer.data.transforms.decode import colour_profile, decode_image
 from trainer.errors import ConfigError, DataError, SampleError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.parallel import parallel_map

@@ -34,9 +34,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import check_types
-from trainer.data.decode import decode_image
-from trainer.data.members import NO_LABEL
-from trainer.data.shards import ShardReader, list_shards, open_index
+from trainer.data.shards.index import list_shards, open_index
+from trainer.data.shards.members import NO_LABEL
+from trainer.data.shards.reader import ShardReader
+from trainer.data.transforms.decode import decode_image
 from trainer.errors import ConfigError, SampleError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import atomic_draft

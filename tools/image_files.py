@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from trainer.data.decode import MAX_PIXELS, PILLOW_ERRORS, decode_image, suffix_of
-from trainer.data.icc import lab_to_srgb, to_srgb
+from trainer.data.transforms.decode import MAX_PIXELS, PILLOW_ERRORS, decode_image, suffix_of
+from trainer.data.transforms.icc import lab_to_srgb, to_srgb
 from trainer.errors import SampleError
 
 DAMAGE = (SampleError, OSError)

@@ -48,15 +48,16 @@ from PIL import Image
 from scipy.spatial import Delaunay
 
 from tools.image_files import DAMAGE, as_trainable, describe_damage
-from tools.landmarks import DLIB, Points, dlib_finder, landmarks_of, read_landmarks
 from tools.sources import read_manifest
 from trainer.config.command_line import configure_tool
 from trainer.config.record import as_record
 from trainer.config.settings import check_types
-from trainer.data.decode import decode_image
-from trainer.data.resize import resized
-from trainer.data.shards import NO_GROUP, SampleRef, ShardReader, describe_index, list_shards, open_index
+from trainer.data.landmarks import DLIB, Points, dlib_finder, landmarks_of, read_landmarks
+from trainer.data.shards.index import NO_GROUP, SampleRef, describe_index, list_shards, open_index
+from trainer.data.shards.reader import ShardReader
 from trainer.data.storage import is_url
+from trainer.data.transforms.decode import decode_image
+from trainer.data.transforms.resize import resized
 from trainer.errors import ConfigError, DataError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import write_atomically

@@ -49,14 +49,14 @@ import numpy as np
 import webdataset as wds
 
 from tools.image_files import DAMAGE, Storing, describe_damage, stored_bytes_bound, stored_image
-from tools.landmarks import landmarks_of, read_landmarks
 from tools.sources import Entry, Source, group_values, names_tars, plain_text, read_source, with_distinct_keys
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import check_types
-from trainer.data.decode import MIN_SIDE, colour_profile, suffix_of
-from trainer.data.members import LANDMARKS, NO_LABEL, Sample, Tally, samples_of
+from trainer.data.landmarks import landmarks_of, read_landmarks
+from trainer.data.shards.members import LANDMARKS, NO_LABEL, Sample, Tally, samples_of
+from trainer.data.shards.tar import MAX_MEMBER_BYTES, Member, walk_tar
 from trainer.data.storage import SpanReader
-from trainer.data.tar import MAX_MEMBER_BYTES, Member, walk_tar
+from trainer.data.transforms.decode import MIN_SIDE, colour_profile, suffix_of
 from trainer.errors import ConfigError, DataError, SampleError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import write_atomically

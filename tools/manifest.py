@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from trainer.data.members import GROUP_FIELDS
+from trainer.data.shards.members import GROUP_FIELDS
 from trainer.errors import ConfigError
 
 KNOWN_COLUMNS = ("path", "key", "label", *GROUP_FIELDS, "control", "landmark_name")

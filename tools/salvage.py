@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from trainer.data.decode import decode_image
-from trainer.data.members import Sample, Tally, key_of, samples_of, why_left_out
-from trainer.data.tar import MAX_MEMBER_BYTES, Member, parse_header, walk_tar
+from trainer.data.shards.members import Sample, Tally, key_of, samples_of, why_left_out
+from trainer.data.shards.tar import MAX_MEMBER_BYTES, Member, parse_header, walk_tar
+from trainer.data.transforms.decode import decode_image
 from trainer.errors import DataError
 
 _BLOCK = 512

@@ -39,9 +39,9 @@ from sklearn.preprocessing import StandardScaler
 from launch.evaluate import named_values
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import check_types
-from trainer.data.augment import CenterView
-from trainer.data.shards import describe_index, list_shards, open_index
+from trainer.data.shards.index import describe_index, list_shards, open_index
 from trainer.data.stream import fixed_stream
+from trainer.data.transforms.views import CenterView
 from trainer.errors import DataError
 from trainer.evaluate import Truth, check_labels, truth_of
 from trainer.fault_tolerance.exit_codes import run

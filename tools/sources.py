@@ -16,7 +16,8 @@ from typing import Any
 from tools.class_labels import class_numbers, describe_classes
 from tools.image_files import read_suffixes, why_not_read
 from tools.manifest import Table, read_table
-from trainer.data.members import (
+from trainer.data.shards.index import list_shards
+from trainer.data.shards.members import (
     GROUP_FIELDS,
     LANDMARKS,
     MAX_JSON_BYTES,
@@ -28,9 +29,8 @@ from trainer.data.members import (
     samples_of,
     why_left_out,
 )
-from trainer.data.shards import list_shards
+from trainer.data.shards.tar import Member, walk_tar
 from trainer.data.storage import Span, is_url
-from trainer.data.tar import Member, walk_tar
 from trainer.errors import ConfigError, DataError
 
 _OWN_COLUMNS = ("path", "key", "label")

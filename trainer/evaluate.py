@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.data.loader import to_device
-from trainer.data.members import CLASS_FIELD
-from trainer.data.shards import NO_GROUP, ShardIndex, missing_labels
+from trainer.data.shards.index import NO_GROUP, ShardIndex, missing_labels
+from trainer.data.shards.members import CLASS_FIELD
 from trainer.data.stream import Batch
 from trainer.distributed.world import World
 from trainer.errors import DataError

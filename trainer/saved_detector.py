@@ -4,7 +4,7 @@ Layout of OUTPUT/detector::
 
     detector.json        recipe, preprocessing, calibration, thresholds, where it comes from; sha256 of the other files
     weights.safetensors  what was trained: adapters and head, or everything; float32
-    train.npz val.npz    prints of the images and people that it has seen (`trainer.data.overlap`)
+    train.npz val.npz    prints of the images and people that it has seen (`trainer.detection.leakage`)
     adapter/             with LoRA: the same adapters and head in peft's own format
 
 A frozen encoder is not in it: its weights are those of ``init``, whose sha256 is recorded and checked.
@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.data.overlap import Prints
+from trainer.detection.leakage import Prints
 from trainer.errors import CheckpointError, without_secrets
 from trainer.evaluate import Decision
 from trainer.files import describe_files, files_below, sync_files, write_synced

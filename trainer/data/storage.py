@@ -1,7 +1,7 @@
 """Where bytes lie: local files, and objects behind a few URL schemes through fsspec.
 
 A *location* is a path or a URL. Nothing here retries or judges: every failure of a library becomes an `OSError` whose
-``filename`` is the location, and `trainer.data.contents` and `trainer.data.shards` decide what it means.
+``filename`` is the location, and `trainer.data.shards.contents` and `trainer.data.shards.index` decide what it means.
 
 Commands (``pipe:``), standard input, chained file systems (``::``) and environment variables in URLs are refused: a
 list of shards is data, and data must not run programs or give secrets away.

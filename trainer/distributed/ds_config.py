@@ -295,7 +295,9 @@ def _check_values(config: dict[str, Any]) -> None:
     try:
         deepspeed.DeepSpeedConfig(config | {"train_batch_size": batch})
     except Exception as error:  # it fails in any way on values of a wrong type
-        raise ConfigError(f"DeepSpeed refuses the ds_config: {one_line_reason(error)}; compare it with ds_configs/") from error
+        raise ConfigError(
+            f"DeepSpeed refuses the ds_config: {one_line_reason(error)}; compare it with ds_configs/"
+        ) from error
 
 
 def one_line_reason(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from trainer.distributed import zero_state as zero_files
-from trainer.distributed.ds_config import one_line_reason, compiled_optimizer
+from trainer.distributed.ds_config import compiled_optimizer, one_line_reason
 from trainer.distributed.rendezvous import join, meet
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError, ConfigError, DataError
@@ -341,7 +341,9 @@ def _initialize(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     except (deepspeed.DeepSpeedConfigError, AssertionError, NotImplementedError, ValueError) as error:
-        raise ConfigError(f"DeepSpeed refuses the ds_config: {one_line_reason(error)}; compare it with ds_configs/") from error
+        raise ConfigError(
+            f"DeepSpeed refuses the ds_config: {one_line_reason(error)}; compare it with ds_configs/"
+        ) from error
     except Exception as error:  # compilers, ninja, nvcc and their loaders fail in many ways
         if not compiled:
             raise

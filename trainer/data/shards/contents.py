@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.members import GROUP_FIELDS, MAX_JSON_BYTES, Tally, samples_of
+from trainer.data.shards.members import GROUP_FIELDS, MAX_JSON_BYTES, Tally, samples_of
+from trainer.data.shards.tar import walk_tar
 from trainer.data.storage import LASTING, is_url, place_of, stamp
-from trainer.data.tar import walk_tar
 from trainer.errors import DataError, without_secrets
 
 logger = logging.getLogger(__name__)

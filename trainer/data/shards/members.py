@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.data.labels import class_of
-from trainer.data.tar import Member
+from trainer.data.shards.tar import Member
 from trainer.errors import ConfigError, DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
-"""Members with these suffixes are images; `trainer.data.decode` tells by their bytes what they are."""
+"""Members with these suffixes are images; `trainer.data.transforms.decode` tells by their bytes what they are."""
 NO_LABEL = -1
 GROUP_FIELDS = ("source", "attack", "identity", "identity_2")
 """Fields of a sample's json that the index keeps, where they are short texts or integers."""

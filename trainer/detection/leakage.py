@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.shards import NO_GROUP, ShardIndex
+from trainer.data.shards.index import NO_GROUP, ShardIndex
 
 _IDENTITY_FIELDS = ("identity", "identity_2")
 

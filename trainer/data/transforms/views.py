@@ -16,9 +16,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from trainer.data import selfmorph
-from trainer.data.decode import Scratch, decode_image, upright_jpeg_size
-from trainer.data.resize import Resize, resize_into, resized
+from trainer.data.transforms import selfmorph
+from trainer.data.transforms.decode import Scratch, decode_image, upright_jpeg_size
+from trainer.data.transforms.resize import Resize, resize_into, resized
 from trainer.seeds import Purpose, uniforms
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for a newer version at import
@@ -89,7 +89,7 @@ class PretrainView:
     """Random resized crop and mirror, as the published MAE (He et al. 2021, arXiv 2111.06377, appendix A.1).
 
     Crops are drawn as torchvision's RandomResizedCrop draws them: ten attempts at an area and a ratio, then the whole
-    of a centre. Sides are scaled as `trainer.data.resize` does.
+    of a centre. Sides are scaled as `trainer.data.transforms.resize` does.
 
     Args:
         size: side of the view [pixels].

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.settings import Recipe, Runtime
-from trainer.data.augment import Pixels
-from trainer.data.mixture import Mixture, Source, groups_by_value, groups_of_sources, read_sources
-from trainer.data.plan import Order, Plan
-from trainer.data.sampler import WeightedOrder, class_weights
-from trainer.data.shards import ShardIndex, describe_index, list_shards, missing_labels, open_index
+from trainer.data.order.mixture import Mixture, Source, groups_by_value, groups_of_sources, read_sources
+from trainer.data.order.plan import Order, Plan
+from trainer.data.order.sampler import WeightedOrder, class_weights
+from trainer.data.shards.index import ShardIndex, describe_index, list_shards, missing_labels, open_index
 from trainer.data.storage import SpanReader
+from trainer.data.transforms.views import Pixels
 from trainer.distributed.world import World
 from trainer.errors import ConfigError, DataError
 from trainer.progress import Progress

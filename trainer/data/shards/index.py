@@ -1,6 +1,6 @@
 """Shards: which files, which samples, and how one sample's bytes are read back.
 
-A shard is a plain tar in webdataset's layout (`trainer.data.members`). The first use of a set of shards walks every
+A shard is a plain tar in webdataset's layout (`trainer.data.shards.members`). The first use of a set of shards walks every
 byte once, strictly, and keeps what it found in an *index*: flat arrays that are memory-mapped, so a billion samples
 cost no memory and open at once.
 
@@ -28,7 +28,6 @@ import os
 import re
 import shutil
 import uuid
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,12 +38,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.contents import NO_GROUP as NO_GROUP
-from trainer.data.contents import SHARD_COLUMNS as SHARD_COLUMNS
-from trainer.data.contents import ShardContents, patiently, read_contents, stamp_of
-from trainer.data.members import GROUP_FIELDS, LANDMARKS, NO_LABEL, Tally, check_image_member
-from trainer.data.storage import Span, SpanReader, check_ranges, find, is_url, place_of
-from trainer.errors import ConfigError, DataError, SampleError
+from trainer.data.shards.contents import NO_GROUP as NO_GROUP
+from trainer.data.shards.contents import SHARD_COLUMNS as SHARD_COLUMNS
+from trainer.data.shards.contents import ShardContents, patiently, read_contents, stamp_of
+from trainer.data.shards.members import GROUP_FIELDS, NO_LABEL, Tally, check_image_member
+from trainer.data.storage import Span, check_ranges, find, is_url, place_of
+from trainer.errors import ConfigError, DataError
 from trainer.files import sync_files
 from trainer.parallel import parallel_map
 
@@ -487,69 +486,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------- reading back
-
-
-class ShardReader:
-    """Reads image bytes and checks them. What storage fails to give is asked for again, with growing pauses."""
-
-    def __init__(self, spans: SpanReader | None = None, *, num_retries: int = 4, first_wait_s: float = 0.5) -> None:
-        self._spans = spans or SpanReader()
-        self._num_retries, self._first_wait_s = num_retries, first_wait_s
-
-    def read(self, ref: SampleRef) -> bytes:
-        """Return the image bytes of one sample.
-
-        Raises:
-            SampleError: the bytes differ from those that were indexed (reason ``checksum``).
-            DataError: the shard is gone, shorter than indexed, or the storage fails again and again.
-        """
-        return self.check(ref, self.read_all([ref])[0])
-
-    def read_all(self, refs: Sequence[SampleRef], blocks: Sequence[Span] | None = None) -> list[bytes]:
-        """Return the bytes of several samples, unchecked; blocks as in `SpanReader.read`.
-
-        Raises:
-            DataError: as `read`.
-        """
-        return self._read_spans([Span(ref.shard, ref.offset, ref.size) for ref in refs], refs, blocks)
-
-    def _read_spans(
-        self, spans: list[Span], refs: Sequence[SampleRef], blocks: Sequence[Span] | None = None
-    ) -> list[bytes]:
-        def describe(error: OSError, attempts: int) -> str:
-            key = next((ref.key for ref in refs if ref.shard == error.filename), refs[0].key)
-            return (
-                f"shard {error.filename}: {key} cannot be read ({error.strerror}) after {attempts} attempts: "
-                "check the storage, then resume"
-            )
-
-        return patiently(
-            lambda: self._spans.read(spans, blocks),
-            describe,
-            forget=lambda error: self._spans.forget(str(error.filename)),
-            num_retries=self._num_retries,
-            first_wait_s=self._first_wait_s,
-        )
-
-    def read_landmarks(self, refs: Sequence[SampleRef]) -> list[NDArray[np.float32] | None]:
-        """Return the landmarks (L, 2) of several samples [pixels], None where a sample has none that can be read."""
-        have = [ref for ref in refs if ref.marks_size]
-        texts = iter(self._read_spans([Span(ref.shard, ref.marks_offset, ref.marks_size) for ref in have], have))
-        return [_landmarks_of(next(texts)) if ref.marks_size else None for ref in refs]
-
-    def check(self, ref: SampleRef, payload: bytes) -> bytes:
-        """Return the payload if it is what was indexed; raises as `read`."""
-        if len(payload) < ref.size:
-            raise DataError(f"shard {ref.shard} is shorter than when it was indexed: restore the file")
-        if zlib.crc32(payload) != ref.crc32:
-            raise SampleError("checksum", f"{ref.key} in {ref.shard} differs from what was indexed")
-        return payload
-
-
-def _landmarks_of(text: bytes) -> NDArray[np.float32] | None:
-    try:
-        points_L2 = np.asarray(json.loads(text)[LANDMARKS], dtype=np.float32)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    whole = points_L2.ndim == 2 and points_L2.shape[1] == 2 and len(points_L2) >= 3 and np.isfinite(points_L2).all()
-    return points_L2 if whole else None

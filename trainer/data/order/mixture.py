@@ -22,8 +22,8 @@ import numpy as np
 import yaml
 from numpy.typing import ArrayLike, NDArray
 
-from trainer.data.plan import Located, Plan
-from trainer.data.shards import NO_GROUP, ShardIndex, list_shards
+from trainer.data.order.plan import Located, Plan
+from trainer.data.shards.index import NO_GROUP, ShardIndex, list_shards
 from trainer.data.storage import place_of
 from trainer.errors import ConfigError, DataError
 from trainer.seeds import Purpose, random_words

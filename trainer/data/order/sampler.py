@@ -16,7 +16,7 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
-from trainer.data.plan import Located
+from trainer.data.order.plan import Located
 from trainer.errors import ConfigError, DataError
 from trainer.seeds import Purpose, uniform_doubles
 

@@ -17,7 +17,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from trainer.data.icc import profile_name, to_srgb
+from trainer.data.transforms.icc import profile_name, to_srgb
 from trainer.errors import SampleError
 
 MAX_PIXELS = 50_000_000

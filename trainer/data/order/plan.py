@@ -38,7 +38,7 @@ class Located(NamedTuple):
 
 
 class Order(Protocol):
-    """What a run visits when: `Plan`, or one of those in `trainer.data.sampler` and `trainer.data.mixture`."""
+    """What a run visits when: `Plan`, or one of those in `trainer.data.order.sampler` and `trainer.data.order.mixture`."""
 
     @property
     def seed(self) -> int:
@@ -192,3 +192,9 @@ def positions_of(step: int, *, rank: int, num_ranks: int, global_batch: int) -> 
         position_N: int64 of shape (global_batch // num_ranks,), ascending.
     """
     return np.arange(step * global_batch + rank, (step + 1) * global_batch, num_ranks, dtype=np.int64)
+
+
+def spread(num_wanted: int, num_all: int) -> list[int]:
+    """Choose up to ``num_wanted`` of ``range(num_all)``, evenly from beginning to end."""
+    count = min(num_wanted, num_all)
+    return [i * num_all // count for i in range(count)]

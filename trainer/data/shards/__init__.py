@@ -1,0 +1,1 @@
+"""What lies in tar shards, and reading any sample of them."""

@@ -1,0 +1,20 @@
+"""JPEG in memory, as the distortions use it."""
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+
+
+Draws = NDArray[np.float32]
+
+
+def encode_jpeg(image_HWC: Pixels, quality: int) -> bytes:
+    payload: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(image_HWC), quality=quality, colorsubsampling="420")
+    return payload
+
+
+def recompress(image_HWC: Pixels, quality: int) -> tuple[Pixels, int]:
+    payload = encode_jpeg(image_HWC, quality)
+    return simplejpeg.decode_jpeg(payload), len(payload)

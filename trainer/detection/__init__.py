@@ -1,0 +1,1 @@
+"""The detector of face morphs: building, training, judging, reporting."""

@@ -42,8 +42,6 @@ import torch
 import torch.distributed as dist
 
 from launch.pretrain import build_model
-from launch.run_setup import versions
-from trainer.checkpoint import newest_manifest
 from trainer.config.command_line import answered
 from trainer.config.parse import expand_home
 from trainer.config.recipes import configure_script
@@ -55,7 +53,9 @@ from trainer.distributed.ds_config import compiled_optimizer, engine_settings
 from trainer.distributed.engine import connect, default_device, disconnect
 from trainer.distributed.world import World, world_from_environment
 from trainer.errors import ConfigError, TrainerError, without_secrets
+from trainer.fault_tolerance.checkpoint import newest_manifest
 from trainer.fault_tolerance.exit_codes import EXIT_USER_ERROR, run
+from trainer.fault_tolerance.resume import versions
 from trainer.models.encoder import PatchEncoder
 
 START_TIMEOUT_S = 50

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from launch.run_setup import check_output
 from tools.plan_run import Model, read_model
 from trainer.config.parse import as_text
 from trainer.config.settings import Recipe, Runtime
@@ -23,7 +22,8 @@ from trainer.data.sources import open_sets
 from trainer.distributed import cost_model as planning
 from trainer.distributed.engine import default_device
 from trainer.distributed.world import World
-from trainer.monitor import peak_flops
+from trainer.fault_tolerance.resume import check_output
+from trainer.training.throughput import peak_flops
 
 GIB = 2**30
 _MFU = {"cuda": 0.25, "cpu": 0.5}

@@ -39,7 +39,6 @@ from numpy.typing import NDArray
 
 from launch.detectors import preprocessing_of, rebuild, recipe_of
 from launch.results import Results, markdown_table, terminal_table
-from launch.run_setup import versions
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import DetectorRecipe, DetectorRuntime, check_types
 from trainer.data.loader import Loader
@@ -53,6 +52,7 @@ from trainer.distributed.engine import default_device
 from trainer.errors import ConfigError, DataError, without_secrets
 from trainer.evaluate import CLASSES, SUCCESS, Scores, Truth, check_labels, score, truth_of
 from trainer.fault_tolerance.exit_codes import run
+from trainer.fault_tolerance.resume import versions
 from trainer.files import readable
 from trainer.metrics import FEW_IDENTITIES, json_threshold, summarise
 from trainer.models.detector import MorphDetector

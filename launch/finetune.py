@@ -24,9 +24,7 @@ from numpy.typing import NDArray
 
 from launch.detectors import build_detector, preprocessing_of, training_view
 from launch.init_weights import describe, fitting_recipe, place_of, read_init
-from launch.run_setup import backend_timeout_s, begin, check_output, noting_the_end, start_watchdog, versions
 from launch.training import Ending, Training, record_end, show
-from trainer import checkpoint
 from trainer.config.command_line import CommandLine, read_training
 from trainer.config.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
 from trainer.config.record import as_record
@@ -61,16 +59,18 @@ from trainer.evaluate import (
     truth_of,
     validation_figures,
 )
+from trainer.fault_tolerance import checkpoint
+from trainer.fault_tolerance.attempts import Lease
 from trainer.fault_tolerance.exit_codes import run
-from trainer.guardian import Phase
+from trainer.fault_tolerance.resume import begin, check_output, noting_the_end, versions
+from trainer.fault_tolerance.watchdog import backend_timeout_s, mark, start_watchdog
+from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.heldout import share_of
-from trainer.lease import Lease
 from trainer.models.lora import save_adapter
-from trainer.monitor import Monitor, print_and_log, start_console, start_logging
 from trainer.progress import say
 from trainer.saved_detector import read_description, restore, save_detector
 from trainer.selection import FILE, RULE, Validated, judge, validated
-from trainer.watchdog import mark
+from trainer.training.monitor import Monitor, print_and_log, start_console, start_logging
 
 logger = logging.getLogger(__name__)
 

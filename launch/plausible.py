@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from trainer.monitor import duration
+from trainer.training.throughput import duration
 
 _FEW_STEPS, _MANY_STEPS = 10, 3_000_000
 _FLOPS_PER_THREAD = 3e10

@@ -22,9 +22,8 @@ from pathlib import Path
 import torch
 
 from launch.init_weights import check_heads, check_init, read_init
-from launch.run_setup import backend_timeout_s, begin, check_output, noting_the_end, start_watchdog
 from launch.training import Ending, Training, record_end, show
-from trainer import checkpoint, heldout
+from trainer import heldout
 from trainer.config.command_line import CommandLine, read_training
 from trainer.config.recipes import DEFAULT, RECIPES
 from trainer.config.record import as_record
@@ -49,16 +48,18 @@ from trainer.distributed.ds_config import engine_settings
 from trainer.distributed.engine import Engine, connect, disconnect
 from trainer.distributed.world import World, world_from_environment
 from trainer.errors import ConfigError
+from trainer.fault_tolerance import checkpoint
+from trainer.fault_tolerance.attempts import Lease
 from trainer.fault_tolerance.exit_codes import run
-from trainer.guardian import Phase
-from trainer.lease import Lease
+from trainer.fault_tolerance.resume import begin, check_output, noting_the_end
+from trainer.fault_tolerance.watchdog import backend_timeout_s, mark, start_watchdog
+from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import backbone_sha256
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
-from trainer.monitor import Monitor, print_and_log, start_console, start_logging
 from trainer.progress import say
-from trainer.watchdog import mark
+from trainer.training.monitor import Monitor, print_and_log, start_console, start_logging
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,6 @@ import torch
 from PIL import Image, ImageDraw
 
 from launch.plausible import doubts
-from launch.run_setup import claim, describe_start, resume, versions
-from trainer import checkpoint
 from trainer.config.record import as_record
 from trainer.config.settings import Recipe, Runtime
 from trainer.data.loader import Loader
@@ -30,13 +28,18 @@ from trainer.data.transforms.views import View
 from trainer.distributed.engine import Engine
 from trainer.distributed.world import World
 from trainer.errors import without_secrets
+from trainer.fault_tolerance import checkpoint
+from trainer.fault_tolerance.attempts import Lease
 from trainer.fault_tolerance.exit_codes import EXIT_INTERRUPTED, EXIT_REQUEUE
-from trainer.lease import Lease
-from trainer.loop import BadSamples, Dates, Guards, Hooks, Inputs, Outcome, StopRequest, name_of_signal, train
-from trainer.monitor import Ledger, Monitor, Speedometer, print_and_log
-from trainer.numerics import BadSteps, SpikeWatch
+from trainer.fault_tolerance.guards import BadSamples, Guards, StopRequest, name_of_signal
+from trainer.fault_tolerance.ledger import Ledger
+from trainer.fault_tolerance.nonfinite import BadSteps, SpikeWatch
+from trainer.fault_tolerance.resume import claim, describe_start, resume, versions
 from trainer.seeds import step_seed
+from trainer.training.loop import Dates, Hooks, Inputs, Outcome, train
+from trainer.training.monitor import Monitor, print_and_log
 from trainer.training.schedule import learning_rate_at
+from trainer.training.throughput import Speedometer
 
 logger = logging.getLogger(__name__)
 

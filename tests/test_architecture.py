@@ -33,7 +33,7 @@ OWNERS = {
     "peft": {"trainer/models/lora.py", "trainer/export.py"},
     "transformers": {"trainer/export.py", "tools/bench_step.py"},
     "onnxruntime": {"trainer/export.py"},
-    "tqdm": {"trainer/progress.py", "trainer/monitor.py"},
+    "tqdm": {"trainer/progress.py", "trainer/training/monitor.py"},
     "fire": {"trainer/config/command_line.py"},
 }
 

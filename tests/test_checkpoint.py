@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainer import checkpoint
-from trainer.checkpoint import Identity, Progress, Saver
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError
-from trainer.lease import take
-from trainer.monitor import rows_until
+from trainer.fault_tolerance import checkpoint
+from trainer.fault_tolerance.attempts import take
+from trainer.fault_tolerance.checkpoint import Identity, Progress, Saver
+from trainer.fault_tolerance.ledger import rows_until
 
 IDENTITY = Identity({"global_batch": 8, "seed": 0}, "abc", "", 1, 1, "fp32", 1)
 

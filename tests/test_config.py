@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.run_setup import check_output
 from trainer.config import foreign_names
 from trainer.config.command_line import answered, check_places, configure, read_command, read_flags, recipes_help
 from trainer.config.parse import expand_home, help_text
@@ -16,6 +15,7 @@ from trainer.config.settings import DetectorRecipe, DetectorRuntime, PretrainRec
 from trainer.data.shards.index import list_shards
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import explain
+from trainer.fault_tolerance.resume import check_output
 
 
 def test_flags_and_overrides_and_the_launchers_words_mix() -> None:

@@ -12,12 +12,13 @@ import torch
 from conftest import ROOT, TINY, environment, words_of
 from deepspeed.launcher.runner import fetch_hostfile
 
-from launch import doctor, run_setup
+from launch import doctor
 from launch.evaluate import Settings, evaluate
 from trainer.config.recipes import RECIPES
 from trainer.distributed.devices import unusable_gpus
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
+from trainer.fault_tolerance import resume as run_setup
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from trainer.evaluate import (
     truth_of,
     validation_figures,
 )
-from trainer.lease import take
+from trainer.fault_tolerance.attempts import take
 from trainer.metrics import Calibration, threshold_for_bscer, threshold_for_macer
 from trainer.saved_detector import load_detector, save_detector
 

@@ -28,7 +28,6 @@ from launch.init_weights import fitting_recipe, read_init
 from launch.pretrain import build_model
 from tools.export import main
 from trainer import export as formats
-from trainer import lease as leases
 from trainer.config.record import as_record
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime
 from trainer.data.sources import pixels_of
@@ -36,6 +35,7 @@ from trainer.data.transforms.views import CenterView, Photo
 from trainer.detection.leakage import Prints
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.evaluate import UNCALIBRATED, Decision
+from trainer.fault_tolerance import attempts as leases
 from trainer.metrics import Calibration
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mask_utils import draw_mask, patchify

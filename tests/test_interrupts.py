@@ -15,7 +15,7 @@ from conftest import ROOT, TINY, environment, forks, metrics, words_of, write_ta
 
 from launch.training import Ending
 from trainer.fault_tolerance.exit_codes import _Interrupt
-from trainer.loop import StopRequest
+from trainer.fault_tolerance.guards import StopRequest
 
 
 def exit_code_of(child: Callable[[], None]) -> int:

@@ -18,8 +18,8 @@ import torch
 from conftest import ROOT, TINY, Run, forks, metrics, words_of
 from torch.utils._pytree import tree_leaves
 
-from trainer import checkpoint
 from trainer.distributed.zero_state import load_safely
+from trainer.fault_tolerance import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 KILLED = ROOT / "tests" / "ranks" / "killed_pretrain.py"

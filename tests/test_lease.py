@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import environment
 
-from trainer.checkpoint import Identity, Progress, Saver
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError, ConfigError, SupersededError
-from trainer.lease import Lease, refuse_hopeless, take
+from trainer.fault_tolerance.attempts import Lease, refuse_hopeless, take
+from trainer.fault_tolerance.checkpoint import Identity, Progress, Saver
 
 IDENTITY = Identity({"global_batch": 8, "seed": 0}, "abc", "", 1, 1, "fp32", 1)
 
@@ -87,7 +87,7 @@ def test_what_an_overtaken_process_appends_goes_nowhere(tmp_path: Path) -> None:
 
 def test_starts_at_the_same_moment_get_different_numbers_and_one_survives(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from trainer.lease import take; sys.stdin.read();"
+        "import sys; from pathlib import Path; from trainer.fault_tolerance.attempts import take; sys.stdin.read();"
         "print(take(Path(sys.argv[1]), num_ranks=1).folder)"
     )
     words = [sys.executable, "-c", script, str(tmp_path)]

@@ -7,8 +7,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer.lease import Lease, take
-from trainer.monitor import Ledger, Monitor, Speedometer, note, print_and_log, start_console, start_logging
+from trainer.fault_tolerance.attempts import Lease, take
+from trainer.fault_tolerance.ledger import Ledger
+from trainer.training.monitor import Monitor, note, print_and_log, start_console, start_logging
+from trainer.training.throughput import Speedometer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # tensorboard's own
 

@@ -13,15 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer import checkpoint
-from trainer.checkpoint import Identity, Progress, Saver
 from trainer.config.command_line import configure
 from trainer.config.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
 from trainer.data.order.mixture import read_sources
 from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.distributed.world import World
 from trainer.errors import ConfigError, TrainerError
-from trainer.lease import take
+from trainer.fault_tolerance import checkpoint
+from trainer.fault_tolerance.attempts import take
+from trainer.fault_tolerance.checkpoint import Identity, Progress, Saver
 
 MUTANTS = settings(
     max_examples=int(os.environ.get("TRAINER_MUTANTS", "150")),

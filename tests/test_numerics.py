@@ -17,14 +17,14 @@ from conftest import ROOT, TINY, Run, forks, metrics, run_worker, words_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer import checkpoint
-from trainer.checkpoint import Identity, Progress
 from trainer.distributed.ds_config import read_ds_config
 from trainer.distributed.engine import StepResult
 from trainer.distributed.world import World
 from trainer.errors import ConfigError, DataError
-from trainer.lease import take
-from trainer.numerics import WINDOW, SpikeWatch, is_spike
+from trainer.fault_tolerance import checkpoint
+from trainer.fault_tolerance.attempts import take
+from trainer.fault_tolerance.checkpoint import Identity, Progress
+from trainer.fault_tolerance.nonfinite import WINDOW, SpikeWatch, is_spike
 
 FAULTY = ROOT / "tests" / "ranks" / "faulty_training.py"
 CPU = ROOT / "ds_configs" / "cpu_fp32.json"

@@ -11,7 +11,7 @@ from launch.training import labelled_views
 from trainer.config.parse import with_flags
 from trainer.config.recipes import RECIPES
 from trainer.data.stream import Batch
-from trainer.monitor import Forecast, duration
+from trainer.training.throughput import Forecast, duration
 
 PLAIN = {
     "global_batch": 256,

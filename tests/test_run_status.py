@@ -11,7 +11,7 @@ from conftest import ROOT, TINY, forks, launch, metrics, words_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tools import run_status
-from trainer.lease import Lease, attempts_of, take
+from trainer.fault_tolerance.attempts import Lease, attempts_of, take
 
 
 def test_a_folder_without_a_run_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import jpeg, write_tar
 
-from trainer.checkpoint import Identity, Progress, Saver
 from trainer.data.order.plan import Plan
 from trainer.data.shards.index import open_index
 from trainer.data.stream import Slice, train_stream
@@ -17,7 +16,8 @@ from trainer.data.transforms.views import PretrainView
 from trainer.distributed.world import World
 from trainer.distributed.zero_state import load_safely
 from trainer.errors import CheckpointError
-from trainer.lease import take
+from trainer.fault_tolerance.attempts import take
+from trainer.fault_tolerance.checkpoint import Identity, Progress, Saver
 
 SUFFIXES = ("pyd", "pickle", "pkl", "pth", "PYD", "x.pyd", "pyd.gz")
 """What webdataset's own decoders unpickle."""

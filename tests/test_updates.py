@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from conftest import TINY, launch, metrics
 
-from launch.run_setup import check_output
-from trainer import checkpoint
 from trainer.config import settings as config
 from trainer.config.command_line import configure
 from trainer.config.recipes import RECIPES
 from trainer.config.record import LEGACY_VALUES, as_record, complete_record, from_record, keep_legacy_values
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe
 from trainer.errors import CheckpointError, ConfigError
+from trainer.fault_tolerance import checkpoint
+from trainer.fault_tolerance.resume import check_output
 
 # The names that releases have written, as they were. Only append new releases; never correct these.
 _COMMON_0_1 = {

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, TINY, command, environment
 
-from trainer.guardian import Phase, blame, grace_s
-from trainer.watchdog import SlowRanks
+from trainer.fault_tolerance.watchdog import SlowRanks
+from trainer.fault_tolerance.watchdog_process import Phase, blame, grace_s
 
 HOST = socket.gethostname()
 RANKS = ROOT / "tests" / "ranks"
@@ -329,7 +329,7 @@ def test_a_stopped_rank_is_named_and_the_whole_job_is_gone_in_the_stated_time(sh
     assert re.search(f"but (data_)?timeout_s is {TIMEOUT_S} s", text)  # by where the signal met it
     assert f"rank 1 on {HOST} (pid {pid}) is stopped (SIGSTOP) in step" in verdict_in(output / "logs")
     stacks = [(output / "logs" / "stacks" / f"rank-{rank:05d}.txt").read_text() for rank in (0, 1)]
-    assert 'trainer/loop.py", line' in stacks[0]
+    assert 'trainer/training/loop.py", line' in stacks[0]
     assert "T (stopped)" in stacks[1]
 
 

@@ -30,14 +30,14 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint import Identity, Progress, Saver
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import PretrainRecipe, PretrainRuntime, check_types
 from trainer.distributed.ds_config import engine_settings
 from trainer.distributed.engine import Engine, connect
 from trainer.distributed.world import World
+from trainer.fault_tolerance.attempts import take
+from trainer.fault_tolerance.checkpoint import Identity, Progress, Saver
 from trainer.fault_tolerance.exit_codes import run
-from trainer.lease import take
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask

@@ -39,7 +39,7 @@ from trainer.fault_tolerance.exit_codes import run
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask
-from trainer.monitor import peak_resident_gib
+from trainer.training.throughput import peak_resident_gib
 
 CPU_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "cpu_fp32.json"
 

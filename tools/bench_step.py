@@ -48,7 +48,7 @@ from trainer.fault_tolerance.exit_codes import run
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
-from trainer.monitor import peak_flops, peak_resident_gib
+from trainer.training.throughput import peak_flops, peak_resident_gib
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,14 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.checkpoint import newest_manifest
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import check_types
 from trainer.errors import ConfigError
+from trainer.fault_tolerance.attempts import Attempt, attempts_of
+from trainer.fault_tolerance.checkpoint import newest_manifest
 from trainer.fault_tolerance.exit_codes import EXIT_USER_ERROR, run
+from trainer.fault_tolerance.watchdog_process import beat_interval_s, state_of
 from trainer.files import read_json
-from trainer.guardian import beat_interval_s, state_of
-from trainer.lease import Attempt, attempts_of
 
 EXIT_INTERRUPTED_RUN = 3
 EXIT_RUNNING = 4

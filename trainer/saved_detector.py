@@ -23,8 +23,8 @@ from torch import Tensor
 from trainer.detection.leakage import Prints
 from trainer.errors import CheckpointError, without_secrets
 from trainer.evaluate import Decision
+from trainer.fault_tolerance.attempts import Lease
 from trainer.files import describe_files, files_below, sync_files, write_synced
-from trainer.lease import Lease
 from trainer.metrics import Calibration
 
 FORMAT_VERSION = 1

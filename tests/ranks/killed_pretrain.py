@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from launch import pretrain
-from trainer import checkpoint, lease
 from trainer.distributed import engine
+from trainer.fault_tolerance import attempts as lease
+from trainer.fault_tolerance import checkpoint
 from trainer.fault_tolerance.exit_codes import run
 
 

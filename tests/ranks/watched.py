@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.guardian import Phase
-from trainer.watchdog import Limits, mark, start
+from trainer.fault_tolerance.watchdog import Limits, mark, start
+from trainer.fault_tolerance.watchdog_process import Phase
 
 logs, rank, num_ranks, limit_s, *phases = sys.argv[1:]
 start(Path(logs), "attempt", rank=int(rank), num_ranks=int(num_ranks), limits=Limits(*3 * (int(limit_s),)))

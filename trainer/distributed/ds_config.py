@@ -72,7 +72,7 @@ HONOURED: dict[str, frozenset[str]] = {
 
 _REMOVED = "DeepSpeed removed it in 0.19.8"
 _PRECISION = "it changes the numbers, and a checkpoint would not tell: bf16, fp16 or neither are recorded"
-_OWN_SAVING = "checkpoints are written by trainer/checkpoint.py (save_every, keep_checkpoints)"
+_OWN_SAVING = "checkpoints are written by trainer/fault_tolerance/checkpoint.py (save_every, keep_checkpoints)"
 _OWN_LOADER = "batches come from trainer/data (num_workers, prefetch)"
 _PARALLEL = "ranks divide the batch and the optimizer's state only (zero_optimization)"
 _NVME = "offload to NVMe is not used here, only to the CPU"

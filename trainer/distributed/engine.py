@@ -368,7 +368,7 @@ class _Collector(CheckpointEngine):  # type: ignore[misc]
         """Nothing is announced to anybody."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """The folders belong to `trainer.checkpoint`."""
+        """The folders belong to `trainer.fault_tolerance.checkpoint`."""
 
     def save(self, state_dict: Any, path: str) -> None:
         """Keep the state."""
@@ -381,7 +381,7 @@ class _Collector(CheckpointEngine):  # type: ignore[misc]
         raise NotImplementedError
 
     def commit(self, info: Any) -> bool:
-        """The commit is `trainer.checkpoint`'s."""
+        """The commit is `trainer.fault_tolerance.checkpoint`'s."""
         return True
 
     def preserves_storage_sharing(self) -> bool:

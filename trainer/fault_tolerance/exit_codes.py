@@ -16,9 +16,9 @@ from typing import NoReturn
 from trainer.config.command_line import flag_pairs
 from trainer.config.parse import expand_home
 from trainer.errors import SupersededError, TrainerError
-from trainer.guardian import Phase
+from trainer.fault_tolerance.watchdog import explain_loss, mark
+from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.progress import is_main
-from trainer.watchdog import explain_loss, mark
 
 EXIT_USER_ERROR = 2
 

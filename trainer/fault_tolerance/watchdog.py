@@ -1,7 +1,7 @@
 """The rank's side of the watchdog: start its guardian, tell it the phase, and explain the loss of another rank.
 
 A process has one watchdog, as it has one log. A mark costs a microsecond, takes no lock and makes no system call: it
-is written into memory that the guardian (`trainer.guardian`) shares. Without `start` nothing is watched and marks do
+is written into memory that the guardian (`trainer.fault_tolerance.watchdog_process`) shares. Without `start` nothing is watched and marks do
 nothing.
 """
 
@@ -22,11 +22,14 @@ import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from trainer import guardian
-from trainer.guardian import MARK, Phase, beat_interval_s, tell, verdict_path
+from trainer.config.settings import Runtime
+from trainer.distributed.world import World
+from trainer.fault_tolerance import watchdog_process as guardian
+from trainer.fault_tolerance.watchdog_process import MARK, Phase, beat_interval_s, tell, verdict_path
 
 logger = logging.getLogger(__name__)
 
@@ -190,3 +193,18 @@ def _is_loss(error: BaseException) -> bool:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     wording = any(words in str(error) for words in ("/gloo/", "pair closure"))
     return "DistError" in kinds or (isinstance(error, RuntimeError) and wording)
+
+
+_FOR_EVER_S = 30 * 86400
+
+
+def backend_timeout_s(runtime: Runtime) -> int:
+    """Return the time-out of the backend's collectives: beyond the watchdog's, which names the rank."""
+    return runtime.timeout_s + BACKEND_MARGIN_S if runtime.timeout_s else _FOR_EVER_S
+
+
+def start_watchdog(output: Path, world: World, runtime: Runtime) -> None:
+    """Watch this rank from here on."""
+    limits = Limits(runtime.timeout_s, runtime.data_timeout_s, runtime.save_timeout_s)
+    attempt = world.on_main(lambda: f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    start(output / "logs", attempt, rank=world.rank, num_ranks=world.size, limits=limits)

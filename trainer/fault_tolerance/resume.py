@@ -15,33 +15,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trainer import checkpoint
-from trainer import lease as leases
 from trainer.config.command_line import read_flags
 from trainer.config.record import as_record, complete_record, differing_fields
 from trainer.config.settings import Recipe, Runtime
 from trainer.distributed.engine import Engine
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError, ConfigError, SupersededError, TrainerError, without_secrets
-from trainer.lease import Lease
-from trainer.monitor import cut_other_ledgers, note
-from trainer.watchdog import BACKEND_MARGIN_S, Limits, start
+from trainer.fault_tolerance import attempts as leases
+from trainer.fault_tolerance import checkpoint
+from trainer.fault_tolerance.attempts import Lease
+from trainer.fault_tolerance.ledger import cut_other_ledgers
+from trainer.training.monitor import note
 
 logger = logging.getLogger(__name__)
-
-_FOR_EVER_S = 30 * 86400
-
-
-def backend_timeout_s(runtime: Runtime) -> int:
-    """Return the time-out of the backend's collectives: beyond the watchdog's, which names the rank."""
-    return runtime.timeout_s + BACKEND_MARGIN_S if runtime.timeout_s else _FOR_EVER_S
-
-
-def start_watchdog(output: Path, world: World, runtime: Runtime) -> None:
-    """Watch this rank from here on."""
-    limits = Limits(runtime.timeout_s, runtime.data_timeout_s, runtime.save_timeout_s)
-    attempt = world.on_main(lambda: f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
-    start(output / "logs", attempt, rank=world.rank, num_ranks=world.size, limits=limits)
 
 
 def check_output(output: Path, recipe: Recipe, resume: str) -> None:

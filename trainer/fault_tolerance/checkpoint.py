@@ -7,7 +7,7 @@ Layout below OUTPUT/checkpoints::
     latest                         name of the newest one, for people; loading trusts manifests only
 
 Commit: the state is captured on all ranks; every rank writes, syncs and hashes its own files among the drafts of this
-attempt (`trainer.lease`); the ranks agree that all succeeded; rank 0 writes the manifest, renames the folder into its
+attempt (`trainer.fault_tolerance.attempts`); the ranks agree that all succeeded; rank 0 writes the manifest, renames the folder into its
 place, then moves ``latest`` and prunes. In the background the same happens beside the training, in a thread of every
 rank that has a process group of its own.
 
@@ -35,8 +35,8 @@ from typing import Any, TypeVar
 from trainer.config.record import complete_record, differing_fields
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError, DataError, TrainerError
+from trainer.fault_tolerance.attempts import Lease
 from trainer.files import describe_files, files_below, sync_files, sync_folder, write_synced
-from trainer.lease import Lease
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -25,24 +25,14 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm.auto import tqdm
 
-from trainer.lease import Lease
+from trainer.fault_tolerance.attempts import Lease
+from trainer.fault_tolerance.ledger import rows_until
 from trainer.progress import Progress
+from trainer.training.throughput import Forecast
 
 logger = logging.getLogger(__name__)
 
-_DENSE_BF16_PEAK = {
-    # FLOP/s without sparsity, from NVIDIA's data sheets; the first name found in the device name counts.
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "V100": 125e12,
-}
 
-
-_LONG_STEP_S, _STEPS_TO_TELL = 60.0, 6
 _CHARTS = {
     "held-out": {"masked error": ["Multiline", ["heldout/loss", "heldout/mean_face_loss"]]},
     "validation": {"error rates": ["Multiline", ["val/d_eer"]], "loss": ["Multiline", ["train/loss", "val/loss"]]},
@@ -100,36 +90,6 @@ def note(text: str) -> None:
         if isinstance(handler, logging.FileHandler):
             for line in filter(None, text.splitlines()):
                 handler.emit(logger.makeRecord(logger.name, logging.INFO, "", 0, line, (), None))
-
-
-class Forecast:
-    """Says after the first steps of an attempt how long a step takes, and when the last one will be done."""
-
-    def __init__(self, num_steps: int, *, clock: Callable[[], float] = time.time) -> None:
-        self._num_steps, self._clock = num_steps, clock
-        self._done, self._start_s, self._told = 0, clock(), False
-
-    def step_done(self) -> str | None:
-        """Count a step; returns the words once: after six steps, or after the first one that takes minutes."""
-        self._done += 1
-        now = self._clock()
-        taken_s = (now - self._start_s) / max(1, self._done - 1)
-        if self._done == 1:  # a usual step does not wait for the workers' first batches
-            self._start_s = now
-        if self._told or (self._done != _STEPS_TO_TELL and taken_s < _LONG_STEP_S):
-            return None
-        self._told = True
-        left_s = (self._num_steps - self._done) * taken_s
-        end = datetime.fromtimestamp(now + left_s)
-        return f"a step takes {taken_s:.3g} s: about {duration(left_s)} to go, until {end:%Y-%m-%d %H:%M}"
-
-
-def duration(seconds: float) -> str:
-    """Write a time in the unit that people would use."""
-    for unit, size in (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 class Monitor:
@@ -239,118 +199,6 @@ class Monitor:
             self._progress.close()
             self._board.close()
             self._metrics.close()
-
-
-class Ledger:
-    """JSON lines {step, position, key} of every sample that this rank's optimizer steps consumed."""
-
-    def __init__(self, folder: Path | None, *, lease: Lease, first_step: int, rank: int) -> None:
-        """Open this rank's file; rows beyond ``first_step`` belong to weights that no longer exist."""
-        self._file: TextIO | None = None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / _ledger_name(rank)
-            self._file = lease.append_to(path, rows_until(path, first_step))
-
-    def consumed(self, step: int, positions: Iterable[int], keys: Iterable[str]) -> None:
-        """Note samples after their optimizer step; buffered until `flush`."""
-        if self._file is not None:
-            rows = (
-                {"step": step, "position": position, "key": key} for position, key in zip(positions, keys, strict=True)
-            )
-            self._file.writelines(json.dumps(row) + "\n" for row in rows)
-
-    def flush(self) -> None:
-        """Bring the rows to disk; a checkpoint is committed only after this."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self.flush()
-            self._file.close()
-
-
-class Speedometer:
-    """Rates over the steps since the last reading. Reading happens where the host waits for the device anyway."""
-
-    def __init__(self, *, global_batch: int, flops_per_image: int, num_ranks: int) -> None:
-        self._global_batch, self._num_ranks, self._flops_per_image = global_batch, num_ranks, flops_per_image
-        self._start, self._waited_s, self._steps = time.perf_counter(), 0.0, 0
-
-    def waited(self, seconds: float) -> None:
-        """Add time that the step waited for data."""
-        self._waited_s += seconds
-
-    def step_done(self) -> None:
-        """Count one optimizer step."""
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        """Return images/s, step time, data-wait share, memory, and MFU where the peak is known; start anew."""
-        now = time.perf_counter()
-        elapsed, steps = max(now - self._start, 1e-9), max(self._steps, 1)
-        images_per_s = self._steps * self._global_batch / elapsed
-        values = {
-            "images_per_s": images_per_s,
-            "step_s": elapsed / steps,
-            "data_wait_share": min(1.0, self._waited_s / elapsed),
-            "memory_gib": _memory_gib(),
-        }
-        peak = peak_flops()
-        if peak:
-            values["mfu"] = images_per_s * self._flops_per_image / (peak * self._num_ranks)
-        self._start, self._waited_s, self._steps = now, 0.0, 0
-        return values
-
-
-def rows_until(path: Path, step: int) -> str:
-    """Return the JSON lines of a file up to a step, without later ones and a torn last line; "" where there is none."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # the process was killed in the middle of this line
-    return "".join(kept)
-
-
-def cut_other_ledgers(folder: Path | None, step: int, *, lease: Lease, num_ranks: int) -> None:
-    """Cut the ledgers of ranks that the resumed run no longer has; the others cut their own."""
-    ours = {_ledger_name(rank) for rank in range(num_ranks)}
-    for path in sorted(folder.glob("rank-*.jsonl")) if folder else []:
-        if path.name not in ours:
-            lease.write(path, rows_until(path, step))
-
-
-def _ledger_name(rank: int) -> str:
-    return f"rank-{rank:05d}.jsonl"
-
-
-def _memory_gib() -> float:
-    """Peak memory of this process: the GPU's where there is one, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return peak_resident_gib()
-
-
-def peak_resident_gib() -> float:
-    """Return the most host memory that this process has held so far; NaN where the system does not say."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 2**20
-    return math.nan
-
-
-def peak_flops() -> float | None:
-    """Return the dense bf16 peak of this GPU [FLOP/s]; None without a GPU that is known."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for key, peak in _DENSE_BF16_PEAK.items() if key in name), None)
 
 
 def _plain(value: Any) -> Any:

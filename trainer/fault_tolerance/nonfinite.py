@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import Progress
 from trainer.data.stream import Batch
 from trainer.distributed.engine import StepResult
 from trainer.distributed.world import World
 from trainer.errors import DataError
+from trainer.fault_tolerance.checkpoint import Progress
 from trainer.files import write_atomically
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,116 @@
+"""What stops a run in order: too many unreadable samples, and signals."""
+
+import logging
+import os
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from types import FrameType
+
+from trainer.data.stream import Batch
+from trainer.distributed.engine import Engine
+from trainer.errors import DataError
+from trainer.fault_tolerance.attempts import Lease
+from trainer.fault_tolerance.nonfinite import BadSteps, SpikeWatch
+from trainer.fault_tolerance.watchdog import mark
+from trainer.fault_tolerance.watchdog_process import Phase
+
+logger = logging.getLogger(__name__)
+
+
+_ENOUGH_FOR_A_SHARE = 10_000
+"""With fewer samples read, one bad image would already be a large share."""
+
+
+_SAME_REQUEST_S, _SAME_KEY_S = 5.0, 1.0
+
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@dataclass(slots=True)
+class BadSamples:
+    """Counts substituted samples and stops a run whose data is rotten."""
+
+    max_share: float
+    reasons: Counter[str] = field(default_factory=Counter)
+    keys: list[str] = field(default_factory=list)
+    num_read: int = 0
+
+    def note(self, batch: Batch) -> None:
+        """Add what one batch met."""
+        self.num_read += len(batch.keys)
+        self.reasons.update(batch.bad)
+        self.keys = (self.keys + batch.bad_keys)[:20]
+
+    def agree(self, engine: Engine) -> dict[str, int]:
+        """Sum the reasons over the ranks.
+
+        Raises:
+            DataError: on all ranks, when the share of bad samples is above the limit.
+        """
+        found = engine.world.gather_over_ranks([dict(self.reasons), self.keys, self.num_read])
+        reasons: Counter[str] = sum((Counter(f[0]) for f in found), Counter())
+        num_read, num_bad = sum(f[2] for f in found), reasons.total()
+        if num_bad > self.max_share * max(num_read, _ENOUGH_FOR_A_SHARE):
+            keys = [key for f in found for key in f[1]][:10]
+            raise DataError(
+                f"{num_bad} of {num_read} samples could not be decoded ({dict(reasons)}), which is above "
+                f"max_bad_sample_share {self.max_share}; among them {', '.join(keys)}: mend the shards or raise it"
+            )
+        return dict(reasons)
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGUSR1, which a scheduler sends before it takes the machine away, and Ctrl-C.
+
+    A second signal ends the process at once, with 128 + signal. Schedulers and terminals signal every process of a job
+    and launchers pass on what they get, so what arrives within a few seconds of the first is the same request; a second
+    Ctrl-C counts earlier, because people do not wait.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        """The signal that asked, or 0."""
+        self._came_s = 0.0
+        for number in _STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    @property
+    def seen(self) -> bool:
+        """Whether a signal has asked to stop."""
+        return self.number != 0
+
+    def close(self) -> None:
+        """Ignore the signals from here on: all is saved, and srun ends the others when the first rank has left."""
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        name, now = name_of_signal(number), time.monotonic()
+        if not self.seen:
+            self.number, self._came_s = number, now
+            once_more = "; once more leaves at once, without saving" if number == signal.SIGINT else ""
+            logger.warning("got %s: saving after this step or the next, then leaving%s", name, once_more)
+        elif now >= self._came_s + (_SAME_KEY_S if number == self.number == signal.SIGINT else _SAME_REQUEST_S):
+            logger.warning("got %s, the second request: leaving at once, without saving", name)
+            mark(Phase.LEAVING)
+            os._exit(128 + number)
+
+
+def name_of_signal(number: int) -> str:
+    """Name a signal as its sender knows it."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+@dataclass(frozen=True, slots=True)
+class Guards:
+    """What looks after the data, the numbers, the wishes of the scheduler and newer attempts at the same run."""
+
+    bad_samples: BadSamples
+    bad_steps: BadSteps
+    spikes: SpikeWatch
+    stop: StopRequest
+    lease: Lease

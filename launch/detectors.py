@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.init_weights import Init, check_heads, check_init, find_again, read_init
 from trainer.config.record import from_record
 from trainer.config.settings import DetectorRecipe
 from trainer.data.sources import pixels_of
@@ -20,6 +19,7 @@ from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import add_lora, backbone_sha256
 from trainer.models.mixstyle import MixStyle
 from trainer.saved_detector import SavedDetector
+from trainer.weights.load import Init, check_heads, check_init, find_again, read_init
 
 
 def build_detector(

@@ -23,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 
 from launch.detectors import build_detector, preprocessing_of, training_view
-from launch.init_weights import describe, fitting_recipe, place_of, read_init
 from launch.training import Ending, Training, record_end, show
 from trainer.config.command_line import CommandLine, read_training
 from trainer.config.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
@@ -71,6 +70,7 @@ from trainer.progress import say
 from trainer.saved_detector import read_description, restore, save_detector
 from trainer.selection import FILE, RULE, Validated, judge, validated
 from trainer.training.monitor import Monitor, print_and_log, start_console, start_logging
+from trainer.weights.load import describe, fitting_recipe, place_of, read_init
 
 logger = logging.getLogger(__name__)
 

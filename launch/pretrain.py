@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-from launch.init_weights import check_heads, check_init, read_init
 from launch.training import Ending, Training, record_end, show
 from trainer import heldout
 from trainer.config.command_line import CommandLine, read_training
@@ -60,6 +59,7 @@ from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
 from trainer.progress import say
 from trainer.training.monitor import Monitor, print_and_log, start_console, start_logging
+from trainer.weights.load import check_heads, check_init, read_init
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,8 @@ from scipy.special import logit
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from launch.detectors import build_detector, preprocessing_of, rebuild, recipe_of
-from launch.init_weights import fitting_recipe, read_init
 from launch.pretrain import build_model
 from tools.export import main
-from trainer import export as formats
 from trainer.config.record import as_record
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime
 from trainer.data.sources import pixels_of
@@ -40,6 +38,8 @@ from trainer.metrics import Calibration
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mask_utils import draw_mask, patchify
 from trainer.saved_detector import load_detector, save_detector
+from trainer.weights import export as formats
+from trainer.weights.load import fitting_recipe, read_init
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the other libraries' own
 
@@ -306,8 +306,8 @@ def test_a_timm_model_is_exported_by_name_with_its_own_normalisation(
         asked.append(name)
         return vit.state_dict(), (0.5, 0.5, 0.5), (0.25, 0.5, 0.5)
 
-    monkeypatch.setattr("launch.init_weights.pretrained_weights", download)
-    monkeypatch.setattr("launch.hub_weights._answers", lambda: True)
+    monkeypatch.setattr("trainer.weights.load.pretrained_weights", download)
+    monkeypatch.setattr("trainer.weights.hub._answers", lambda: True)
     folder = export("test_vit", "timm", tmp_path / "out", pretrained="true")
     assert asked == ["test_vit"]
     assert on_the_card(folder, "Preprocessing")["std"] == [0.25, 0.5, 0.5]
@@ -587,7 +587,7 @@ def test_what_the_other_library_computes_otherwise_is_not_written(
     def cut(tensors: dict[str, torch.Tensor], *rest: Any, **named: Any) -> None:
         written(dict(list(tensors.items())[:-1]), *rest, **named)
 
-    place = "trainer.models.lora.save_file" if to == "adapter" else "trainer.export.save_file"
+    place = "trainer.models.lora.save_file" if to == "adapter" else "trainer.weights.export.save_file"
     for wrong in (falsify, cut):
         monkeypatch.setattr(place, wrong)
         with pytest.raises(CheckpointError, match="export"):

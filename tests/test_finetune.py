@@ -21,11 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launch.detectors import build_detector, load_trained
 from launch.evaluate import Settings, evaluate
-from launch.init_weights import read_init
 from trainer.config.settings import DetectorRecipe
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.models.encoder import PatchEncoder
 from trainer.saved_detector import load_detector
+from trainer.weights.load import read_init
 
 SMALL = {name: TINY[name] for name in ("encoder_depth", "image_size", "patch_size", "global_batch", "micro_batch")}
 QUICK = SMALL | {

@@ -15,11 +15,11 @@ from conftest import TINY, launch, metrics
 from safetensors.torch import save_file
 
 from launch.detectors import build_detector
-from launch.init_weights import find_again, fitting_recipe, place_of, read_init
 from launch.pretrain import build_model, take_weights
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime
 from trainer.errors import ConfigError
 from trainer.models.mae import MaskedAutoencoder
+from trainer.weights.load import find_again, fitting_recipe, place_of, read_init
 
 SHAPE: dict[str, Any] = {
     "model": "vit_tiny_patch16_224",

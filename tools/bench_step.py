@@ -43,12 +43,13 @@ from tools.bench_scaling import forget_peak
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import check_types
 from trainer.errors import ConfigError
-from trainer.export import Subject, write_vitmae
 from trainer.fault_tolerance.exit_codes import run
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
 from trainer.training.throughput import peak_flops, peak_resident_gib
+from trainer.weights.export import write_vitmae
+from trainer.weights.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

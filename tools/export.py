@@ -34,18 +34,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.detectors import preprocessing, rebuild, recipe_of
-from launch.init_weights import Init, check_heads, holds_detector, num_blocks, read_init
 from launch.pretrain import build_model
 from trainer.config.command_line import configure_tool
 from trainer.config.record import from_record
 from trainer.config.settings import PretrainRecipe, PretrainRuntime, check_types
 from trainer.errors import ConfigError
-from trainer.export import Subject, export, refuse_early
 from trainer.fault_tolerance.exit_codes import run
 from trainer.models.detector import STATISTICS
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.saved_detector import load_detector
+from trainer.weights.export import export, refuse_early
+from trainer.weights.load import Init, check_heads, holds_detector, num_blocks, read_init
+from trainer.weights.subject import Subject
 
 _OF_PRETRAINING = ("decoder_heads", "mask_ratio", "norm_pix_loss")
 """What no shape tells; the published values where a file is silent."""

@@ -11,14 +11,10 @@ Shapes: B images, C channels or classes, H, W image, N patches, T tokens, D widt
 import contextlib
 import importlib.util
 import json
-import math
-import re
 import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,104 +26,32 @@ from torch import Tensor, nn
 
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.files import describe_files, files_below, sync_files, sync_folder, write_synced
-from trainer.models.detector import MorphDetector, pool
-from trainer.models.encoder import PatchEncoder
+from trainer.models.detector import pool
 from trainer.models.lora import base_state, merged_state, save_adapter
 from trainer.models.mae import MaskedAutoencoder
-from trainer.models.mask_utils import draw_mask, num_kept, patchify, take
-from trainer.models.vitmae import to_vitmae
+from trainer.models.mask_utils import draw_mask, num_kept, take
+from trainer.weights.hf_vitmae import to_vitmae
+from trainer.weights.model_card import (
+    ONNX_SCORE_NOTE,
+    SCORE_NOTE,
+    TIMM_MODEL_CODE,
+    call_arguments,
+    model_card,
+    code_from_pixels,
+    code_until_image,
+    code_until_pixels,
+    code_to_decide,
+    write_view,
+)
+from trainer.weights.subject import NUM_IMAGES, Loading, Subject, calibrated
 
 _WEIGHTS = "model.safetensors"
-_IMAGES = 3
 _TOLERANCE = 1e-4
 """Largest difference between two libraries, in units of the largest number compared; float32 gives 1e-6 to 1e-5."""
 _SMALL = 0.1
 """Numbers below this are compared as if they were this: rounding is as large as what they were summed from."""
 _ONE_ONNX_FILE_BYTES = 1_900_000_000
 """protobuf ends at 2 GiB; larger weights go into a file of their own."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """What is exported: our model in evaluation mode, on the CPU, for images of the size wanted."""
-
-    name: str
-    """timm's name of the encoder."""
-    encoder: PatchEncoder
-    """Of a detector its own, with adapters."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    view: str = ""
-    """What a detector records of its view of images."""
-    colours: str = ""
-    """What it records of their colours, where anything happens to them."""
-    mae: MaskedAutoencoder | None = None
-    """Around that encoder, where there is a decoder."""
-    mask_ratio: float = 0.75
-    detector: MorphDetector | None = None
-    """Around that encoder, where there is one."""
-    calibration: tuple[float, float] = (1.0, 0.0)
-    """Slope and offset of a detector's score, see `calibrated`."""
-    threshold: float = 0.5
-    """On that score, for the card's code."""
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width [pixels]."""
-        rows, columns = self.encoder.grid
-        return rows * self.encoder.patch, columns * self.encoder.patch
-
-    @property
-    def images(self) -> Tensor:
-        """The random uint8 images (B, 3, H, W) on which libraries are compared, the same ones every time."""
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(0, 256, (_IMAGES, 3, *self.image_size), dtype=torch.uint8, generator=generator)
-
-    @property
-    def pixels(self) -> Tensor:
-        """The same, normalised."""
-        mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (self.images.float() / 255 - mean_C11) / std_C11
-
-    @property
-    def tokens(self) -> Tensor:
-        """What our encoder makes of them (B, T, D)."""
-        tokens_BTD: Tensor = self.encoder(patchify(self.pixels, self.encoder.patch))
-        return tokens_BTD
-
-    @property
-    def logits(self) -> Tensor:
-        """What our detector makes of them (B, 2)."""
-        assert self.detector is not None
-        logits_BC: Tensor = self.detector(self.images, want="logits")
-        return logits_BC
-
-    @property
-    def scores(self) -> Tensor:
-        """The calibrated P(morph) that our detector gives them (B)."""
-        return calibrated(self.logits, *self.calibration)
-
-    def timm_options(self, **more: Any) -> dict[str, Any]:
-        """Return what `timm.create_model` must be told beside the name."""
-        height, width = self.image_size
-        size = height if height == width else (height, width)
-        shape = {"img_size": size, "patch_size": self.encoder.patch, "depth": len(self.encoder.vit.blocks)}
-        pooling = {"global_pool": "avg", "fc_norm": True} if self.encoder.has_fc_norm else {}
-        return shape | {"num_classes": 0} | pooling | more
-
-
-@dataclass(frozen=True, slots=True)
-class Loading:
-    """How an export is used, for its card."""
-
-    title: str
-    notes: str
-    snippet: str
-
-
-def calibrated(logits_BC: Tensor, slope: float, offset: float) -> Tensor:
-    """Return P(morph) as evaluation gives it, a sigmoid of slope times the difference of both logits, plus offset."""
-    return torch.sigmoid(slope * (logits_BC[:, 1] - logits_BC[:, 0]) + offset)
 
 
 Writer = Callable[[Subject, Path], Loading]
@@ -160,10 +84,10 @@ def export(subject: Subject, card: Mapping[str, Any], *, to: str, output: Path, 
             raise
         except Exception as error:
             raise CheckpointError(f"{packages[0]} does not take the export ({error!r}): {_REMEDY}") from error
-        _describe_view(subject, draft)
+        write_view(subject, draft)
         files = {name: entry["sha256"] for name, entry in describe_files(draft).items()}
         told = dict(card) | {"sha256 of the files": files}
-        write_synced(draft / "README.md", _card(loading, subject.colours, told, packages, licence))
+        write_synced(draft / "README.md", model_card(loading, subject.colours, told, packages, licence))
 
 
 def refuse_early(to: str, output: Path) -> None:
@@ -185,7 +109,7 @@ def write_timm(subject: Subject, draft: Path) -> Loading:
     """Write the encoder, adapters merged in, as timm's own state dict."""
     theirs = _through_timm(subject, merged_state(subject.encoder.vit), subject.timm_options(), draft)
     _compare("timm", theirs.forward_features(subject.pixels), subject.tokens)
-    code = f"{_code_until_pixels(subject, 'timm')}\n{_TIMM_MODEL}"
+    code = f"{code_until_pixels(subject, 'timm')}\n{TIMM_MODEL_CODE}"
     code += (
         "\ntokens = model.forward_features(pixels)  # class token (and registers), then patches\nprint(tokens.shape)"
     )
@@ -200,8 +124,8 @@ def write_merged(subject: Subject, draft: Path) -> Loading:
     options, state = _timm_detector(subject, "merged")
     theirs = _through_timm(subject, state, options, draft)
     _compare("timm", theirs(subject.pixels), subject.logits)
-    code = f"{_code_until_pixels(subject, 'timm')}\n{_TIMM_MODEL}\n{_code_from_pixels(subject)}"
-    return Loading("Morph detector for timm", _SCORE, code)
+    code = f"{code_until_pixels(subject, 'timm')}\n{TIMM_MODEL_CODE}\n{code_from_pixels(subject)}"
+    return Loading("Morph detector for timm", SCORE_NOTE, code)
 
 
 def write_adapter(subject: Subject, draft: Path) -> Loading:
@@ -222,18 +146,18 @@ def write_adapter(subject: Subject, draft: Path) -> Loading:
     plain.load_state_dict(load_file(draft / _BASE), strict=False)  # the head is the adapter's
     theirs = PeftModel.from_pretrained(plain, str(draft)).eval()
     _compare("peft", theirs(subject.pixels), subject.logits)
-    code = f"""{_code_until_pixels(subject, "timm")}
+    code = f"""{code_until_pixels(subject, "timm")}
 from peft import PeftModel
 from safetensors.torch import load_file
-base = timm.create_model({_call(subject.name, options)})
+base = timm.create_model({call_arguments(subject.name, options)})
 base.load_state_dict(load_file("{_BASE}"), strict=False)  # the head comes with the adapter
 model = PeftModel.from_pretrained(base, ".").eval()
-{_code_from_pixels(subject)}"""
+{code_from_pixels(subject)}"""
     notes = (
         f"Adapters and head, and in {_BASE} the encoder that they were trained on, which adapters of the same init may "
         "share. "
     )
-    return Loading("LoRA morph detector for peft", notes + _SCORE, code)
+    return Loading("LoRA morph detector for peft", notes + SCORE_NOTE, code)
 
 
 def write_vitmae(subject: Subject, draft: Path) -> Loading:
@@ -272,13 +196,13 @@ def write_vitmae(subject: Subject, draft: Path) -> Loading:
     theirs, info = library.ViTMAEForPreTraining.from_pretrained(draft, output_loading_info=True)
     if any(info.values()):
         raise CheckpointError(f"transformers does not find its weights in the export ({info}): {_REMEDY}")
-    noise_BN = torch.rand(_IMAGES, N, generator=torch.Generator().manual_seed(1))
+    noise_BN = torch.rand(NUM_IMAGES, N, generator=torch.Generator().manual_seed(1))
     keep_BK, masked_BM = draw_mask(noise_BN, mask_ratio=subject.mask_ratio, grid=encoder.grid)
     found = theirs.eval()(subject.pixels, noise=noise_BN)
     predicted_BMP = mae(subject.images, keep_BK, masked_BM, want="prediction")
     _compare("transformers", take(found.logits, masked_BM), predicted_BMP)
     _compare("transformers", found.loss, mae(subject.images, keep_BK, masked_BM))
-    code = f"""{_code_until_pixels(subject, "transformers")}
+    code = f"""{code_until_pixels(subject, "transformers")}
 model = transformers.ViTMAEForPreTraining.from_pretrained(".").eval()
 print(model(pixels).loss)  # of a random mask"""
     return Loading("Masked autoencoder for transformers", "Encoder and decoder.", code)
@@ -304,17 +228,17 @@ def write_onnx(subject: Subject, draft: Path) -> Loading:
         verbose=False,
     )
     session = onnxruntime.InferenceSession(draft / "model.onnx", providers=["CPUExecutionProvider"])
-    for num_images in (1, _IMAGES):
+    for num_images in (1, NUM_IMAGES):
         outputs = session.run(names, {"images": subject.images[:num_images].numpy()})
         for ours, theirs in zip(expected.values(), outputs, strict=True):
             _compare("onnxruntime", torch.from_numpy(theirs), ours[:num_images])
     shape = ", ".join(map(str, subject.image_size))
-    code = f"""{_code_until_image(subject, "onnxruntime")}
+    code = f"""{code_until_image(subject, "onnxruntime")}
 session = onnxruntime.InferenceSession("model.onnx")
 [{", ".join(names)}] = session.run({names}, {{"images": image.numpy()}})  # any number of images"""
-    code += f"\n{_decide(subject, 'float(p_morph[0])')}" if subject.detector else "\nprint(tokens.shape)"
+    code += f"\n{code_to_decide(subject, 'float(p_morph[0])')}" if subject.detector else "\nprint(tokens.shape)"
     notes = f"Input `images`: uint8 RGB, (batch, 3, {shape}); mean and std below stand inside the graph. "
-    notes += _ONNX_SCORE if subject.detector else "Output `tokens`: class token (and registers), then patches."
+    notes += ONNX_SCORE_NOTE if subject.detector else "Output `tokens`: class token (and registers), then patches."
     return Loading("ONNX graph", notes, code)
 
 
@@ -334,11 +258,6 @@ _TIMM_POOLING: dict[str, dict[str, Any]] = {
 }
 _REMEDY = "nothing was written; install the versions of constraints.txt"
 _BASE = "base.safetensors"
-_PLACE = re.compile(r"(?:(?<=[\s='\"])|file:/)/+(?:[^\s,;='\"/]+/)*([^\s,;='\"/]+)")
-_ANSWER = "the score is the calibrated P(morph) of evaluation; the image is a morph where score >= threshold."
-_SCORE = f"The code below prints score and decision: {_ANSWER} The network's own softmax is NOT calibrated."
-_ONNX_SCORE = f"Output `p_morph`: {_ANSWER} `logits` are those of the network, before calibration."
-_TIMM_MODEL = 'model = timm.create_model("local-dir:.", pretrained=True).eval()'
 
 
 class _Graph(nn.Module):
@@ -367,71 +286,6 @@ class _Graph(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- the card's code
-
-
-def _code_until_image(subject: Subject, library: str) -> str:
-    """Write what turns a photograph into the uint8 ``image`` (1, 3, H, W), exactly as evaluation looks at it."""
-    height, width = subject.image_size
-    size = f"round(side * {height} / min(rows, columns))"
-    if height != width:
-        size = f"round(side * max({height} / rows, {width} / columns))"
-    read = """photo = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")  # python score.py PHOTO
-rows, columns = photo.height, photo.width"""
-    cut = f"""top, left = (size[0] - {height}) // 2, (size[1] - {width}) // 2
-image = image[:, :, top : top + {height}, left : left + {width}].contiguous()"""
-    if "antialias" in subject.view:
-        return f"""import sys
-import numpy as np, torch, {library}
-from PIL import Image, ImageOps
-{read}
-size = [{size} for side in (rows, columns)]
-image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
-image = torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True)
-{cut}"""
-    return f"""import sys
-import cv2, numpy as np, torch, {library}
-from PIL import Image, ImageOps
-{read}
-size = [{size} for side in (rows, columns)]
-image = cv2.resize(np.array(photo), size[::-1], interpolation=cv2.INTER_AREA)
-image = torch.from_numpy(image).permute(2, 0, 1)[None]
-{cut}"""
-
-
-def _code_until_pixels(subject: Subject, library: str) -> str:
-    return f"""{_code_until_image(subject, library)}
-mean, std = torch.tensor([{list(subject.mean)}, {list(subject.std)}])[:, :, None, None]
-pixels = (image.float() / 255 - mean) / std
-torch.set_grad_enabled(False)"""
-
-
-def _code_from_pixels(subject: Subject) -> str:
-    slope, offset = subject.calibration
-    return f"""logits = model(pixels)[0].double()  # [bonafide, morph]
-{_decide(subject, f"float(torch.sigmoid({slope!r} * (logits[1] - logits[0]) + {offset!r}))")}"""
-
-
-def _decide(subject: Subject, score: str) -> str:
-    return f"""score = {score}
-print(f"{{score:.6f}}", "morph" if score >= {_number(subject.threshold)} else "bonafide")"""
-
-
-def _number(value: float) -> str:
-    """Write a number as Python reads it, infinity too."""
-    return repr(value) if math.isfinite(value) else f'float("{value}")'
-
-
-def _describe_view(subject: Subject, draft: Path) -> None:
-    """Write preprocessor_config.json, which transformers reads and other tools look at; the card's code is exact."""
-    height, width = subject.image_size
-    view = {
-        "image_processor_type": "CLIPImageProcessor",
-        **{"do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": min(height, width)}, "resample": 3},
-        **{"do_center_crop": True, "crop_size": {"height": height, "width": width}},
-        **{"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True},
-        **{"image_mean": list(subject.mean), "image_std": list(subject.std)},
-    }
-    write_synced(draft / "preprocessor_config.json", json.dumps(view, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------- what fits where
@@ -525,37 +379,6 @@ def _compare(library: str, theirs: Tensor, ours: Tensor) -> None:
 def _save(weights: Mapping[str, Tensor], path: Path, grid: tuple[int, int]) -> None:
     tensors = {name: value.detach().float().contiguous() for name, value in weights.items()}
     save_file(tensors, path, metadata={"format": "pt", "grid": "{}x{}".format(*grid)})
-
-
-def _call(name: str, options: Mapping[str, Any]) -> str:
-    return ", ".join([json.dumps(name), *(f"{key}={value!r}" for key, value in options.items())])
-
-
-def _card(loading: Loading, colours: str, card: Mapping[str, Any], packages: tuple[str, ...], licence: str) -> str:
-    """Write the README: front matter as the hub reads it, the snippet, and what is known of the weights."""
-    colours = colours and f" Images were {colours}; the code below does not do that: give it sRGB."
-    versions = {name: version(name) for name in ("torch", *packages, "safetensors")}
-    parts = [
-        f"---\nlicense: {json.dumps(licence or 'unknown')}\nlibrary_name: {packages[0]}\n---\n",
-        f"# {loading.title}\n\n{loading.notes}{colours}\n",
-        f"Inside this folder:\n\n```python\n{loading.snippet}\n```\n",
-    ]
-    for title, value in (_without_places(card) | {"Versions that wrote and checked it": versions}).items():
-        text = value if isinstance(value, str) else f"```json\n{json.dumps(value, indent=1)}\n```"
-        parts.append(f"## {title}\n\n{text}\n")
-    return "\n".join(parts)
-
-
-def _without_places(value: Any) -> Any:
-    """Shorten absolute paths to their last name: a card is for other machines."""
-    if isinstance(value, Mapping):
-        return {name: _without_places(entry) for name, entry in value.items() if name not in ("path", "relative")}
-    if isinstance(value, list | tuple):
-        return [_without_places(entry) for entry in value]
-    if not isinstance(value, str):
-        return value
-    parts = [part if not part.strip().startswith(("/", "~")) else Path(part).name for part in value.split(",")]
-    return _PLACE.sub(r"\1", ",".join(parts))
 
 
 @contextlib.contextmanager

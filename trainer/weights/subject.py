@@ -1,0 +1,97 @@
+"""What an export is made of: one of our models, and what it computes on random images."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.models.detector import MorphDetector
+from trainer.models.encoder import PatchEncoder
+from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mask_utils import patchify
+
+NUM_IMAGES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is exported: our model in evaluation mode, on the CPU, for images of the size wanted."""
+
+    name: str
+    """timm's name of the encoder."""
+    encoder: PatchEncoder
+    """Of a detector its own, with adapters."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    view: str = ""
+    """What a detector records of its view of images."""
+    colours: str = ""
+    """What it records of their colours, where anything happens to them."""
+    mae: MaskedAutoencoder | None = None
+    """Around that encoder, where there is a decoder."""
+    mask_ratio: float = 0.75
+    detector: MorphDetector | None = None
+    """Around that encoder, where there is one."""
+    calibration: tuple[float, float] = (1.0, 0.0)
+    """Slope and offset of a detector's score, see `calibrated`."""
+    threshold: float = 0.5
+    """On that score, for the card's code."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width [pixels]."""
+        rows, columns = self.encoder.grid
+        return rows * self.encoder.patch, columns * self.encoder.patch
+
+    @property
+    def images(self) -> Tensor:
+        """The random uint8 images (B, 3, H, W) on which libraries are compared, the same ones every time."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, 256, (NUM_IMAGES, 3, *self.image_size), dtype=torch.uint8, generator=generator)
+
+    @property
+    def pixels(self) -> Tensor:
+        """The same, normalised."""
+        mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (self.images.float() / 255 - mean_C11) / std_C11
+
+    @property
+    def tokens(self) -> Tensor:
+        """What our encoder makes of them (B, T, D)."""
+        tokens_BTD: Tensor = self.encoder(patchify(self.pixels, self.encoder.patch))
+        return tokens_BTD
+
+    @property
+    def logits(self) -> Tensor:
+        """What our detector makes of them (B, 2)."""
+        assert self.detector is not None
+        logits_BC: Tensor = self.detector(self.images, want="logits")
+        return logits_BC
+
+    @property
+    def scores(self) -> Tensor:
+        """The calibrated P(morph) that our detector gives them (B)."""
+        return calibrated(self.logits, *self.calibration)
+
+    def timm_options(self, **more: Any) -> dict[str, Any]:
+        """Return what `timm.create_model` must be told beside the name."""
+        height, width = self.image_size
+        size = height if height == width else (height, width)
+        shape = {"img_size": size, "patch_size": self.encoder.patch, "depth": len(self.encoder.vit.blocks)}
+        pooling = {"global_pool": "avg", "fc_norm": True} if self.encoder.has_fc_norm else {}
+        return shape | {"num_classes": 0} | pooling | more
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How an export is used, for its card."""
+
+    title: str
+    notes: str
+    snippet: str
+
+
+def calibrated(logits_BC: Tensor, slope: float, offset: float) -> Tensor:
+    """Return P(morph) as evaluation gives it, a sigmoid of slope times the difference of both logits, plus offset."""
+    return torch.sigmoid(slope * (logits_BC[:, 1] - logits_BC[:, 0]) + offset)

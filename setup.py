@@ -6,7 +6,7 @@ setup(
     description="Distributed MAE pre-training on DeepSpeed from WebDataset shards, for face morphing attack detection",
     license="Apache-2.0",
     python_requires=">=3.11",
-    package_data={"trainer": ["report.html.jinja"]},
+    package_data={"trainer.detection": ["report.html.jinja"]},
     packages=find_packages(include=["trainer", "trainer.*", "launch", "tools"]),
     install_requires=[
         "torch>=2.14",

@@ -41,7 +41,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from launch.pretrain import build_model
 from trainer.config.command_line import answered
 from trainer.config.parse import expand_home
 from trainer.config.recipes import configure_script
@@ -57,6 +56,7 @@ from trainer.fault_tolerance.checkpoint import newest_manifest
 from trainer.fault_tolerance.exit_codes import EXIT_USER_ERROR, run
 from trainer.fault_tolerance.resume import versions
 from trainer.models.encoder import PatchEncoder
+from trainer.training.pretraining import build_model
 
 START_TIMEOUT_S = 50
 _READ_BYTES, _READ_S = 64_000_000, 5.0

@@ -13,8 +13,8 @@ from conftest import ROOT, TINY, environment, words_of
 from deepspeed.launcher.runner import fetch_hostfile
 
 from launch import doctor
-from launch.evaluate import Settings, evaluate
 from trainer.config.recipes import RECIPES
+from trainer.detection.evaluation import Settings, evaluate
 from trainer.distributed.devices import unusable_gpus
 from trainer.distributed.world import World
 from trainer.errors import ConfigError

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from trainer.data.shards.index import ShardIndex, open_index
 from trainer.data.stream import Batch
+from trainer.detection.error_rates import Calibration, threshold_for_bscer, threshold_for_macer
 from trainer.detection.leakage import Prints, prints_of
-from trainer.distributed.world import World
-from trainer.errors import CheckpointError, DataError
-from trainer.evaluate import (
+from trainer.detection.saved_detector import load_detector, save_detector
+from trainer.detection.scoring import (
     RULE,
     Decision,
     Scores,
@@ -26,9 +26,9 @@ from trainer.evaluate import (
     truth_of,
     validation_figures,
 )
+from trainer.distributed.world import World
+from trainer.errors import CheckpointError, DataError
 from trainer.fault_tolerance.attempts import take
-from trainer.metrics import Calibration, threshold_for_bscer, threshold_for_macer
-from trainer.saved_detector import load_detector, save_detector
 
 Row = dict[str, object]
 

@@ -23,21 +23,21 @@ from safetensors.torch import load_file, save_file
 from scipy.special import logit
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from launch.detectors import build_detector, preprocessing_of, rebuild, recipe_of
-from launch.pretrain import build_model
 from tools.export import main
 from trainer.config.record import as_record
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime
 from trainer.data.sources import pixels_of
 from trainer.data.transforms.views import CenterView, Photo
+from trainer.detection.build import build_detector, preprocessing_of, rebuild, recipe_of
+from trainer.detection.error_rates import Calibration
 from trainer.detection.leakage import Prints
+from trainer.detection.saved_detector import load_detector, save_detector
+from trainer.detection.scoring import UNCALIBRATED, Decision
 from trainer.errors import CheckpointError, ConfigError, TrainerError
-from trainer.evaluate import UNCALIBRATED, Decision
 from trainer.fault_tolerance import attempts as leases
-from trainer.metrics import Calibration
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mask_utils import draw_mask, patchify
-from trainer.saved_detector import load_detector, save_detector
+from trainer.training.pretraining import build_model
 from trainer.weights import export as formats
 from trainer.weights.load import fitting_recipe, read_init
 

@@ -19,12 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.detectors import build_detector, load_trained
-from launch.evaluate import Settings, evaluate
 from trainer.config.settings import DetectorRecipe
+from trainer.detection.build import build_detector, load_trained
+from trainer.detection.evaluation import Settings, evaluate
+from trainer.detection.saved_detector import load_detector
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.models.encoder import PatchEncoder
-from trainer.saved_detector import load_detector
 from trainer.weights.load import read_init
 
 SMALL = {name: TINY[name] for name in ("encoder_depth", "image_size", "patch_size", "global_batch", "micro_batch")}

@@ -14,11 +14,11 @@ import torch
 from conftest import TINY, launch, metrics
 from safetensors.torch import save_file
 
-from launch.detectors import build_detector
-from launch.pretrain import build_model, take_weights
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime
+from trainer.detection.build import build_detector
 from trainer.errors import ConfigError
 from trainer.models.mae import MaskedAutoencoder
+from trainer.training.pretraining import build_model, take_weights
 from trainer.weights.load import find_again, fitting_recipe, place_of, read_init
 
 SHAPE: dict[str, Any] = {

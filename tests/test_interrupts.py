@@ -13,9 +13,9 @@ import psutil
 import pytest
 from conftest import ROOT, TINY, environment, forks, metrics, words_of, write_tar
 
-from launch.training import Ending
 from trainer.fault_tolerance.exit_codes import _Interrupt
 from trainer.fault_tolerance.guards import StopRequest
+from trainer.training.run import Ending
 
 
 def exit_code_of(child: Callable[[], None]) -> int:

@@ -21,9 +21,9 @@ from trainer.data.shards.members import MAX_JSON_BYTES, Tally, samples_of
 from trainer.data.shards.reader import ShardReader
 from trainer.data.shards.tar import Member
 from trainer.data.sources import open_sets, order_of
+from trainer.detection.scoring import check_labels
 from trainer.distributed.world import World
 from trainer.errors import ConfigError, DataError
-from trainer.evaluate import check_labels
 
 
 def index_of(folder: Path, *members: tuple[str, bytes], image_member: str | None = None):

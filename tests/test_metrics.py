@@ -14,16 +14,9 @@ from pyeer.eer_stats import calculate_roc, get_eer_values
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-from trainer.errors import DataError
-from trainer.metrics import (
-    APCER,
+from trainer.detection.error_rates import (
     BPCER,
-    BSCER,
-    DEER,
-    MACER,
-    BSCERAtMACER,
     Calibration,
-    MACERAtBSCER,
     auc,
     bootstrap_weights,
     bscer_at_macer,
@@ -36,6 +29,8 @@ from trainer.metrics import (
     rates_at,
     summarise,
 )
+from trainer.detection.torch_metrics import APCER, BSCER, DEER, MACER, BSCERAtMACER, MACERAtBSCER
+from trainer.errors import DataError
 
 sets = st.tuples(
     st.lists(st.integers(0, 12), min_size=1, max_size=30), st.lists(st.integers(0, 12), min_size=1, max_size=30)

@@ -6,11 +6,11 @@ import shlex
 import pytest
 import torch
 
-from launch.plausible import doubts, fitting_batch
-from launch.training import labelled_views
 from trainer.config.parse import with_flags
 from trainer.config.recipes import RECIPES
 from trainer.data.stream import Batch
+from trainer.training.plausible import doubts, fitting_batch
+from trainer.training.run import labelled_views
 from trainer.training.throughput import Forecast, duration
 
 PLAIN = {

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from launch.pretrain import build_model, flops_of
 from trainer.config.recipes import RECIPES
+from trainer.training.pretraining import build_model, flops_of
 
 
 @pytest.mark.slow

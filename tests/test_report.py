@@ -11,23 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from trainer.metrics import clopper_pearson, error_curve, summarise
-from trainer.report import (
+from trainer.detection.error_rates import clopper_pearson, error_curve, summarise
+from trainer.detection.figures import (
     DetCurve,
-    HardSample,
     ScoredSet,
-    decimal,
     det_figure,
     det_points,
-    heat,
-    interval,
     percent,
-    plain,
     reliability_figure,
-    report_html,
     score_figure,
-    spread,
 )
+from trainer.detection.report import HardSample, decimal, heat, interval, plain, report_html, spread
 
 VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
 HOSTILE = "</svg></style><script>alert(1)</script>\"'><img src=x onerror=y>_$x_{$&amp;\x01\u00fc\u5b57\ud800"

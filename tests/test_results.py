@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from conftest import environment, jpeg, write_tar
 
-from launch.evaluate import Settings, read_baselines
-from launch.evaluate import TestSet as LabelledSet
-from launch.results import Results, markdown_table, terminal_table
 from trainer.data.shards.index import open_index
+from trainer.detection.error_rates import summarise
+from trainer.detection.evaluation import Settings, read_baselines
+from trainer.detection.evaluation import TestSet as LabelledSet
+from trainer.detection.figures import ScoredSet
+from trainer.detection.results import Results, markdown_table, terminal_table
+from trainer.detection.scoring import Truth
 from trainer.errors import ConfigError, DataError
-from trainer.evaluate import Truth
 from trainer.files import readable, write_together
-from trainer.metrics import summarise
-from trainer.report import ScoredSet
 
 
 def scored(model: str = "lora", test_set: str = "test", keys: tuple[str, ...] = ("a", "b", "c", "d")) -> ScoredSet:

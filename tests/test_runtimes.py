@@ -157,9 +157,9 @@ def test_any_two_runtimes_give_the_same_losses(script: str, train: Path, tmp_pat
 
 
 def test_a_micro_batch_that_would_cut_the_mixed_groups_is_refused(train: Path, tmp_path: Path) -> None:
-    from launch.finetune import check_groups
     from trainer.config.command_line import configure
     from trainer.config.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
+    from trainer.detection.finetuning import check_groups
     from trainer.errors import ConfigError
 
     def checked(words: str) -> None:

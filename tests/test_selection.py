@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.detection.error_rates import bootstrap_weights, d_eer, error_curve
+from trainer.detection.selection import Validated, judge, standard_error, validated
 from trainer.errors import CheckpointError
-from trainer.metrics import bootstrap_weights, d_eer, error_curve
-from trainer.selection import Validated, judge, standard_error, validated
 
 PEOPLE = [(f"p{i % 8}",) for i in range(64)] + [(f"p{i % 8}", f"p{(i + 1 + i // 32) % 8}") for i in range(64)]
 LABELS = np.repeat([0, 1], 64)

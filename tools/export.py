@@ -33,17 +33,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.detectors import preprocessing, rebuild, recipe_of
-from launch.pretrain import build_model
 from trainer.config.command_line import configure_tool
 from trainer.config.record import from_record
 from trainer.config.settings import PretrainRecipe, PretrainRuntime, check_types
+from trainer.detection.build import preprocessing, rebuild, recipe_of
+from trainer.detection.saved_detector import load_detector
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.models.detector import STATISTICS
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
-from trainer.saved_detector import load_detector
+from trainer.training.pretraining import build_model
 from trainer.weights.export import export, refuse_early
 from trainer.weights.load import Init, check_heads, holds_detector, num_blocks, read_init
 from trainer.weights.subject import Subject

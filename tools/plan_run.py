@@ -33,12 +33,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from launch.detectors import assemble_detector
-from launch.pretrain import build_model, flops_of
 from trainer.config.command_line import answered, read_flags
 from trainer.config.parse import help_text, refuse_unknown, with_flags
 from trainer.config.recipes import DETECTOR_RECIPES, RECIPES
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime, Recipe, Runtime, check_types
+from trainer.detection.build import assemble_detector
 from trainer.distributed import cost_model as planning
 from trainer.distributed.cost_model import BYTES, Checkpoint, Failures, Memory, StepTime, Weights, Zero
 from trainer.distributed.ds_config import engine_settings
@@ -47,6 +46,7 @@ from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.models.mask_utils import num_kept, num_predicted
 from trainer.models.parameter_groups import parameter_groups
+from trainer.training.pretraining import build_model, flops_of
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -174,7 +174,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run, as launch/training.py counts them."""
+        """Optimizer steps of the run, as trainer/training/run.py counts them."""
         return self.recipe.num_steps(self.settings.images)
 
     @property

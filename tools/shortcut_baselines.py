@@ -36,18 +36,18 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from launch.evaluate import named_values
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import check_types
 from trainer.data.shards.index import describe_index, list_shards, open_index
 from trainer.data.stream import fixed_stream
 from trainer.data.transforms.views import CenterView
+from trainer.detection.error_rates import summarise
+from trainer.detection.evaluation import named_values
+from trainer.detection.figures import det_points
+from trainer.detection.scoring import Truth, check_labels, truth_of
 from trainer.errors import DataError
-from trainer.evaluate import Truth, check_labels, truth_of
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import write_atomically
-from trainer.metrics import summarise
-from trainer.report import det_points
 
 _RINGS = 24
 

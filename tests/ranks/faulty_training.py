@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from launch.training import Training
 from trainer.data.stream import Batch
 from trainer.fault_tolerance.exit_codes import run
 from trainer.models.detector import MorphDetector
 from trainer.models.mae import MaskedAutoencoder
+from trainer.training.run import Training
 
 FAULTS: dict[int, str] = {int(position): fault for position, fault in json.loads(os.environ["FAULTS"]).items()}
 script: Any = importlib.import_module(f"launch.{os.environ.get('SCRIPT', 'pretrain')}")

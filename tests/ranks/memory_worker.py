@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from launch.detectors import build_detector
-from launch.pretrain import build_model, mask_of
 from trainer.config.parse import resolve
 from trainer.config.recipes import DETECTOR_RECIPES, RECIPES
+from trainer.detection.build import build_detector
 from trainer.distributed.ds_config import engine_settings
 from trainer.distributed.engine import Engine, connect
 from trainer.distributed.world import world_from_environment
+from trainer.training.pretraining import build_model, mask_of
 
 LATE = ("runtime.zero.muon.muon_optimizer", "runtime.superoffload.superoffload_stage3", "module_inject.auto_ep_layer")
 for late in (*LATE, "ops.op_builder.all_ops"):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.metrics import DEER
+from trainer.detection.torch_metrics import DEER
 
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo")

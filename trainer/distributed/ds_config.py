@@ -377,7 +377,7 @@ def _either(numbers: list[int], wanted: int) -> str:
     return " or ".join(filter(None, (", ".join(map(str, near[:-1])), str(near[-1]))))
 
 
-_DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+_DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def engine_settings(recipe: Recipe, runtime: Runtime, world: World) -> dict[str, Any]:

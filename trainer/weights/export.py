@@ -36,11 +36,11 @@ from trainer.weights.model_card import (
     SCORE_NOTE,
     TIMM_MODEL_CODE,
     call_arguments,
-    model_card,
     code_from_pixels,
+    code_to_decide,
     code_until_image,
     code_until_pixels,
-    code_to_decide,
+    model_card,
     write_view,
 )
 from trainer.weights.subject import NUM_IMAGES, Loading, Subject, calibrated

@@ -13,12 +13,12 @@ from trainer.data.sources import pixels_of
 from trainer.data.transforms.passport import PassportChain
 from trainer.data.transforms.randaugment import BasicAugment, RandAugment
 from trainer.data.transforms.views import AS_STORED, CenterView, DetectorView, Pixels
+from trainer.detection.saved_detector import SavedDetector
 from trainer.errors import CheckpointError
 from trainer.models.detector import STATISTICS, HeadOptions, MorphDetector
 from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import add_lora, backbone_sha256
 from trainer.models.mixstyle import MixStyle
-from trainer.saved_detector import SavedDetector
 from trainer.weights.load import Init, check_heads, check_init, find_again, read_init
 
 

@@ -19,9 +19,7 @@ from trainer.data.loader import to_device
 from trainer.data.shards.index import NO_GROUP, ShardIndex, missing_labels
 from trainer.data.shards.members import CLASS_FIELD
 from trainer.data.stream import Batch
-from trainer.distributed.world import World
-from trainer.errors import DataError
-from trainer.metrics import (
+from trainer.detection.error_rates import (
     BSCER_LIMITS,
     MACER_LIMITS,
     Calibration,
@@ -32,6 +30,8 @@ from trainer.metrics import (
     threshold_for_bscer,
     threshold_for_macer,
 )
+from trainer.distributed.world import World
+from trainer.errors import DataError
 
 CLASSES = ("bonafide", "morph")
 SUCCESS = "Success"

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.detection.error_rates import bootstrap_weights, d_eer, d_eer_replicates, error_curve
 from trainer.errors import CheckpointError
-from trainer.metrics import bootstrap_weights, d_eer, d_eer_replicates, error_curve
 
 RULE = "the latest validated step whose D-EER is at most one standard error above the lowest one before it"
 FILE = "selection.npz"

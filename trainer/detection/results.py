@@ -17,10 +17,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from trainer.detection.figures import ScoredSet
+from trainer.detection.scoring import SUCCESS
 from trainer.errors import ConfigError, DataError
-from trainer.evaluate import SUCCESS
 from trainer.files import write_together
-from trainer.report import ScoredSet
 
 _COLUMNS = ("model", "test_set", "key", "label", "attack", "score", "isMorph", "returnCode")
 

@@ -20,12 +20,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainer.detection.error_rates import Calibration
 from trainer.detection.leakage import Prints
+from trainer.detection.scoring import Decision
 from trainer.errors import CheckpointError, without_secrets
-from trainer.evaluate import Decision
 from trainer.fault_tolerance.attempts import Lease
 from trainer.files import describe_files, files_below, sync_files, write_synced
-from trainer.metrics import Calibration
 
 FORMAT_VERSION = 1
 _DESCRIPTION = "detector.json"

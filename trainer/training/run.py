@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from launch.plausible import doubts
 from trainer.config.record import as_record
 from trainer.config.settings import Recipe, Runtime
 from trainer.data.loader import Loader
@@ -38,6 +37,7 @@ from trainer.fault_tolerance.resume import claim, describe_start, resume, versio
 from trainer.seeds import step_seed
 from trainer.training.loop import Dates, Hooks, Inputs, Outcome, train
 from trainer.training.monitor import Monitor, print_and_log
+from trainer.training.plausible import doubts
 from trainer.training.schedule import learning_rate_at
 from trainer.training.throughput import Speedometer
 
@@ -302,7 +302,7 @@ def show(
 ) -> Ending:
     """Print what a training would do, on the rank that has found the shards, and end."""
     if found is not None:
-        from launch.dry_run import describe  # it counts with tools/plan_run.py, which imports the trainings
+        from trainer.training.dry_run import describe
 
         print(describe(recipe, runtime, ds_config, found, world))
     return Ending(0, 0)

@@ -1,0 +1,462 @@
+"""Judges detectors on test sets: scores, error rates, report."""
+
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trainer.config.settings import DetectorRecipe, DetectorRuntime, check_types
+from trainer.data.loader import Loader
+from trainer.data.shards.index import ShardIndex, describe_index, list_shards, open_index
+from trainer.data.sources import pixels_of, span_reader
+from trainer.data.stream import fixed_stream
+from trainer.data.transforms.views import CenterView
+from trainer.detection.build import preprocessing_of, rebuild, recipe_of
+from trainer.detection.error_rates import FEW_IDENTITIES, json_threshold, summarise
+from trainer.detection.figures import ScoredSet
+from trainer.detection.leakage import prints_of
+from trainer.detection.report import HardSample, report_html
+from trainer.detection.results import Results, markdown_table, terminal_table
+from trainer.detection.saved_detector import SavedDetector, load_detector
+from trainer.detection.scoring import CLASSES, SUCCESS, Scores, Truth, check_labels, score, truth_of
+from trainer.distributed.devices import refuse_unusable_gpus
+from trainer.distributed.engine import default_device
+from trainer.errors import ConfigError, DataError, without_secrets
+from trainer.fault_tolerance.resume import versions
+from trainer.files import readable
+from trainer.models.detector import MorphDetector
+from trainer.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the user may set."""
+
+    models: str = ""
+    """Detectors, as NAME=RUN;NAME=RUN, where RUN is an output_dir of launch/finetune.py or its detector folder."""
+    test_sets: str = ""
+    """Labelled shards, as NAME=SHARDS;NAME=SHARDS, where SHARDS is what --data takes."""
+    output_dir: str = "results"
+    """Where the three files go."""
+    threshold: str = "d_eer"
+    """Which of a detector's thresholds decides isMorph: d_eer, macer_0.01 ... 0.20, bscer_0.01, bscer_0.10."""
+    init: str | None = None
+    """Where the frozen encoder's weights are now, if not where training found them; they are checked."""
+    image_size: int | None = None
+    """Refuse detectors of another image size; none takes each at its own [pixels]."""
+    allow_overlap: bool = False
+    """Measure although people or images of a test set were trained on or chose the model; the report says so."""
+    num_replicates: int = 1000
+    """Replicates of the bootstrap over people, for the intervals; 0 for none."""
+    seed: int = 0
+    """Of the bootstrap."""
+    num_hardest: int = 8
+    """So many hardest morphs, and as many hardest bona fides, of each model and test set in the report [images]."""
+    baselines: str | None = None
+    """JSON of tools/shortcut_baselines.py, to stand beside the models."""
+    markdown: str | None = None
+    """Also write a table of D-EERs in Markdown into this file, for a README."""
+    micro_batch: int = 64
+    """Images in one forward pass [images]."""
+    num_workers: int = 2
+    """Loader processes; 0 loads in this one."""
+    index_dir: str | None = None
+    """Where shard indices are kept; none keeps them beside the shards."""
+    image_member: str | None = None
+    """Suffix of the image to read where samples hold several, as left.jpg; none: the only one, or the plain one."""
+    num_threads: int | None = None
+    """CPU threads; none leaves torch's choice."""
+    progress_bar: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("micro_batch", "num_threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, but must be at least 1")
+        for name in ("num_workers", "num_replicates", "num_hardest"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
+        if self.markdown is not None:
+            path = Path(self.markdown)
+            will_exist = path.parent.is_dir() or path.parent == Path(self.output_dir)
+            if path.is_dir() or not will_exist:
+                raise ConfigError(
+                    f"markdown is {self.markdown}, but must be a file in a folder that exists: create the folder"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class TestSet:
+    """A named set of labelled shards."""
+
+    name: str
+    index: ShardIndex
+    truth: Truth
+
+
+@dataclass(frozen=True, slots=True)
+class Detector:
+    """A named detector, ready to score."""
+
+    name: str
+    saved: SavedDetector
+    recipe: DetectorRecipe
+    model: MorphDetector
+
+
+def evaluate(settings: Settings) -> Path:
+    """Measure every model on every test set; returns the path of the report.
+
+    Raises:
+        ConfigError: before any work, about settings; DataError: about test sets. What was scored before stays on disk.
+    """
+    refuse_unusable_gpus()
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    detectors = [open_detector(name, Path(path), settings) for name, path in named_values(settings.models, "models")]
+    sets = [open_test_set(name, shards, settings) for name, shards in named_values(settings.test_sets, "test_sets")]
+    baselines = read_baselines(Path(settings.baselines), sets) if settings.baselines else []
+    warnings = [warning for d in detectors for s in sets for warning in overlaps(d, s, settings)]
+    scored, hardest = [], []
+    codes: dict[tuple[str, str], list[str]] = {}
+    with Results(Path(settings.output_dir)) as results:
+        for detector, test_set in itertools.product(detectors, sets):
+            scores = score_set(detector, test_set, settings)
+            codes[detector.name, test_set.name] = scores.code_N
+            found = scored_set(detector, test_set, scores, settings)
+            results.add(found, scores.code_N)
+            found = dataclasses.replace(found, summary=summary_of(found, test_set, settings))
+            scored.append(found)
+            hardest += hardest_of(detector, test_set, found, settings)
+        evaluation = describe(detectors, sets, scored, codes, warnings, baselines, settings)
+        others = {Path(settings.markdown): markdown_table(evaluation)} if settings.markdown else {}
+        evaluation = json.loads(without_secrets(json.dumps(evaluation)))  # it quotes commands and addresses
+        text = json.dumps(evaluation, indent=1, allow_nan=False) + "\n"
+        results.commit(text, report_html(evaluation, scored, hardest), others)
+    print(terminal_table(evaluation) + "\n")
+    for warning in evaluation["warnings"]:
+        print(f"  note: {warning}")
+    for what, name in (("figures", "eval.json"), ("scores", "scores.csv"), ("report", "report.html")):
+        print(f"  {what:8} {results.path(name)}")
+    return results.path("report.html")
+
+
+def open_detector(name: str, path: Path, settings: Settings) -> Detector:
+    """Load a detector and the encoder that it stands on.
+
+    Raises:
+        CheckpointError: it is damaged, or its encoder's weights are gone or other ones.
+        ConfigError: its preprocessing or its thresholds are not those asked for.
+    """
+    saved = load_detector(path)
+    recipe = recipe_of(saved)
+    ours, theirs = preprocessing_of(recipe), saved.description["preprocessing"]
+    wanted = settings.image_size
+    for field_name, value in (ours | ({"image_size": wanted} if wanted else {})).items():
+        if theirs.get(field_name) != value:
+            raise ConfigError(
+                f"{name} was trained with {field_name} {theirs.get(field_name)!r}, but would be tested with {value!r}: "
+                "scores would mean nothing; test as it was trained, or train again"
+            )
+    if settings.threshold not in saved.decision.thresholds:
+        raise ConfigError(
+            f"threshold is {settings.threshold!r}, but {name} has {', '.join(saved.decision.thresholds)}"
+            + ("" if "val.npz" in saved.description["files"] else " (it was trained without --val_data)")
+        )
+    model = rebuild(saved, recipe, name=name, init=settings.init)
+    return Detector(name, saved, recipe, model.eval().to(default_device()))
+
+
+def open_test_set(name: str, shards: str, settings: Settings) -> TestSet:
+    """Open the shards of a test set.
+
+    Raises:
+        DataError: labels are wrong, or a class is missing.
+    """
+    setting = f"--test_sets {name}"
+    index_dir = Path(settings.index_dir) if settings.index_dir else None
+    index = open_index(list_shards(shards, setting=setting), index_dir=index_dir, image_member=settings.image_member)
+    print(f"test set {name}: {describe_index(index)}")
+    check_labels(index, setting=setting)
+    return TestSet(name, index, truth_of(index, np.arange(len(index))))
+
+
+def overlaps(detector: Detector, test_set: TestSet, settings: Settings) -> list[str]:
+    """Name what a test set shares with the data that made or chose a detector.
+
+    Raises:
+        ConfigError: it does, and the user has not allowed it.
+    """
+    prints, found = prints_of(test_set.index), []
+    for role, verb in (("train", "was trained on"), ("val", "was chosen and calibrated by")):
+        shared = detector.saved.seen[role].shared_with(prints) if role in detector.saved.seen else ""
+        if shared:
+            found.append(f"{detector.name} {verb} {shared} of test set {test_set.name}")
+    if detector.saved.description.get("overlap"):
+        found.append(f"{detector.name}: training and validation shared {detector.saved.description['overlap']}")
+    if found and not settings.allow_overlap:
+        raise ConfigError(f"{found[0]}: take other test data, or pass --allow_overlap true, which the report will say")
+    return found
+
+
+def read_baselines(path: Path, sets: Sequence[TestSet]) -> list[dict[str, Any]]:
+    """Read what tools/shortcut_baselines.py wrote.
+
+    Raises:
+        ConfigError: it is something else, or speaks of other test sets.
+    """
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text())
+        found = {row["test_set"]: row.get("fingerprint") for row in rows if row["name"] and row["summary"]["pooled"]}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"baselines is {path}, which cannot be read ({error!r}): write it with tools/shortcut_baselines.py"
+        ) from error
+    for test_set in sets:
+        if test_set.name not in found:
+            raise ConfigError(
+                f"baselines {path} measured {', '.join(found) or 'nothing'}, but not {test_set.name}: run "
+                "tools/shortcut_baselines.py with the same --test_sets"
+            )
+        if found[test_set.name] not in (None, test_set.index.fingerprint):
+            raise ConfigError(
+                f"baselines {path} measured other images as {test_set.name}: run tools/shortcut_baselines.py again"
+            )
+    return rows
+
+
+def score_set(detector: Detector, test_set: TestSet, settings: Settings) -> Scores:
+    """Score every image of a test set; one that cannot be read has a reason instead.
+
+    Raises:
+        DataError: none can be read, or the storage failed.
+    """
+    index = test_set.index
+    batches = Loader(
+        fixed_stream(
+            index,
+            list(range(len(index))),
+            CenterView(size=detector.recipe.image_size, pixels=pixels_of(detector.recipe)),
+            batch=min(settings.micro_batch, len(index)),
+            noise_per_sample=1,
+            spans=span_reader(DetectorRuntime()),
+            substitute=False,
+        ),
+        num_workers=settings.num_workers,
+    )
+    what = f"{detector.name} on {test_set.name}"
+    with (
+        Progress(len(index), what=what, unit="image", shown=settings.progress_bar) as bar,
+        torch.inference_mode(),
+    ):
+
+        def forward(images_BCHW: torch.Tensor) -> torch.Tensor:
+            bar.update(len(images_BCHW))
+            logits_BC: torch.Tensor = detector.model(images_BCHW, want="logits")
+            return logits_BC
+
+        scores = score(forward, batches, default_device())
+    if np.isnan(scores.logit_N).all():
+        raise DataError(f"test set {test_set.name}: none of {len(index)} images can be read ({scores.code_N[0]})")
+    return scores
+
+
+def scored_set(detector: Detector, test_set: TestSet, scores: Scores, settings: Settings) -> ScoredSet:
+    """Put scores beside what is known of the images; the figures come later."""
+    index, truth, decision = test_set.index, test_set.truth, detector.saved.decision
+    return ScoredSet(
+        model=detector.name,
+        test_set=test_set.name,
+        key_N=[readable(ref.key) for ref in index.samples(np.arange(len(index)))],
+        label_N=truth.label_N,
+        tool_N=truth.tool_N,
+        score_N=decision.probability(scores.logit_N),
+        threshold=decision.thresholds[settings.threshold],
+        threshold_name=settings.threshold,
+        summary={},
+    )
+
+
+def summary_of(found: ScoredSet, test_set: TestSet, settings: Settings) -> dict[str, Any]:
+    """Compute every figure; images that cannot be read count as failures and not as scores.
+
+    Raises:
+        DataError: no image of a class can be read.
+    """
+    read_N = ~np.isnan(found.score_N)
+    chosen = np.flatnonzero(read_N).tolist()
+    for label, name in enumerate(CLASSES):
+        if not (found.label_N[read_N] == label).any():
+            raise DataError(f"test set {test_set.name}: no {name} can be read, so nothing can be measured: repair it")
+    return summarise(
+        found.score_N[read_N],
+        found.label_N[read_N],
+        [found.tool_N[i] for i in chosen],
+        [test_set.truth.people_N[i] for i in chosen],
+        threshold=found.threshold,
+        num_replicates=settings.num_replicates,
+        seed=settings.seed,
+    )
+
+
+def hardest_of(detector: Detector, test_set: TestSet, found: ScoredSet, settings: Settings) -> list[HardSample]:
+    """Draw the images of each class on which a detector is most wrong, with the flow of its attention."""
+    worst = []
+    for label in range(len(CLASSES)):
+        mine_N = np.flatnonzero((found.label_N == label) & ~np.isnan(found.score_N))
+        surest_N = np.argsort(found.score_N[mine_N] * (1 if label else -1), kind="stable")
+        worst += mine_N[surest_N[: settings.num_hardest]].tolist()
+    view, hardest = CenterView(size=detector.recipe.image_size, pixels=pixels_of(detector.recipe)), []
+    stream = fixed_stream(test_set.index, worst, view, batch=settings.micro_batch, noise_per_sample=1, substitute=False)
+    for batch in Loader(stream):
+        with torch.inference_mode():
+            maps_BRC = detector.model(batch.images_BCHW.to(default_device()), want="attention").cpu().numpy()
+        pictures: NDArray[np.uint8] = batch.images_BCHW.permute(0, 2, 3, 1).numpy()
+        hardest += [
+            HardSample(
+                model=found.model,
+                test_set=found.test_set,
+                key=found.key_N[i],
+                label=int(found.label_N[i]),
+                tool=found.tool_N[i],
+                score=float(found.score_N[i]),
+                image_HWC=pictures[place],
+                attention_HW=maps_BRC[place],
+            )
+            for place, i in enumerate(batch.positions)
+        ]
+    return hardest
+
+
+def cautions(detectors: Sequence[Detector], scored: Sequence[ScoredSet], settings: Settings) -> list[str]:
+    """Say where intervals claim too much, and which detectors' thresholds decide nothing."""
+    found = []
+    for detector in detectors:
+        decision, name = detector.saved.decision, settings.threshold
+        if not np.isfinite(decision.thresholds[name]):
+            what = "nothing" if decision.thresholds[name] > 0 else "every image"
+            why = [note for note in decision.notes if note.startswith(f"{name} ")]
+            found.append(f"{detector.name} calls {what} a morph at its threshold {'; '.join(why) or name}")
+    if not settings.num_replicates:
+        return found
+    for test_set, about in {s.test_set: s.summary["resampling"] for s in scored}.items():
+        num_units = about["num_units"]
+        if about["unit"] == "images":
+            found.append(
+                f"test set {test_set} names no identities: its intervals are from a bootstrap over images, too "
+                "narrow if people appear more than once; pack it from a manifest with columns identity and identity_2"
+            )
+        elif about["num_unnamed"]:
+            found.append(
+                f"test set {test_set}: {about['num_unnamed']} images name no identity and count as a person each: "
+                "intervals are too narrow if people appear more than once among them"
+            )
+        if num_units < FEW_IDENTITIES:
+            found.append(
+                f"test set {test_set} has {num_units} {'images' if about['unit'] == 'images' else 'identities'} in one "
+                f"class: with fewer than {FEW_IDENTITIES}, 95 % intervals of the bootstrap cover less than that"
+            )
+    return found
+
+
+def describe(
+    detectors: Sequence[Detector],
+    sets: Sequence[TestSet],
+    scored: Sequence[ScoredSet],
+    codes: Mapping[tuple[str, str], list[str]],
+    warnings: list[str],
+    baselines: list[dict[str, Any]],
+    settings: Settings,
+) -> dict[str, Any]:
+    """Put everything into one JSON-able record."""
+    models = []
+    for detector in detectors:
+        told, recipe = detector.saved.description, detector.recipe
+        mode, figures = "full fine-tuning", told["selection"]["figures"]
+        if recipe.use_lora:
+            mode = f"LoRA r={recipe.lora_r} on {', '.join(recipe.lora_target_modules)}"
+        elif recipe.backbone_is_frozen:
+            mode = "frozen encoder, trained head"
+        models.append(
+            {
+                "name": detector.name,
+                "path": str(detector.saved.path),
+                "mode": mode,
+                "init": told["init"]["source"],
+                "train_data": told["data"],
+                "selection": {"data": told["selection"]["data"], "d_eer": figures["d_eer"]} if figures else None,
+                "thresholds": {n: json_threshold(v) for n, v in detector.saved.decision.thresholds.items()},
+                "threshold_rule": detector.saved.decision.rule,
+                "threshold_notes": list(detector.saved.decision.notes),
+            }
+            | {name: told[name] for name in ("step", "calibration", "preprocessing", "recipe")}
+        )
+    test_sets = []
+    for test_set in sets:
+        mine = next(found for (_, name), found in codes.items() if name == test_set.name)
+        failed = np.array([code != SUCCESS for code in mine])
+        label_N, tools = test_set.truth.label_N, test_set.truth.tool_N
+        test_sets.append(
+            {
+                "name": test_set.name,
+                "shards": test_set.index.shards,
+                "fingerprint": test_set.index.fingerprint,
+                "num_bona_fide": int((label_N == 0).sum()),
+                "num_morphs": int((label_N == 1).sum()),
+                "tools": {name: tools.count(name) for name in sorted(set(tools) - {""})},
+                "num_failed_bona_fide": int((failed & (label_N == 0)).sum()),
+                "num_failed_morphs": int((failed & (label_N == 1)).sum()),
+                "num_failed": int(failed.sum()),
+                "return_codes": sorted(set(mine)),
+            }
+        )
+    return {
+        "version": 1,
+        "created": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
+        "versions": versions(),
+        "command": " ".join(sys.argv),
+        "threshold_name": settings.threshold,
+        "num_hardest": settings.num_hardest,
+        "warnings": warnings + cautions(detectors, scored, settings),
+        "models": models,
+        "test_sets": test_sets,
+        "results": [
+            {
+                "model": s.model,
+                "test_set": s.test_set,
+                "threshold": None if s.threshold is None else json_threshold(s.threshold),
+                "summary": s.summary,
+            }
+            for s in scored
+        ],
+        "baselines": baselines,
+    }
+
+
+def named_values(text: str, setting: str) -> list[tuple[str, str]]:
+    """Take NAME=VALUE;NAME=VALUE apart.
+
+    Raises:
+        ConfigError: a part has no name, or a name stands twice.
+    """
+    pairs = [part.strip().partition("=") for part in text.split(";") if part.strip()]
+    for name, equals, value in pairs:
+        if not equals or not name.strip() or not value.strip():
+            raise ConfigError(f"{setting} holds {name!r}, but must be NAME=VALUE;NAME=VALUE: give each a name")
+    names = [name.strip() for name, _, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice or not names:
+        raise ConfigError(
+            f"{setting} names {twice[0]!r} twice: choose another name" if twice else f"{setting} is empty"
+        )
+    return [(name.strip(), value.strip()) for name, _, value in pairs]

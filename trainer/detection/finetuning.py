@@ -1,0 +1,376 @@
+"""Training of a morph detector, from settings to the detector that is kept."""
+
+import functools
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trainer.config.record import as_record
+from trainer.config.settings import DetectorRecipe, DetectorRuntime
+from trainer.data.loader import Loader
+from trainer.data.order.plan import PLAN_VERSION, Order
+from trainer.data.shards.index import ShardIndex
+from trainer.data.sources import (
+    describe_shares,
+    find_sources,
+    open_sets,
+    order_of,
+    pixels_of,
+    span_reader,
+    tell_all_ranks,
+)
+from trainer.data.stream import Batch, fixed_stream
+from trainer.data.transforms.views import CenterView
+from trainer.detection.build import build_detector, preprocessing_of, training_view
+from trainer.detection.leakage import prints_of
+from trainer.detection.saved_detector import read_description, restore, save_detector
+from trainer.detection.scoring import (
+    UNCALIBRATED,
+    Scores,
+    check_labels,
+    fit_decision,
+    over_ranks,
+    score,
+    truth_of,
+    validation_figures,
+)
+from trainer.detection.selection import FILE, RULE, Validated, judge, validated
+from trainer.distributed.devices import use_devices
+from trainer.distributed.ds_config import engine_settings
+from trainer.distributed.engine import Engine, connect, disconnect
+from trainer.distributed.world import world_from_environment
+from trainer.errors import ConfigError
+from trainer.fault_tolerance import checkpoint
+from trainer.fault_tolerance.attempts import Lease
+from trainer.fault_tolerance.resume import begin, check_output, noting_the_end, versions
+from trainer.fault_tolerance.watchdog import backend_timeout_s, mark, start_watchdog
+from trainer.fault_tolerance.watchdog_process import Phase
+from trainer.models.lora import save_adapter
+from trainer.progress import say
+from trainer.training.monitor import Monitor, print_and_log, start_console, start_logging
+from trainer.training.reconstruction import share_of
+from trainer.training.run import Ending, Training, record_end, show
+from trainer.weights.load import describe, fitting_recipe, place_of, read_init
+
+logger = logging.getLogger(__name__)
+
+
+_POOLINGS = {
+    "avg": "the mean of the normed tokens (the published MAE norms the mean: --pooling avg_fc_norm)",
+    "avg_fc_norm": "the norm of the tokens' mean, as in the published MAE's fine-tuning",
+    "cls": "the class token",
+}
+
+
+def finetune(
+    recipe: DetectorRecipe, runtime: DetectorRuntime, given: Collection[str], *, dry_run: bool = False
+) -> Ending:
+    """Train to the end of the schedule, or until a signal asks to stop.
+
+    Args:
+        recipe: the numbers.
+        runtime: all else.
+        given: the settings that the user has named; the model's others are taken from ``init``.
+        dry_run: show what would run, and leave.
+    """
+    world = world_from_environment()
+    start_console(is_main=world.is_main, rank=world.rank)
+    use_devices(world, runtime)
+    ds_config = engine_settings(recipe, runtime, world)
+    training_view(recipe)  # refuses wrong settings before any work
+    check_groups(recipe, runtime.micro_batch)
+    init = read_init(runtime.init, pretrained=runtime.pretrained)
+    asked, recipe = recipe, fitting_recipe(init, recipe, given)
+    say(f"building {recipe.model}")
+    model, init_sha256 = build_detector(recipe, init, grad_checkpointing=runtime.grad_checkpointing)
+    found = find_sources(recipe, runtime, others={"val_data": runtime.val_data}) if world.is_main else None
+
+    if dry_run:
+        return show(recipe, runtime, ds_config, found, world)
+    say(f"connecting {world.size} ranks" if world.size > 1 else "looking at the output")
+    world = connect(world, timeout_s=backend_timeout_s(runtime), start_timeout_s=runtime.start_timeout_s)
+    output = Path(runtime.output_dir)
+    world.on_main(lambda: check_output(output, recipe, runtime.resume))
+    start_logging(output, is_main=world.is_main, rank=world.rank)
+    if taken := changed_fields(asked, recipe):
+        logger.info("from --init, where the command line says nothing: %s", taken)
+    start_watchdog(output, world, runtime)
+    sources = tell_all_ranks(found, world)
+    index = open_sets(sources, recipe, runtime, world)
+    overlap = world.on_main(lambda: check_sets(index, recipe, runtime))
+    order = order_of(recipe, index["data"], sources["data"], num_meeting=recipe.num_mixed)
+
+    say("starting DeepSpeed")
+    engine = Engine(
+        model,
+        ds_config=ds_config,
+        weight_decay=recipe.weight_decay,
+        layer_decay=recipe.layer_decay,
+        decay_embeddings=recipe.decay_embeddings,
+        world=world,
+        save_frozen=not recipe.backbone_is_frozen,
+    )
+    identity = checkpoint.Identity(
+        recipe=as_record(recipe),
+        data_fingerprint=index["data"].fingerprint,
+        data_shares=describe_shares(index["data"], sources["data"]),
+        plan_version=PLAN_VERSION,
+        zero_stage=engine.zero_stage,
+        precision=engine.precision,
+        num_ranks=world.size,
+        init=init_sha256,
+    )
+    place = place_of(runtime.init, output / "detector")
+    origin = {"init": {"source": describe(init), "pretrained": runtime.pretrained, "sha256": init_sha256} | place}
+    lease = begin(output, identity, runtime, world)
+    with noting_the_end(lease, world):
+        best = BestDetector(engine, index, recipe, runtime, origin | {"overlap": overlap, "data": runtime.data}, lease)
+        ending = training_of(engine, order, index["data"], best, identity, lease, recipe, runtime).run()
+    mark(Phase.LEAVING)
+    world.on_main(lambda: tell_where(output, ending, best, lease))
+    disconnect()
+    return ending
+
+
+def check_groups(recipe: DetectorRecipe, micro_batch: int) -> None:
+    """Refuse groups of mixed samples that would be no groups, or be cut.
+
+    Raises:
+        ConfigError: names the setting and the remedy.
+    """
+    group, batch = recipe.mix_group, recipe.global_batch
+    if not recipe.mixes_samples:
+        return
+    mixing = "mixup_alpha" if recipe.mixup_alpha > 0 else "use_mixstyle"
+    if group < 2 or batch % group:
+        fitting = next((size for size in (8, 6, 4, 10, 5, 3, 2) if batch % size == 0), batch)
+        raise ConfigError(
+            f"mix_group is {group}, but {mixing} needs at least 2 samples in a group, and whole groups in "
+            f"global_batch={batch}: try --mix_group {fitting} (0 is the mark of a run that began before there were "
+            "groups: go on with the version that began it, or name a new output_dir)"
+        )
+    if micro_batch % group:
+        raise ConfigError(
+            f"micro_batch is {micro_batch}, but {mixing} mixes samples in groups of mix_group={group}, which must not "
+            f"be cut: try --micro_batch {max(1, micro_batch // group) * group}, or for a new run another mix_group"
+        )
+
+
+def changed_fields(before: DetectorRecipe, after: DetectorRecipe) -> str:
+    """Name the settings in which two recipes differ, with the later values."""
+    old, new = as_record(before), as_record(after)
+    return ", ".join(f"{name} {value}" for name, value in new.items() if value != old[name])
+
+
+def check_sets(index: dict[str, ShardIndex], recipe: DetectorRecipe, runtime: DetectorRuntime) -> str:
+    """Refuse sets without both classes, and a validation set that shares people or images with training.
+
+    Returns:
+        overlap: what the sets share although the user allowed it; empty where nothing.
+
+    Raises:
+        DataError: labels are wrong or missing.
+        ConfigError: the sets overlap.
+    """
+    check_labels(index["data"], setting="--data", both=recipe.self_morph_share == 0)
+    if "val_data" not in index:
+        return ""
+    check_labels(index["val_data"], setting="--val_data")
+    shared = prints_of(index["data"]).shared_with(prints_of(index["val_data"]))
+    if shared and not runtime.allow_overlap:
+        raise ConfigError(
+            f"--data and --val_data share {shared}: a threshold fitted there would flatter; split by people "
+            "(tools/splits.py), or pass --allow_overlap true, which the detector will record"
+        )
+    return shared
+
+
+class BestDetector:
+    """Validation, and the detector that it chose so far (`trainer.detection.selection`), in OUTPUT/detector."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        index: dict[str, ShardIndex],
+        recipe: DetectorRecipe,
+        runtime: DetectorRuntime,
+        origin: dict[str, Any],
+        lease: Lease,
+    ) -> None:
+        self._lease = lease
+        self._engine, self._index, self._recipe, self._runtime, self._origin = engine, index, recipe, runtime, origin
+        self.folder = Path(runtime.output_dir) / "detector"
+        self._best: Validated | None = None
+        """What later steps are compared with; on rank 0."""
+        self.last_scores = (np.empty(0, np.int64), np.empty(0))
+        """Labels and logits of the last validation, of the images that could be read."""
+        engine.world.on_main(self._read_best)
+
+    def measure(self, step: int) -> dict[str, float] | None:
+        """Validate, and keep the detector unless an earlier one was better; all ranks call. None without validation."""
+        if "val_data" not in self._index:
+            return None
+        scores = over_ranks(self._score(), self._engine.world)
+        label_N = self._index["val_data"].labels[scores.sample_N].astype(np.int64)
+        read_N = ~np.isnan(scores.logit_N)
+        self.last_scores = (label_N[read_N], scores.logit_N[read_N])
+        figures = validation_figures(scores, label_N)
+        if self._engine.world.on_main(lambda: self._judge(step, scores, label_N)):
+            self._keep(step, figures, scores)
+        return figures
+
+    def keep_last(self, step: int) -> None:
+        """Keep the detector as it is, where no validation data could choose one; all ranks call."""
+        if "val_data" not in self._index:
+            self._keep(step, None, None)
+
+    def _judge(self, step: int, scores: Scores, label_N: NDArray[np.int64]) -> bool:
+        people = truth_of(self._index["val_data"], scores.sample_N).people_N
+        verdict = judge(validated(step, scores.logit_N, label_N), self._best, label_N, people)
+        self._best = verdict.best
+        if not verdict.keep:
+            logger.info(
+                "step %d is not kept: step %d is better by more than a standard error of %.2f points",
+                *(step, verdict.best.step, 100 * verdict.standard_error),
+            )
+        return verdict.keep
+
+    def _score(self) -> Scores:
+        index, world = self._index["val_data"], self._engine.world
+        mine = share_of(len(index), rank=world.rank, num_ranks=world.size)
+        view = CenterView(size=self._recipe.image_size, pixels=pixels_of(self._recipe))
+        batch = min(self._runtime.micro_batch, len(mine))
+        spans = span_reader(self._runtime)
+        stream = fixed_stream(index, mine, view, batch=batch, noise_per_sample=1, spans=spans, substitute=False)
+        forward = functools.partial(self._engine.evaluate, want="logits")
+        return score(forward, Loader(stream), self._engine.device)
+
+    def _keep(self, step: int, figures: dict[str, float] | None, scores: Scores | None) -> None:
+        weights = self._engine.trainable_state()
+
+        def write() -> None:
+            decision, seen = UNCALIBRATED, {"train": prints_of(self._index["data"])}
+            if scores is not None:
+                val = self._index["val_data"]
+                decision = fit_decision(scores.logit_N, val.labels[scores.sample_N].astype(np.int64))
+                seen["val"] = prints_of(val)
+            description = self._origin | {
+                "step": step,
+                "recipe": as_record(self._recipe),
+                "preprocessing": preprocessing_of(self._recipe),
+                "selection": {"data": self._runtime.val_data, "figures": figures} | self._chosen_by(),
+                "versions": versions(),
+            }
+            more = functools.partial(self._write_more, weights)
+            save_detector(self.folder, description, weights, decision, seen, lease=self._lease, write_more=more)
+
+        self._engine.world.on_main(write)
+
+    def _chosen_by(self) -> dict[str, Any]:
+        if self._best is None:
+            return {}
+        lowest = {"step": self._best.step, "d_eer": self._best.d_eer}
+        return {"rule": RULE, "lowest": lowest, "fingerprint": self._index["val_data"].fingerprint}
+
+    def _write_more(self, weights: dict[str, torch.Tensor], draft: Path) -> None:
+        if self._best is not None:
+            self._best.save(draft / FILE)
+        if self._recipe.use_lora:
+            self._write_adapter(weights, draft)
+
+    def _write_adapter(self, weights: dict[str, torch.Tensor], draft: Path) -> None:
+        prefix, model = "encoder.vit.", self._engine.module
+        values = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        head = {name.removeprefix("head."): value for name, value in weights.items() if name.startswith("head.")}
+        save_adapter(draft / "adapter", model.encoder.vit, head, base_model=self._recipe.model, values=values)
+
+    def _read_best(self) -> None:
+        """Take up the choice where a killed run left it."""
+        restore(self.folder, self._lease)
+        if "val_data" not in self._index or not (self.folder / "detector.json").exists():
+            return
+        selection, path = read_description(self.folder)["selection"], self.folder / FILE
+        if path.exists() and selection.get("fingerprint") == self._index["val_data"].fingerprint:
+            self._best = Validated.load(path)
+        else:
+            logger.warning("%s was chosen by another version or other data: the next step replaces it", self.folder)
+
+
+def training_of(
+    engine: Engine,
+    order: Order,
+    index: ShardIndex,
+    best: BestDetector,
+    identity: checkpoint.Identity,
+    lease: Lease,
+    recipe: DetectorRecipe,
+    runtime: DetectorRuntime,
+) -> Training:
+    """Say what the training of a detector does at each step and at its dates."""
+    trained, whole = (
+        sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if want(p))
+        for want in (lambda p: p.requires_grad, lambda _: True)
+    )
+    logger.info("%d of %d parameters train (%.3g %%)", trained, whole, 100 * trained / whole)
+    logger.info("pooling %s: the head sees %s", recipe.pooling, _POOLINGS[recipe.pooling])
+
+    def measure(monitor: Monitor, step: int) -> None:
+        figures = best.measure(step)
+        if figures is not None:
+            monitor.scalars(step, figures, group="val")
+            label_N, logit_N = best.last_scores
+            monitor.precision_recall(step, "val/precision_recall", label_N, 1 / (1 + np.exp(-logit_N)))
+
+    return Training(
+        engine=engine,
+        index=index,
+        order=order,
+        identity=identity,
+        lease=lease,
+        recipe=recipe,
+        runtime=runtime,
+        view=training_view(recipe),
+        noise_per_sample=engine.module.num_draws,
+        group=recipe.num_mixed,
+        show_labels=True,
+        inputs=inputs,
+        flops_per_image=engine.module.flops_per_image(),
+        measure=measure,
+        measure_every=runtime.val_every,
+        picture=lambda monitor, step: None,
+        picture_every=runtime.val_every,
+        at_end=best.keep_last,
+    )
+
+
+def inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """Give the model images, classes and draws."""
+    labels_B = torch.tensor(batch.labels, device=batch.images_BCHW.device)
+    return batch.images_BCHW, labels_B, batch.noise_BN
+
+
+def tell_where(output: Path, ending: Ending, best: BestDetector, lease: Lease) -> None:
+    """Record the end and print what a newcomer wants to know."""
+    record_end(output, ending, lease)
+    if (best.folder / "detector.json").exists():
+        print_and_log(f"  detector     {best.folder}")
+        description = read_description(best.folder)
+        if figures := description["selection"]["figures"]:
+            print_and_log(f"  kept         step {description['step']}, validation D-EER {100 * figures['d_eer']:.2f} %")
+            if (lowest := description["selection"].get("lowest")) and lowest["step"] != description["step"]:
+                print_and_log(
+                    f"               (lowest {100 * lowest['d_eer']:.2f} % at step {lowest['step']}, within its noise)"
+                )
+        for note in description.get("threshold_notes", ()):
+            print_and_log(f"  note         {note}")
+    print_and_log(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")
+    print_and_log(f"  numbers      {output / 'metrics.jsonl'}")
+    if not ending.is_complete:
+        return
+    told = f"--models {output.name}={output} --test_sets 'NAME=test/*.tar'"
+    print_and_log(f"Next: python launch/evaluate.py {told}   (a test set of other people)")

@@ -1,0 +1,310 @@
+"""Pre-training of a masked autoencoder, from settings to the last checkpoint."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from trainer.config.record import as_record
+from trainer.config.settings import PretrainRecipe, PretrainRuntime
+from trainer.data.loader import Loader
+from trainer.data.order.mixture import Source
+from trainer.data.order.plan import PLAN_VERSION, Order, Repeated, spread
+from trainer.data.shards.index import ShardIndex
+from trainer.data.sources import (
+    describe_shares,
+    find_sources,
+    open_sets,
+    order_of,
+    pixels_of,
+    span_reader,
+    tell_all_ranks,
+)
+from trainer.data.stream import Batch, fixed_stream
+from trainer.data.transforms.views import CenterView, PretrainView
+from trainer.distributed.devices import use_devices
+from trainer.distributed.ds_config import engine_settings
+from trainer.distributed.engine import Engine, connect, disconnect
+from trainer.distributed.world import World, world_from_environment
+from trainer.errors import ConfigError
+from trainer.fault_tolerance import checkpoint
+from trainer.fault_tolerance.attempts import Lease
+from trainer.fault_tolerance.resume import begin, check_output, noting_the_end
+from trainer.fault_tolerance.watchdog import backend_timeout_s, mark, start_watchdog
+from trainer.fault_tolerance.watchdog_process import Phase
+from trainer.models.encoder import PatchEncoder
+from trainer.models.lora import backbone_sha256
+from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
+from trainer.progress import say
+from trainer.training import reconstruction as heldout
+from trainer.training.monitor import Monitor, print_and_log, start_console, start_logging
+from trainer.training.run import Ending, Training, record_end, show
+from trainer.weights.load import check_heads, check_init, read_init
+
+_MEAN_FACE_IMAGES = 2048
+
+
+_PICTURES = 8
+
+
+def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime, *, dry_run: bool = False) -> Ending:
+    """Train to the end of the schedule, or until a signal asks to stop."""
+    world = world_from_environment()
+    start_console(is_main=world.is_main, rank=world.rank)
+    use_devices(world, runtime)
+    ds_config = engine_settings(recipe, runtime, world)
+    if runtime.micro_batch % recipe.aug_repeats:
+        raise ConfigError(
+            f"micro_batch is {runtime.micro_batch}, but must be divisible by aug_repeats ({recipe.aug_repeats})"
+        )
+    say(f"building {recipe.model}")
+    model = build_model(recipe, runtime)
+    init_sha256 = take_weights(model, recipe, runtime)
+    others = {"heldout_data": runtime.heldout_data}
+    found = find_sources(recipe, runtime, others=others) if world.is_main else None
+
+    if dry_run:
+        return show(recipe, runtime, ds_config, found, world)
+    say(f"connecting {world.size} ranks" if world.size > 1 else "looking at the output")
+    world = connect(world, timeout_s=backend_timeout_s(runtime), start_timeout_s=runtime.start_timeout_s)
+    output = Path(runtime.output_dir)
+    world.on_main(lambda: check_output(output, recipe, runtime.resume))
+    start_logging(output, is_main=world.is_main, rank=world.rank)
+    start_watchdog(output, world, runtime)
+    sources = tell_all_ranks(found, world)
+    index = open_sets(sources, recipe, runtime, world)
+    order = order_with_repeats(recipe, index["data"], sources["data"])
+    held_out = HeldOutView(model, recipe, runtime, index, world) if "heldout_data" in index else None
+
+    say("starting DeepSpeed")
+    engine = Engine(model, ds_config=ds_config, weight_decay=recipe.weight_decay, world=world)
+    if runtime.compile_mode != "off":
+        engine.compile(runtime.compile_mode)
+    identity = checkpoint.Identity(
+        recipe=as_record(recipe),
+        data_fingerprint=index["data"].fingerprint,
+        data_shares=describe_shares(index["data"], sources["data"]),
+        plan_version=PLAN_VERSION,
+        zero_stage=engine.zero_stage,
+        precision=engine.precision,
+        num_ranks=world.size,
+        init=init_sha256,
+    )
+    lease = begin(output, identity, runtime, world)
+    with noting_the_end(lease, world):
+        ending = training_of(engine, order, index["data"], held_out, identity, lease, recipe, runtime).run()
+        if held_out and math.isnan(held_out.last_loss):  # nothing was left to train
+            held_out.loss(engine)
+    mark(Phase.LEAVING)
+    world.on_main(lambda: tell_where(output, ending, held_out, lease))
+    disconnect()
+    return ending
+
+
+def build_model(recipe: PretrainRecipe, runtime: PretrainRuntime) -> MaskedAutoencoder:
+    """Build the model with weights drawn from the recipe's seed, the same on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        encoder = PatchEncoder(
+            recipe.model,
+            image_size=recipe.image_size,
+            patch_size=recipe.patch_size,
+            depth=recipe.encoder_depth,
+            fixed_positions=recipe.fixed_pos_embed,
+            grad_checkpointing=runtime.grad_checkpointing,
+        )
+        for ratio in (recipe.mask_ratio, heldout_mask_ratio(recipe, runtime)):
+            num_kept(encoder.num_patches, ratio)  # refuses one that leaves no patch
+        return MaskedAutoencoder(
+            encoder,
+            decoder_width=recipe.decoder_width,
+            decoder_depth=recipe.decoder_depth,
+            decoder_heads=recipe.decoder_heads,
+            decoder_type=recipe.decoder_type,
+            use_learned_mask_token=recipe.use_learned_mask_token,
+            use_separate_pos_embed=recipe.use_separate_pos_embed,
+            fixed_pos_embed=recipe.fixed_pos_embed,
+            norm_pix_loss=recipe.norm_pix_loss,
+        )
+
+
+def take_weights(model: MaskedAutoencoder, recipe: PretrainRecipe, runtime: PretrainRuntime) -> str:
+    """Start from the weights of ``init`` if any are named; returns the sha256 of them.
+
+    Raises:
+        ConfigError: they are of another model.
+    """
+    init = read_init(runtime.init, pretrained=False)
+    if init is None:
+        return ""
+    said = f"init is {runtime.init!r}"
+    if not runtime.init_encoder_only and "decoder_pred.weight" not in init.decoder:
+        raise ConfigError(f"{said}, which has no decoder: add --init_encoder_only true")
+    check_init(init, recipe, with_decoder=not runtime.init_encoder_only)
+    check_heads(init, model.encoder)
+    model.encoder.load_weights(init.weights)
+    if not runtime.init_encoder_only:
+        try:
+            model.load_decoder(init.decoder)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{said}, but {error}: set the decoder's settings to its own, or add --init_encoder_only true"
+            ) from error
+    return backbone_sha256(model)
+
+
+def mask_of(
+    recipe: PretrainRecipe, encoder: PatchEncoder, *, mask_ratio: float, predict_share: float = 1.0
+) -> heldout.DrawMask:
+    """Bind the recipe's mask settings: noise -> indices. Held-out images are always predicted whole."""
+    return functools.partial(
+        draw_mask,
+        mask_ratio=mask_ratio,
+        strategy=recipe.mask_strategy,
+        grid=encoder.grid,
+        mask_block=recipe.mask_block,
+        predict_share=predict_share,
+    )
+
+
+def heldout_mask_ratio(recipe: PretrainRecipe, runtime: PretrainRuntime) -> float:
+    """Return the share of patches that is hidden in held-out images."""
+    return runtime.heldout_mask_ratio or recipe.mask_ratio
+
+
+def order_with_repeats(recipe: PretrainRecipe, index: ShardIndex, sources: list[Source]) -> Order:
+    """Choose what the run visits when, each sample ``aug_repeats`` times in its batch."""
+    if recipe.aug_repeats == 1:
+        return order_of(recipe, index, sources)
+    once = dataclasses.replace(recipe, global_batch=recipe.global_batch // recipe.aug_repeats, aug_repeats=1)
+    return Repeated(order_of(once, index, sources), recipe.aug_repeats, recipe.global_batch)
+
+
+def flops_of(model: MaskedAutoencoder, recipe: PretrainRecipe) -> int:
+    """Count the FLOPs of one training step of one image."""
+    num_keep = num_kept(model.encoder.num_patches, recipe.mask_ratio)
+    return model.flops_per_image(num_keep, num_predicted(model.encoder.num_patches - num_keep, recipe.predict_share))
+
+
+class HeldOutView:
+    """The fixed held-out images: their loss, the mean-face baseline, and their pictures."""
+
+    def __init__(
+        self,
+        model: MaskedAutoencoder,
+        recipe: PretrainRecipe,
+        runtime: PretrainRuntime,
+        index: dict[str, ShardIndex],
+        world: World,
+    ) -> None:
+        num_all = len(index["heldout_data"])
+        self._chosen = spread(runtime.heldout_samples or num_all, num_all)
+        num_images = len(self._chosen)
+        self._index, self._recipe, self._runtime = index, recipe, runtime
+        self._num_patches = model.encoder.num_patches
+        self.draw_mask = mask_of(recipe, model.encoder, mask_ratio=heldout_mask_ratio(recipe, runtime))
+        mine = heldout.share_of(num_images, rank=world.rank, num_ranks=world.size)
+        self._data = heldout.HeldOut(lambda: self._read("heldout_data", [self._chosen[i] for i in mine]), num_images)
+        self.mean_face = world.on_main(lambda: self._measure_mean_face(model))
+        self.last_loss = float("nan")
+
+    def loss(self, engine: Engine) -> dict[str, float]:
+        """Measure; all ranks call."""
+        self.last_loss = heldout.masked_error(engine, self._data, self.draw_mask)
+        return {"loss": self.last_loss, "mean_face_loss": self.mean_face}
+
+    def picture(self, engine: Engine) -> torch.Tensor:
+        """Draw a few images from all over the set; all ranks call."""
+        shown = [self._chosen[i] for i in spread(_PICTURES, len(self._chosen))]
+        return heldout.triplets(engine, next(iter(self._read("heldout_data", shown, batch=len(shown)))), self.draw_mask)
+
+    def _measure_mean_face(self, model: MaskedAutoencoder) -> float:
+        chosen = spread(_MEAN_FACE_IMAGES, len(self._index["data"]))
+        mean_patch = heldout.MeanPatch(model, self._read("data", chosen))
+        return mean_patch.error(self._read("heldout_data", self._chosen), self.draw_mask)
+
+    def _read(self, setting: str, samples: list[int], *, batch: int | None = None) -> Iterable[Batch]:
+        view = CenterView(size=self._recipe.image_size, pixels=pixels_of(self._recipe))
+        batch = batch or min(self._runtime.micro_batch, len(samples))
+        return Loader(
+            fixed_stream(
+                self._index[setting],
+                samples,
+                view,
+                batch=batch,
+                noise_per_sample=self._num_patches,
+                spans=span_reader(self._runtime),
+            )
+        )
+
+
+def training_of(
+    engine: Engine,
+    order: Order,
+    index: ShardIndex,
+    held_out: HeldOutView | None,
+    identity: checkpoint.Identity,
+    lease: Lease,
+    recipe: PretrainRecipe,
+    runtime: PretrainRuntime,
+) -> Training:
+    """Say what pre-training does at each step and at its dates."""
+    encoder = engine.module.encoder
+    draw = mask_of(recipe, encoder, mask_ratio=recipe.mask_ratio, predict_share=recipe.predict_share)
+
+    def measure(monitor: Monitor, step: int) -> None:
+        if held_out:
+            monitor.scalars(step, held_out.loss(engine), group="heldout")
+
+    def picture(monitor: Monitor, step: int) -> None:
+        if held_out:
+            monitor.picture(step, "original_masked_reconstructed", held_out.picture(engine))
+
+    return Training(
+        engine=engine,
+        index=index,
+        order=order,
+        identity=identity,
+        lease=lease,
+        recipe=recipe,
+        runtime=runtime,
+        view=PretrainView(
+            size=recipe.image_size,
+            crop_scale=(recipe.crop_scale_min, recipe.crop_scale_max),
+            flip_probability=recipe.flip_probability,
+            seed=recipe.seed,
+            fast=recipe.decode_quality == "fast",
+            pixels=pixels_of(recipe),
+        ),
+        noise_per_sample=encoder.num_patches,
+        repeats=recipe.aug_repeats,
+        inputs=lambda batch: (batch.images_BCHW, *draw(batch.noise_BN)),
+        flops_per_image=flops_of(engine.module, recipe),
+        measure=measure,
+        measure_every=runtime.heldout_every,
+        picture=picture,
+        picture_every=runtime.picture_every,
+        at_end=lambda step: None,
+    )
+
+
+def tell_where(output: Path, ending: Ending, held_out: HeldOutView | None, lease: Lease) -> None:
+    """Record the end and print what a newcomer wants to know."""
+    record_end(output, ending, lease)
+    if held_out:
+        print_and_log(f"  pictures     {output / 'pictures'}  (rows: original, masked, reconstructed)")
+    print_and_log(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")
+    print_and_log(f"  numbers      {output / 'metrics.jsonl'}")
+    if held_out:
+        print_and_log(
+            f"  held-out masked MSE {held_out.last_loss:.4f}; predicting the mean face gives {held_out.mean_face:.4f}"
+        )
+    if not ending.is_complete:
+        return
+    told = f"--init {output} --data 'labelled/*.tar' --val_data 'val/*.tar'"
+    print_and_log(f"Next: deepspeed launch/finetune.py --recipe lora {told}   (a detector)")
+    print_and_log(f"  or: python tools/export.py --source {output} --output {output}-timm   (the encoder for timm)")

@@ -26,7 +26,7 @@ $(INSTALLED): setup.py constraints.txt
 	@touch $@
 
 demo/orl/train.csv: $(INSTALLED)
-	$(BIN)/python tools/orl_faces.py demo/orl
+	$(BIN)/python tools/demo/orl_faces.py demo/orl
 
 demo/shards/%/make_shards.json: demo/orl/train.csv
 	@rm -rf demo/shards/$*
@@ -34,7 +34,7 @@ demo/shards/%/make_shards.json: demo/orl/train.csv
 
 demo/detect/train.csv: $(INSTALLED)
 	@mkdir -p demo && rm -rf demo/detect
-	OMP_NUM_THREADS=1 $(BIN)/python tools/orl_morphs.py demo/detect
+	OMP_NUM_THREADS=1 $(BIN)/python tools/demo/orl_morphs.py demo/detect
 
 demo/detect/shards/%/make_shards.json: demo/detect/train.csv
 	$(BIN)/python tools/make_shards.py --source demo/detect/$*.csv --output_dir demo/detect/shards/$* --progress_bar false
@@ -93,10 +93,10 @@ curves: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@mkdir -p demo
-	$(BIN)/python tools/bench_step.py
-	$(BIN)/python tools/bench_step.py --memory true --micro_batch 8
-	$(BIN)/python tools/bench_scaling.py
-	$(BIN)/python tools/bench_loader.py
-	$(BIN)/python tools/bench_lora.py
-	$(BIN)/python tools/bench_checkpoint.py
-	$(BIN)/python tools/bench_plan.py --plot demo/plan_scale.png
+	$(BIN)/python tools/bench/step.py
+	$(BIN)/python tools/bench/step.py --memory true --micro_batch 8
+	$(BIN)/python tools/bench/scaling.py
+	$(BIN)/python tools/bench/loader.py
+	$(BIN)/python tools/bench/lora.py
+	$(BIN)/python tools/bench/checkpoint.py
+	$(BIN)/python tools/bench/plan.py --plot demo/plan_scale.png

@@ -26,12 +26,12 @@ READING_ORDER = (
 )
 OWNERS = {
     "deepspeed": {"trainer/distributed/engine.py", "trainer/distributed/zero_state.py"},
-    "webdataset": {"trainer/data/stream.py", "tools/make_shards.py", "tools/bench_loader.py"},
+    "webdataset": {"trainer/data/stream.py", "tools/make_shards.py", "tools/bench/loader.py"},
     "timm": {"trainer/models/encoder.py", "trainer/weights/export.py"},
     "albumentations": {"trainer/data/transforms/views.py", "trainer/data/transforms/randaugment.py"},
     "fsspec": {"trainer/data/storage.py"},
     "peft": {"trainer/models/lora.py", "trainer/weights/export.py"},
-    "transformers": {"trainer/weights/export.py", "tools/bench_step.py"},
+    "transformers": {"trainer/weights/export.py", "tools/bench/step.py"},
     "onnxruntime": {"trainer/weights/export.py"},
     "tqdm": {"trainer/progress.py", "trainer/training/monitor.py"},
     "fire": {"trainer/config/command_line.py"},

@@ -12,11 +12,11 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from tools.image_files import Storing, stored_image
 from trainer.config.record import from_record
 from trainer.config.settings import DetectorRecipe
 from trainer.data.transforms.decode import decode_image
 from trainer.data.transforms.views import CenterView, DetectorView, Photo, Pixels, PretrainView, View, crop_box
+from trainer.data.writing.image_files import Storing, stored_image
 from trainer.detection.build import preprocessing_of
 from trainer.errors import SampleError
 

@@ -1,8 +1,8 @@
-"""The index that tools/bench_plan.py makes up is one that a run opens."""
+"""The index that tools/bench/plan.py makes up is one that a run opens."""
 
 from pathlib import Path
 
-from tools import bench_plan
+from tools.bench import plan as bench_plan
 
 
 def test_the_made_up_index_opens_and_is_planned(tmp_path: Path) -> None:

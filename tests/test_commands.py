@@ -263,7 +263,7 @@ EXPECTED: dict[str, Expected] = {
     "python tools/plan_run.py --recipe mae_vit_large --nodes 8 --gpus 8 --hardware h100 --images 300000000": Expected(
         says("ZeRO", "images/s")
     ),
-    "python tools/orl_faces.py demo/orl": Expected(holds("demo/orl/train.csv", "demo/orl/heldout.csv")),
+    "python tools/demo/orl_faces.py demo/orl": Expected(holds("demo/orl/train.csv", "demo/orl/heldout.csv")),
     "python tools/submit.py --nodes 8 --gpus 8 --time 48:00:00 --recipe mae_vit_large --micro_batch 64 "
     "--data shards/train --output_dir runs/large --dry_run": DRY,
     "python tools/submit.py --nodes 1 --gpus 8 --sweep 'mask_ratio 0.6 0.75 0.9' --recipe mae_vit_base "
@@ -283,7 +283,7 @@ ELSEWHERE = {
     "make test": "this",
     "make bench": "its tools answer --help in tests/test_command_line.py; an hour of timings",
     "make curves": "twenty minutes of training",
-    "python tools/orl_morphs.py demo/detect": "tests/test_make_morphs.py, and a minute of blending",
+    "python tools/demo/orl_morphs.py demo/detect": "tests/test_make_morphs.py, and a minute of blending",
     "sbatch ": "tests/cluster/test_slurm.py",
     "deepspeed --hostfile": "tests/cluster/test_hosts.py",
     "python launch/doctor.py --hostfile ": "tests/cluster/test_hosts.py",

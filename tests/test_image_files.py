@@ -6,8 +6,8 @@ import pytest
 from conftest import display_p3, jpeg
 from PIL import Image, ImageCms
 
-from tools.image_files import Storing, as_trainable, describe_damage, size_of, stored_image
 from trainer.data.transforms.decode import decode_image
+from trainer.data.writing.image_files import Storing, as_trainable, describe_damage, size_of, stored_image
 from trainer.errors import SampleError
 
 SMOOTH = Image.open(io.BytesIO(jpeg(3, 60, 100))).convert("RGB")

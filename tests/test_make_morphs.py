@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tools.demo.orl_faces import find_faces
+from tools.demo.orl_morphs import LANDMARKS
 from tools.make_morphs import Settings, face_mask, make_morphs, spliced_morph, warp, whole_morph
 from tools.make_shards import Settings as ShardSettings
 from tools.make_shards import make_shards
-from tools.orl_faces import find_faces
-from tools.orl_morphs import LANDMARKS
 from trainer.data.landmarks import dlib_finder, read_landmarks
 from trainer.data.shards.index import open_index
 from trainer.data.shards.reader import ShardReader

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from conftest import jpeg
 
-from tools.manifest import KNOWN_COLUMNS, near_misses, read_table
+from trainer.data.writing.manifest import KNOWN_COLUMNS, near_misses, read_table
 from trainer.errors import ConfigError
 
 ROWS = [{"path": "a.jpg", "label": "1", "person": "Zoë"}, {"path": "b.jpg", "label": "0", "person": ""}]

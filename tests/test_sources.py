@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from conftest import jpeg, write_tar
 
-from tools.class_labels import SORTED, class_numbers
-from tools.sources import read_manifest, read_source, read_tars, walk_folder
+from trainer.data.writing.class_labels import SORTED, class_numbers
+from trainer.data.writing.source_images import read_manifest, read_source, read_tars, walk_folder
 from trainer.errors import ConfigError, DataError
 
 

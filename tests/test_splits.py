@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tools.sources import Entry, read_manifest
 from tools.splits import PATTERNS, SPLITS, Photo, Settings, assign, components, main, make_splits, place
+from trainer.data.writing.source_images import Entry, read_manifest
 from trainer.errors import ConfigError
 
 SHARES = (0.7, 0.1, 0.2)

@@ -32,7 +32,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tools.salvage import Saved, rewrite
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import check_types
 from trainer.data.shards.index import list_shards
@@ -40,6 +39,7 @@ from trainer.data.shards.members import GROUP_FIELDS, NO_LABEL, Sample, Tally, c
 from trainer.data.shards.tar import MAX_MEMBER_BYTES, walk_tar
 from trainer.data.storage import is_url
 from trainer.data.transforms.decode import colour_profile, decode_image
+from trainer.data.writing.salvage import Saved, rewrite
 from trainer.errors import ConfigError, DataError, SampleError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.parallel import parallel_map

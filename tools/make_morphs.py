@@ -47,8 +47,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.spatial import Delaunay
 
-from tools.image_files import DAMAGE, as_trainable, describe_damage
-from tools.sources import read_manifest
 from trainer.config.command_line import configure_tool
 from trainer.config.record import as_record
 from trainer.config.settings import check_types
@@ -58,6 +56,8 @@ from trainer.data.shards.reader import ShardReader
 from trainer.data.storage import is_url
 from trainer.data.transforms.decode import decode_image
 from trainer.data.transforms.resize import resized
+from trainer.data.writing.image_files import DAMAGE, as_trainable, describe_damage
+from trainer.data.writing.source_images import read_manifest
 from trainer.errors import ConfigError, DataError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import write_atomically

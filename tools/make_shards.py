@@ -48,8 +48,6 @@ from typing import Any, Literal
 import numpy as np
 import webdataset as wds
 
-from tools.image_files import DAMAGE, Storing, describe_damage, stored_bytes_bound, stored_image
-from tools.sources import Entry, Source, group_values, names_tars, plain_text, read_source, with_distinct_keys
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import check_types
 from trainer.data.landmarks import landmarks_of, read_landmarks
@@ -57,6 +55,16 @@ from trainer.data.shards.members import LANDMARKS, NO_LABEL, Sample, Tally, samp
 from trainer.data.shards.tar import MAX_MEMBER_BYTES, Member, walk_tar
 from trainer.data.storage import SpanReader
 from trainer.data.transforms.decode import MIN_SIDE, colour_profile, suffix_of
+from trainer.data.writing.image_files import DAMAGE, Storing, describe_damage, stored_bytes_bound, stored_image
+from trainer.data.writing.source_images import (
+    Entry,
+    Source,
+    group_values,
+    names_tars,
+    plain_text,
+    read_source,
+    with_distinct_keys,
+)
 from trainer.errors import ConfigError, DataError, SampleError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import write_atomically

@@ -101,7 +101,7 @@ class Settings:
     image_kb: float = 91.0
     """Mean size of an image file [kB]."""
     decode_per_core: float = 860.0
-    """Decoding and augmenting; tools/bench_loader.py measures it (860 at 512 pixels, 91 kB) [images/s]."""
+    """Decoding and augmenting; tools/bench/loader.py measures it (860 at 512 pixels, 91 kB) [images/s]."""
     cores: int = 96
     """CPU cores of a host that may load data."""
     storage_mb_s: float = 2000.0

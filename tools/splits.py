@@ -34,10 +34,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.manifest import read_table
-from tools.sources import Entry, names_tars, plain_text, read_source
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import check_types
+from trainer.data.writing.manifest import read_table
+from trainer.data.writing.source_images import Entry, names_tars, plain_text, read_source
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from trainer.detection.error_rates import FEW_IDENTITIES, clopper_pearson
-from trainer.detection.figures import Row, ScoredSet, report_figures, percent
+from trainer.detection.figures import Row, ScoredSet, percent, report_figures
 
 _SIDE = 128
 _MATRIX_COLUMNS = 12

@@ -13,9 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tools.class_labels import class_numbers, describe_classes
-from tools.image_files import read_suffixes, why_not_read
-from tools.manifest import Table, read_table
 from trainer.data.shards.index import list_shards
 from trainer.data.shards.members import (
     GROUP_FIELDS,
@@ -31,6 +28,9 @@ from trainer.data.shards.members import (
 )
 from trainer.data.shards.tar import Member, walk_tar
 from trainer.data.storage import Span, is_url
+from trainer.data.writing.class_labels import class_numbers, describe_classes
+from trainer.data.writing.image_files import read_suffixes, why_not_read
+from trainer.data.writing.manifest import Table, read_table
 from trainer.errors import ConfigError, DataError
 
 _OWN_COLUMNS = ("path", "key", "label")

@@ -3,16 +3,16 @@
 400 grey photographs (92 x 112) of 40 people. People 1-32 train, 33-40 are held out. When using these images, give
 credit to AT&T Laboratories Cambridge. Nothing is copied: the manifests point at the installed files.
 
-Usage: python tools/orl_faces.py FOLDER
+Usage: python tools/demo/orl_faces.py FOLDER
 
 Examples:
-    python tools/orl_faces.py demo/orl
+    python tools/demo/orl_faces.py demo/orl
 """
 
 if __name__ == "__main__":
     import sys
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
     from launch.early import read_early
 
     read_early(__file__)

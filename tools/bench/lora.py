@@ -4,13 +4,13 @@ Counted first: a full step costs three forwards (forward, gradients of activatio
 two and a little, because the weights of frozen layers need no gradient; so 0.67x is the floor. Steps are interleaved in
 one process and their medians compared; memory is the peak of a process of its own for each mode.
 
-Usage: python tools/bench_lora.py [--model NAME] [--micro_batch N] [--repeats N]
+Usage: python tools/bench/lora.py [--model NAME] [--micro_batch N] [--repeats N]
 """
 
 if __name__ == "__main__":
     import sys
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
     from launch.early import read_early
 
     read_early(__file__)

@@ -8,13 +8,13 @@ and bandwidth with the writer for a while. Rounds of both ways are interleaved i
     stall    seconds that save() keeps the loop, and those of waiting for a save that is not done at the next one
     drag     seconds by which the steps of an interval were slower than quiet ones: what the writer takes beside them
 
-Usage: python tools/bench_checkpoint.py [--model NAME] [--steps N] [--repeats N]
+Usage: python tools/bench/checkpoint.py [--model NAME] [--steps N] [--repeats N]
 """
 
 if __name__ == "__main__":
     import sys
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
     from launch.early import read_early
 
     read_early(__file__)

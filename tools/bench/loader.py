@@ -12,13 +12,13 @@ Each candidate reads the same JPEGs of 256 and of 512 pixels and makes random 22
 With ``--train`` also the throughput of training steps fed by two loader workers, beside the same steps on one batch
 that stays in memory.
 
-Usage: python tools/bench_loader.py [--repeats 5] [--train true]
+Usage: python tools/bench/loader.py [--repeats 5] [--train true]
 """
 
 if __name__ == "__main__":
     import sys
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
     from launch.early import read_early
 
     read_early(__file__)

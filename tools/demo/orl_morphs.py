@@ -6,16 +6,16 @@ person as bona fides, and whole and spliced morphs as attacks. There are two tes
     whole    whole morphs against untouched photographs: blending blur alone gives most of them away
     splice   spliced morphs against spliced blends of one person: both were blended, only one shows two people
 
-Usage: python tools/orl_morphs.py FOLDER   (writes FOLDER/train.csv, val.csv, test-whole.csv, test-splice.csv)
+Usage: python tools/demo/orl_morphs.py FOLDER   (writes FOLDER/train.csv, val.csv, test-whole.csv, test-splice.csv)
 
 Examples:
-    python tools/orl_morphs.py demo/detect
+    python tools/demo/orl_morphs.py demo/detect
 """
 
 if __name__ == "__main__":
     import sys
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
     from launch.early import read_early
 
     read_early(__file__)
@@ -25,8 +25,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from tools.demo.orl_faces import IMAGES_A_PERSON, NUM_PEOPLE, TRAIN_PEOPLE, VALIDATION_PEOPLE, find_faces
 from tools.make_morphs import Settings, make_morphs
-from tools.orl_faces import IMAGES_A_PERSON, NUM_PEOPLE, TRAIN_PEOPLE, VALIDATION_PEOPLE, find_faces
 from trainer.config.command_line import read_folder
 from trainer.fault_tolerance.exit_codes import run
 

@@ -3,13 +3,13 @@
 Index files of 10**6 to 10**9 samples are made sparse on disk: their lengths are real, their contents are zeros or, for
 shard ends, what 10,000 samples a shard give. Each size is measured in a process of its own.
 
-Usage: python tools/bench_plan.py [--largest 1000000000] [--plot plan_scale.png]
+Usage: python tools/bench/plan.py [--largest 1000000000] [--plot plan_scale.png]
 """
 
 if __name__ == "__main__":
     import sys
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
     from launch.early import read_early
 
     read_early(__file__)
@@ -180,7 +180,7 @@ def main(argv: list[str]) -> int:
     print(f"rank 5 of {RANKS} (x {WORKERS} workers, which share its memory), {LANES} lanes, batch {GLOBAL_BATCH}:")
     rows = {}
     for size in (n for n in (10**6, 10**7, 10**8, 10**9) if n <= settings.largest):
-        words = [sys.executable, "-m", "tools.bench_plan", "--one", str(size)]
+        words = [sys.executable, "-m", "tools.bench.plan", "--one", str(size)]
         done = subprocess.run(words, check=True, capture_output=True, text=True)
         row = rows[size] = json.loads(done.stdout.splitlines()[-1])
         print(

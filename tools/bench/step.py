@@ -10,14 +10,14 @@ A step is: mask, forward, backward, fused AdamW. The peer has the weights of the
 equal before anything is timed. Variants take turns; medians are compared. The peak is the best of
 three matrix products of the model's own shapes, measured between the steps. On a GPU weights are bf16.
 
-Usage: python tools/bench_step.py [--model NAME] [--micro_batch N] [--repeats N] [--variants exact,cross_third]
+Usage: python tools/bench/step.py [--model NAME] [--micro_batch N] [--repeats N] [--variants exact,cross_third]
            [--device cuda] [--num_threads N] [--memory true]
 """
 
 if __name__ == "__main__":
     import sys
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
     from launch.early import read_early
 
     read_early(__file__)
@@ -39,7 +39,7 @@ import torch
 from torch import nn
 from transformers import ViTMAEForPreTraining
 
-from tools.bench_scaling import forget_peak
+from tools.bench.scaling import forget_peak
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import check_types
 from trainer.errors import ConfigError
@@ -225,7 +225,7 @@ def peak_memory(settings: Settings) -> Iterator[str]:
         words = [f"--{setting}={getattr(settings, setting)}" for setting in chosen]
         code = (
             "import sys; from trainer.config.command_line import read_flags; from trainer.config.settings import with_flags\n"
-            "from tools.bench_step import Settings, peak_of\n"
+            "from tools.bench.step import Settings, peak_of\n"
             f"print(peak_of(with_flags(Settings(), read_flags(sys.argv[1:])), {name!r}))"
         )
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)

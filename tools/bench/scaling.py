@@ -5,13 +5,13 @@ what two ranks take longer is communication (gloo over loopback). Counted first,
 the gradients, 4 bytes a parameter each way; stages 1 and 2 gather the weights after the step as well, stage 3 in the
 forward and the backward pass.
 
-Usage: python tools/bench_scaling.py [--model NAME] [--micro_batch N] [--steps N] [--repeats N] [--stages 0,1,2,3]
+Usage: python tools/bench/scaling.py [--model NAME] [--micro_batch N] [--steps N] [--repeats N] [--stages 0,1,2,3]
 """
 
 if __name__ == "__main__":
     import sys
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
     from launch.early import read_early
 
     read_early(__file__)
@@ -41,7 +41,7 @@ from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask
 from trainer.training.throughput import peak_resident_gib
 
-CPU_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "cpu_fp32.json"
+CPU_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "cpu_fp32.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

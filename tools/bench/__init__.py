@@ -1,0 +1,1 @@
+"""Paired timings; each prints its ratio and the machine."""

@@ -1,0 +1,1 @@
+"""From folders, tables and tars of images to what shards hold."""

@@ -44,7 +44,7 @@ import torch.distributed as dist
 from trainer.config.command_line import answered
 from trainer.config.parse import expand_home
 from trainer.config.recipes import configure_script
-from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime, Recipe, Runtime
+from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe, Runtime
 from trainer.data.order.mixture import read_sources
 from trainer.data.storage import reading
 from trainer.distributed.devices import unusable_gpus, use_devices
@@ -370,7 +370,7 @@ def checkpoint_bytes(recipe: Recipe, runtime: Runtime) -> int:
         return sum(entry["bytes"] for entry in found[1]["files"].values())
     with torch.device("meta"):
         if isinstance(recipe, PretrainRecipe):
-            model: torch.nn.Module = build_model(recipe, PretrainRuntime())
+            model: torch.nn.Module = build_model(recipe)
         else:
             model = PatchEncoder(
                 recipe.model, image_size=recipe.image_size, patch_size=recipe.patch_size, depth=recipe.encoder_depth

@@ -10,7 +10,11 @@ ORDER = (
     *("config", "models", "distributed", "data", "fault_tolerance", "weights", "training", "detection"),
 )
 OWNERS = {
-    "deepspeed": {"trainer/distributed/engine.py", "trainer/distributed/ds_config.py", "trainer/distributed/zero_state.py"},
+    "deepspeed": {
+        "trainer/distributed/engine.py",
+        "trainer/distributed/ds_config.py",
+        "trainer/distributed/zero_state.py",
+    },
     "webdataset": {"trainer/data/stream.py", "tools/make_shards.py", "tools/bench/loader.py"},
     "timm": {"trainer/models/encoder.py", "trainer/weights/export.py"},
     "albumentations": {"trainer/data/transforms/views.py", "trainer/data/transforms/randaugment.py"},
@@ -44,7 +48,9 @@ def module_of(path: Path) -> str:
 
 
 def test_every_room_is_in_the_order() -> None:
-    rooms = {path.stem for path in (ROOT / "trainer").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    rooms = {
+        path.stem for path in (ROOT / "trainer").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     assert rooms - {"__init__"} == set(ORDER)
 
 

@@ -25,7 +25,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from tools.export import main
 from trainer.config.record import as_record
-from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime
+from trainer.config.settings import DetectorRecipe, PretrainRecipe
 from trainer.data.sources import pixels_of
 from trainer.data.transforms.views import CenterView, Photo
 from trainer.detection.build import build_detector, preprocessing_of, rebuild, recipe_of
@@ -115,9 +115,7 @@ def shake(model: torch.nn.Module) -> None:
 
 def published(**changes: Any) -> dict[str, torch.Tensor]:
     """A masked autoencoder by the names and in the form of facebookresearch/mae."""
-    mae = build_model(
-        PretrainRecipe(**(SHAPE | {"decoder_width": 32, "decoder_depth": 2} | changes)), PretrainRuntime()
-    )
+    mae = build_model(PretrainRecipe(**(SHAPE | {"decoder_width": 32, "decoder_depth": 2} | changes)))
     shake(mae)
     state = {name.removeprefix("encoder.vit."): value for name, value in mae.state_dict().items()}
     if "decoder_pos_embed" in state:
@@ -186,7 +184,7 @@ def test_a_run_at_zero_3_on_two_ranks_goes_out_and_comes_back_bitwise(shards: Pa
     assert on_the_card(plain, "Metrics")["heldout_loss"] > 0
 
     theirs = follow_the_card(export(run, "vitmae", tmp_path / "vitmae"))["model"]
-    mae = build_model(PretrainRecipe(**init.manifest["identity"]["recipe"]), PretrainRuntime())
+    mae = build_model(PretrainRecipe(**init.manifest["identity"]["recipe"]))
     mae.load_state_dict({f"encoder.vit.{name}": value for name, value in init.weights.items()} | init.decoder)
     noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():

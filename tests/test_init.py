@@ -34,14 +34,14 @@ SHAPE: dict[str, Any] = {
 def started(init: Path, *, encoder_only: bool = False, **changes: Any) -> tuple[MaskedAutoencoder, str]:
     recipe = PretrainRecipe(**(SHAPE | {"image_size": 32} | changes))
     runtime = PretrainRuntime(init=str(init), init_encoder_only=encoder_only)
-    model = build_model(recipe, runtime)
+    model = build_model(recipe)
     return model, take_weights(model, recipe, runtime)
 
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file in the layout of facebookresearch/mae, where the decoder has a place for the class token."""
-    state = build_model(PretrainRecipe(**SHAPE, image_size=32, seed=5), PretrainRuntime()).state_dict()
+    state = build_model(PretrainRecipe(**SHAPE, image_size=32, seed=5)).state_dict()
     state["decoder_pos_embed"] = torch.cat([torch.zeros(1, 1, 32), state["decoder_pos_embed"]], dim=1)
     path = tmp_path_factory.mktemp("official") / "mae.pth"
     named = {name.removeprefix("encoder.vit."): value for name, value in state.items()}
@@ -51,7 +51,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_published_file_gives_every_weight_and_an_identity(official: Path) -> None:
     model, sha256 = started(official, seed=9)
-    wanted = build_model(PretrainRecipe(**SHAPE, image_size=32, seed=5), PretrainRuntime())
+    wanted = build_model(PretrainRecipe(**SHAPE, image_size=32, seed=5))
     for (name, ours), theirs in zip(model.state_dict().items(), wanted.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
     assert len(sha256) == 64
@@ -60,10 +60,7 @@ def test_a_published_file_gives_every_weight_and_an_identity(official: Path) -> 
 
 def test_the_encoder_alone_leaves_the_decoder_as_the_seed_draws_it(official: Path) -> None:
     model, _ = started(official, encoder_only=True, seed=9, decoder_type="cross", decoder_depth=3)
-    fresh = build_model(
-        PretrainRecipe(**SHAPE | {"decoder_type": "cross", "decoder_depth": 3}, image_size=32, seed=9),
-        PretrainRuntime(),
-    )
+    fresh = build_model(PretrainRecipe(**SHAPE | {"decoder_type": "cross", "decoder_depth": 3}, image_size=32, seed=9))
     whole, drawn = model.state_dict(), fresh.state_dict()
     assert all(torch.equal(whole[name], drawn[name]) for name in whole if not name.startswith("encoder."))
     assert not torch.equal(whole["encoder.vit.blocks.0.attn.qkv.weight"], drawn["encoder.vit.blocks.0.attn.qkv.weight"])
@@ -95,7 +92,7 @@ def test_weights_without_a_decoder_must_be_meant(official: Path, tmp_path: Path)
 
 def test_what_an_official_file_tells_of_its_training_must_be_what_the_recipe_says(tmp_path: Path) -> None:
     def with_args(name: str, **args: Any) -> Path:
-        state = build_model(PretrainRecipe(**SHAPE, image_size=32), PretrainRuntime()).state_dict()
+        state = build_model(PretrainRecipe(**SHAPE, image_size=32)).state_dict()
         named = {name.removeprefix("encoder.vit."): value for name, value in state.items()}
         torch.save({"model": named, "args": Namespace(**args)}, tmp_path / name)
         return tmp_path / name

@@ -23,6 +23,7 @@ from trainer.config.settings import Recipe
 from trainer.distributed import cost_model as planning
 from trainer.distributed.cost_model import Failures, Weights, Zero
 from trainer.errors import ConfigError
+from trainer.training.model_cost import BLOCK_TENSORS, ModelCost, count_model, on_meta_device
 
 SMALL = {"model": "vit_tiny_patch16_224", "encoder_depth": "2", "image_size": "32", "patch_size": "8", "num_lanes": "4"}
 MAE = ("demo", SMALL | {"decoder_width": "64", "decoder_depth": "1", "global_batch": "12", "micro_batch": "2"})
@@ -49,6 +50,10 @@ def ds_config(stage: int, precision: str, accum: str) -> dict[str, Any]:
     if precision != "fp32":
         config |= {precision: {"enabled": True}, "data_types": {"grad_accum_dtype": accum}}
     return config | {"communication_data_type": accum}
+
+
+def count(recipe: Recipe, precision: str) -> ModelCost:
+    return count_model(recipe, plan_run.builder_of(recipe), precision)
 
 
 def recipe_of(name: str, flags: dict[str, str]) -> Recipe:
@@ -79,7 +84,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_planned_bytes_are_those_of_real_ranks_at_every_stage(measured: Measured) -> None:
-    models = {name: plan_run.read_model(recipe_of(name, flags), "fp32").weights for name, flags in (MAE, LORA)}
+    models = {name: count(recipe_of(name, flags), "fp32").weights for name, flags in (MAE, LORA)}
     for ((name, _), stage, precision, accum, ranks), (seen, on_disk) in zip(CASES, measured, strict=True):
         said = f"{name}, ZeRO {stage}, {precision}, {accum}, {ranks} ranks"
         weights, zero = models[name], planning.zero_of(ds_config(stage, precision, accum))
@@ -110,8 +115,10 @@ def test_planned_activations_are_what_autograd_really_saves(
     name: str, flags: dict[str, str], grad_checkpointing: bool
 ) -> None:
     recipe = recipe_of(name, flags)
-    planned = plan_run.read_model(recipe, "fp32")
-    model = plan_run.build(recipe, grad_checkpointing=grad_checkpointing, precision="fp32").to_empty(device="cpu")
+    planned = count(recipe, "fp32")
+    model = on_meta_device(
+        plan_run.builder_of(recipe), grad_checkpointing=grad_checkpointing, precision="fp32"
+    ).to_empty(device="cpu")
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def really_saved(images: int) -> int:
@@ -135,8 +142,10 @@ def test_the_real_peak_of_a_forward_and_backward_pass_lies_just_below_the_planne
     name: str, grad_checkpointing: bool
 ) -> None:
     recipe = recipe_of(name, {"encoder_depth": "4"})
-    planned = plan_run.read_model(recipe, "fp32").activations(2, checkpointing=grad_checkpointing)
-    model = plan_run.build(recipe, grad_checkpointing=grad_checkpointing, precision="fp32").to_empty(device="cpu")
+    planned = count(recipe, "fp32").activations(2, checkpointing=grad_checkpointing)
+    model = on_meta_device(
+        plan_run.builder_of(recipe), grad_checkpointing=grad_checkpointing, precision="fp32"
+    ).to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     inputs = plan_run.example(model, recipe, 2)
@@ -149,10 +158,8 @@ def test_the_real_peak_of_a_forward_and_backward_pass_lies_just_below_the_planne
 
 
 def test_a_block_keeps_sixteen_numbers_for_each_of_its_outputs() -> None:
-    shallow, deep = (
-        plan_run.read_model(recipe_of("mae_vit_small", {"encoder_depth": depth}), "bf16") for depth in ("1", "2")
-    )
-    assert deep.saved - shallow.saved == pytest.approx(plan_run.BLOCK_TENSORS * 2 * 50 * 384, rel=0.02)
+    shallow, deep = (count(recipe_of("mae_vit_small", {"encoder_depth": depth}), "bf16") for depth in ("1", "2"))
+    assert deep.saved - shallow.saved == pytest.approx(BLOCK_TENSORS * 2 * 50 * 384, rel=0.02)
     assert deep.saved_checkpointing - shallow.saved_checkpointing == 2 * 50 * 384
 
 
@@ -171,14 +178,14 @@ def test_planned_flops_are_those_that_torch_counts(name: str, flags: dict[str, s
     recipe = recipe_of(name, flags)
 
     def counted(images: int) -> int:
-        model = plan_run.build(recipe, grad_checkpointing=False, precision="fp32")
+        model = on_meta_device(plan_run.builder_of(recipe), grad_checkpointing=False, precision="fp32")
         counter = FlopCounterMode(display=False)  # it does not know the fused attention of CPUs
         with FakeTensorMode(allow_non_fake_inputs=True), counter, sdpa_kernel(SDPBackend.MATH):
             model.to_empty(device="cpu")
             model(*plan_run.example(model, recipe, images)).backward()
         return int(counter.get_total_flops())
 
-    assert plan_run.read_model(recipe, "fp32").flops == pytest.approx(counted(2) - counted(1), rel=0.02)
+    assert count(recipe, "fp32").flops == pytest.approx(counted(2) - counted(1), rel=0.02)
 
 
 @pytest.mark.parametrize("interval", [1000, 4000, 16000])

@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 from trainer.config.command_line import configure_tool
 from trainer.config.record import from_record
-from trainer.config.settings import PretrainRecipe, PretrainRuntime, check_types
+from trainer.config.settings import PretrainRecipe, check_types
 from trainer.detection.build import preprocessing, rebuild, recipe_of
 from trainer.detection.saved_detector import load_detector
 from trainer.errors import ConfigError
@@ -211,7 +211,7 @@ def build_mae(init: Init, recipe: PretrainRecipe) -> MaskedAutoencoder:
     Raises:
         ConfigError: its decoder is another one.
     """
-    mae = build_model(recipe, PretrainRuntime())
+    mae = build_model(recipe)
     mae.encoder.load_weights(init.weights)
     try:
         mae.load_decoder(init.decoder)

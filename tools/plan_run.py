@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import difflib
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -28,35 +29,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
-import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.config.command_line import answered, read_flags
 from trainer.config.parse import help_text, refuse_unknown, with_flags
 from trainer.config.recipes import DETECTOR_RECIPES, RECIPES
-from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime, Recipe, Runtime, check_types
-from trainer.detection.build import assemble_detector
+from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe, Runtime, check_types
 from trainer.distributed import cost_model as planning
-from trainer.distributed.cost_model import BYTES, Checkpoint, Failures, Memory, StepTime, Weights, Zero
+from trainer.distributed.cost_model import Checkpoint, Failures, Memory, StepTime, Zero
 from trainer.distributed.ds_config import engine_settings
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
-from trainer.models.mask_utils import num_kept, num_predicted
-from trainer.models.parameter_groups import parameter_groups
-from trainer.training.pretraining import build_model, flops_of
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+from trainer.detection.build import assemble_detector
+from trainer.training.model_cost import BuildModel, ModelCost, count_model
+from trainer.training.pretraining import build_model
+
 GB, GIB, HOUR, DAY = 1e9, 2**30, 3600, 86400
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 LINK_SHARE = 0.7
-BLOCK_TENSORS = 16  # of tokens x width: what a transformer block keeps for its backward pass, or has in flight there
 SAVE_OVERHEAD_S = 0.1
-REPEATS, SEED, TRACED_IMAGES = 64, 0, 2
+REPEATS, SEED = 64, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,29 +126,6 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """What was counted from the model; activations in bytes of one image."""
-
-    weights: Weights
-    flops: int
-    """Of one training step of one image."""
-    recomputed_flops: int
-    """In addition with --grad_checkpointing."""
-    saved: int
-    """Activations saved for the backward pass."""
-    saved_checkpointing: int
-    """Likewise with --grad_checkpointing."""
-    block: int
-    """Bound on what the block at work has in flight."""
-
-    def activations(self, images: int, *, checkpointing: bool) -> int:
-        """Bytes at the peak: everything saved, and one block at work, which checkpointing first recomputes."""
-        if checkpointing and self.recomputed_flops:
-            return images * (self.saved_checkpointing + 2 * self.block)
-        return images * (self.saved + self.block)
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """The whole answer."""
 
@@ -160,7 +133,7 @@ class Plan:
     recipe: Recipe
     runtime: Runtime
     zero: Zero
-    model: Model
+    model: ModelCost
     step: StepTime
     sent: tuple[float, float]
     link: float
@@ -259,7 +232,7 @@ def make_plan(settings: Settings, recipe: Recipe, runtime: Runtime) -> Plan:
             f"ds_config {runtime.ds_config} has stage 0 with {zero.precision} weights and {zero.accum} accumulation, "
             f"which DeepSpeed refuses: choose stage 1, or data_types.grad_accum_dtype {zero.precision}"
         )
-    model = read_model(recipe, zero.precision)
+    model = count_model(recipe, builder_of(recipe), zero.precision)
     accumulation: int = config["gradient_accumulation_steps"]
     sent = planning.traffic(model.weights, zero, ranks, accumulation)
     between = ETHERNET if settings.network == "ethernet" else hardware.infiniband * settings.gpus
@@ -288,82 +261,12 @@ def make_plan(settings: Settings, recipe: Recipe, runtime: Runtime) -> Plan:
     return Plan(settings, recipe, runtime, zero, model, step, sent, link, saved, failures)
 
 
-def read_model(recipe: Recipe, precision: str) -> Model:
-    """Count parameters, FLOPs and activations of the model that the launchers build."""
-    plain, lean = (build(recipe, grad_checkpointing=on, precision=precision) for on in (False, True))
-    encoder: Any = plain.encoder
+def builder_of(recipe: Recipe) -> BuildModel:
+    """Return what builds the launchers' model."""
     if isinstance(recipe, PretrainRecipe):
-        keep = num_kept(encoder.num_patches, recipe.mask_ratio)
-        flops, forward = flops_of(plain, recipe), encoder.flops(keep)
-        tokens = (keep + encoder.num_prefix) * encoder.width
-        tokens = max(tokens, (encoder.num_patches + encoder.num_prefix) * recipe.decoder_width)
-    else:
-        flops, forward = plain.flops_per_image(), encoder.flops(encoder.num_patches)
-        tokens = (encoder.num_patches + encoder.num_prefix) * encoder.width
-    how: dict[str, Any] = {}
-    if isinstance(recipe, DetectorRecipe):
-        how = {"layer_decay": recipe.layer_decay, "decay_embeddings": recipe.decay_embeddings}
-    groups = parameter_groups(plain, recipe.weight_decay, **how)
-    weights = Weights(
-        groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
-        frozen=tuple(p.numel() for p in plain.parameters() if not p.requires_grad),
-    )
-    trains = any(p.requires_grad for p in encoder.parameters())
-    saved = saved_bytes(plain, recipe)
-    saved_checkpointing = saved_bytes(lean, recipe) if trains else saved  # what nobody needs is not kept
-    block = BLOCK_TENSORS * tokens * BYTES[precision]
-    return Model(weights, flops, forward * trains, saved, saved_checkpointing, block)
-
-
-def build(recipe: Recipe, *, grad_checkpointing: bool, precision: str) -> Any:
-    """Build the launchers' model on the meta device: shapes and types without memory."""
-    with torch.device("meta"):
-        model: nn.Module
-        if isinstance(recipe, PretrainRecipe):
-            model = build_model(recipe, PretrainRuntime(grad_checkpointing=grad_checkpointing))
-        else:
-            assert isinstance(recipe, DetectorRecipe)
-            model = assemble_detector(recipe, None, grad_checkpointing=grad_checkpointing)
-    return model.to({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]).train()
-
-
-def saved_bytes(model: Any, recipe: Recipe) -> int:
-    """Count what the forward pass leaves of each image for the backward pass, by running it on torch's fake tensors.
-
-    What it leaves of all together, such as the first decoder block's view of hidden patches, does not count.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        images = TRACED_IMAGES * (recipe.num_mixed if isinstance(recipe, DetectorRecipe) else 1)
-        few, more = (kept_bytes(model, example(model, recipe, n)) for n in (images, 2 * images))
-        return (more - few) // images
-
-
-def example(model: Any, recipe: Recipe, images: int) -> tuple[torch.Tensor, ...]:
-    """Make inputs of the right shapes."""
-    images_BCHW = torch.zeros(images, 3, recipe.image_size, recipe.image_size, dtype=torch.uint8)
-    if isinstance(recipe, PretrainRecipe):
-        order = torch.arange(model.encoder.num_patches).repeat(images, 1)
-        keep = num_kept(model.encoder.num_patches, recipe.mask_ratio)
-        end = keep + num_predicted(model.encoder.num_patches - keep, recipe.predict_share)
-        return images_BCHW, order[:, :keep], order[:, keep:end]
-    return images_BCHW, torch.zeros(images, dtype=torch.int64), torch.zeros(images, model.num_draws)
-
-
-def kept_bytes(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
-    """Sum the storages that autograd keeps from a forward pass, each once and without the parameters."""
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other storage gets its address
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(*inputs)
-    return sum(storage.nbytes() for storage in kept.values())
+        return functools.partial(build_model, recipe)
+    assert isinstance(recipe, DetectorRecipe)
+    return functools.partial(assemble_detector, recipe, None)
 
 
 def divisors(number: int) -> list[int]:

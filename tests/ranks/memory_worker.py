@@ -39,7 +39,7 @@ def measure(name: str, flags: dict[str, str], folder: Path) -> dict[str, int]:
     recipe: Any
     if name in RECIPES:
         recipe, runtime = resolve(*RECIPES[name](), flags)
-        model: Any = build_model(recipe, runtime)
+        model: Any = build_model(recipe)
         draw = mask_of(recipe, model.encoder, mask_ratio=recipe.mask_ratio, predict_share=recipe.predict_share)
     else:
         recipe, runtime = resolve(*DETECTOR_RECIPES[name](), flags)

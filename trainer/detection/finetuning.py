@@ -26,7 +26,7 @@ from trainer.data.sources import (
 )
 from trainer.data.stream import Batch, fixed_stream
 from trainer.data.transforms.views import CenterView
-from trainer.detection.build import build_detector, preprocessing_of, training_view
+from trainer.detection.build import assemble_detector, build_detector, preprocessing_of, training_view
 from trainer.detection.leakage import prints_of
 from trainer.detection.saved_detector import read_description, restore, save_detector
 from trainer.detection.scoring import (
@@ -91,7 +91,7 @@ def finetune(
     found = find_sources(recipe, runtime, others={"val_data": runtime.val_data}) if world.is_main else None
 
     if dry_run:
-        return show(recipe, runtime, ds_config, found, world)
+        return show(recipe, runtime, ds_config, found, world, functools.partial(assemble_detector, recipe, init))
     say(f"connecting {world.size} ranks" if world.size > 1 else "looking at the output")
     world = connect(world, timeout_s=backend_timeout_s(runtime), start_timeout_s=runtime.start_timeout_s)
     output = Path(runtime.output_dir)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from tools.plan_run import Model, read_model
 from trainer.config.parse import as_text
 from trainer.config.settings import Recipe, Runtime
 from trainer.data.order.mixture import Source
@@ -23,6 +22,7 @@ from trainer.distributed import cost_model as planning
 from trainer.distributed.engine import default_device
 from trainer.distributed.world import World
 from trainer.fault_tolerance.resume import check_output
+from trainer.training.model_cost import BuildModel, ModelCost, count_model
 from trainer.training.throughput import peak_flops
 
 GIB = 2**30
@@ -32,7 +32,12 @@ _MATRIX, _MEASURED_S = 1024, 0.3
 
 
 def describe(
-    recipe: Recipe, runtime: Runtime, ds_config: Mapping[str, Any], found: Mapping[str, list[Source]], world: World
+    recipe: Recipe,
+    runtime: Runtime,
+    ds_config: Mapping[str, Any],
+    found: Mapping[str, list[Source]],
+    world: World,
+    build: BuildModel,
 ) -> str:
     """Tell what the run would do; writes no output, but an index of the shards where there is none, as the run would.
 
@@ -42,6 +47,7 @@ def describe(
         ds_config: filled in.
         found: the shards by setting, as `trainer.data.sources.find_sources` lists them.
         world: this process among its ranks.
+        build: builds the model, with or without gradient checkpointing.
 
     Raises:
         ConfigError: the output folder holds something else.
@@ -50,7 +56,7 @@ def describe(
     check_output(Path(runtime.output_dir), recipe, runtime.resume)
     index = open_sets(found, recipe, runtime, World())  # one rank looks; the others have left
     zero = planning.zero_of(ds_config)
-    model = read_model(recipe, zero.precision)
+    model = count_model(recipe, build, zero.precision)
     images = len(index["data"])
     lines = ["Recipe:", *_values(recipe), "Runtime:", *_values(runtime), "Data:"]
     lines += [f"  --{setting}: {describe_index(each)}" for setting, each in index.items()]
@@ -74,7 +80,7 @@ def _values(config: Any) -> list[str]:
     return [f"  --{entry.name} {as_text(getattr(config, entry.name))}" for entry in dataclasses.fields(config)]
 
 
-def _memory(model: Model, zero: planning.Zero, runtime: Runtime, world: World) -> str:
+def _memory(model: ModelCost, zero: planning.Zero, runtime: Runtime, world: World) -> str:
     states = planning.state_memory(model.weights, zero, world.size)
     activations = model.activations(runtime.micro_batch, checkpointing=runtime.grad_checkpointing)
     total = states.total + activations
@@ -93,7 +99,7 @@ def _memory(model: Model, zero: planning.Zero, runtime: Runtime, world: World) -
     )
 
 
-def _cost(model: Model, recipe: Recipe, runtime: Runtime, steps: int, world: World, precision: str) -> str:
+def _cost(model: ModelCost, recipe: Recipe, runtime: Runtime, steps: int, world: World, precision: str) -> str:
     flops = model.flops + model.recomputed_flops * runtime.grad_checkpointing
     total = float(flops) * recipe.global_batch * steps
     device = default_device()

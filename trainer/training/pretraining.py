@@ -38,9 +38,10 @@ from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import backbone_sha256
 from trainer.models.mae import MaskedAutoencoder
-from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
+from trainer.models.mask_utils import draw_mask, num_kept
 from trainer.progress import say
 from trainer.training import reconstruction as heldout
+from trainer.training.model_cost import flops_of
 from trainer.training.monitor import Monitor, print_and_log, start_console, start_logging
 from trainer.training.run import Ending, Training, record_end, show
 from trainer.weights.load import check_heads, check_init, read_init
@@ -62,13 +63,15 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime, *, dry_run: bool 
             f"micro_batch is {runtime.micro_batch}, but must be divisible by aug_repeats ({recipe.aug_repeats})"
         )
     say(f"building {recipe.model}")
-    model = build_model(recipe, runtime)
+    build = functools.partial(build_model, recipe)
+    model = build(grad_checkpointing=runtime.grad_checkpointing)
+    num_kept(model.encoder.num_patches, heldout_mask_ratio(recipe, runtime))  # refuses one that leaves no patch
     init_sha256 = take_weights(model, recipe, runtime)
     others = {"heldout_data": runtime.heldout_data}
     found = find_sources(recipe, runtime, others=others) if world.is_main else None
 
     if dry_run:
-        return show(recipe, runtime, ds_config, found, world)
+        return show(recipe, runtime, ds_config, found, world, build)
     say(f"connecting {world.size} ranks" if world.size > 1 else "looking at the output")
     world = connect(world, timeout_s=backend_timeout_s(runtime), start_timeout_s=runtime.start_timeout_s)
     output = Path(runtime.output_dir)
@@ -105,7 +108,7 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime, *, dry_run: bool 
     return ending
 
 
-def build_model(recipe: PretrainRecipe, runtime: PretrainRuntime) -> MaskedAutoencoder:
+def build_model(recipe: PretrainRecipe, *, grad_checkpointing: bool = False) -> MaskedAutoencoder:
     """Build the model with weights drawn from the recipe's seed, the same on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -115,10 +118,9 @@ def build_model(recipe: PretrainRecipe, runtime: PretrainRuntime) -> MaskedAutoe
             patch_size=recipe.patch_size,
             depth=recipe.encoder_depth,
             fixed_positions=recipe.fixed_pos_embed,
-            grad_checkpointing=runtime.grad_checkpointing,
+            grad_checkpointing=grad_checkpointing,
         )
-        for ratio in (recipe.mask_ratio, heldout_mask_ratio(recipe, runtime)):
-            num_kept(encoder.num_patches, ratio)  # refuses one that leaves no patch
+        num_kept(encoder.num_patches, recipe.mask_ratio)  # refuses one that leaves no patch
         return MaskedAutoencoder(
             encoder,
             decoder_width=recipe.decoder_width,
@@ -182,12 +184,6 @@ def order_with_repeats(recipe: PretrainRecipe, index: ShardIndex, sources: list[
         return order_of(recipe, index, sources)
     once = dataclasses.replace(recipe, global_batch=recipe.global_batch // recipe.aug_repeats, aug_repeats=1)
     return Repeated(order_of(once, index, sources), recipe.aug_repeats, recipe.global_batch)
-
-
-def flops_of(model: MaskedAutoencoder, recipe: PretrainRecipe) -> int:
-    """Count the FLOPs of one training step of one image."""
-    num_keep = num_kept(model.encoder.num_patches, recipe.mask_ratio)
-    return model.flops_per_image(num_keep, num_predicted(model.encoder.num_patches - num_keep, recipe.predict_share))
 
 
 class HeldOutView:

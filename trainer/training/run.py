@@ -35,7 +35,9 @@ from trainer.fault_tolerance.ledger import Ledger
 from trainer.fault_tolerance.nonfinite import BadSteps, SpikeWatch
 from trainer.fault_tolerance.resume import claim, describe_start, resume, versions
 from trainer.seeds import step_seed
+from trainer.training.dry_run import describe
 from trainer.training.loop import Dates, Hooks, Inputs, Outcome, train
+from trainer.training.model_cost import BuildModel
 from trainer.training.monitor import Monitor, print_and_log
 from trainer.training.plausible import doubts
 from trainer.training.schedule import learning_rate_at
@@ -299,12 +301,11 @@ def show(
     ds_config: Mapping[str, Any],
     found: Mapping[str, list[Source]] | None,
     world: World,
+    build: BuildModel,
 ) -> Ending:
     """Print what a training would do, on the rank that has found the shards, and end."""
     if found is not None:
-        from trainer.training.dry_run import describe
-
-        print(describe(recipe, runtime, ds_config, found, world))
+        print(describe(recipe, runtime, ds_config, found, world, build))
     return Ending(0, 0)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
-    *("errors", "seeds", "files", "parallel", "progress"),
+    *("errors", "seeds", "files", "parallel", "progress", "log"),
     *("config", "models", "distributed", "data", "fault_tolerance", "weights", "training", "detection"),
 )
 OWNERS = {
@@ -22,7 +22,7 @@ OWNERS = {
     "peft": {"trainer/models/lora.py", "trainer/weights/export.py"},
     "transformers": {"trainer/weights/export.py", "tools/bench/step.py"},
     "onnxruntime": {"trainer/weights/export.py"},
-    "tqdm": {"trainer/progress.py", "trainer/training/monitor.py"},
+    "tqdm": {"trainer/progress.py", "trainer/log.py"},
     "fire": {"trainer/config/command_line.py"},
 }
 

@@ -9,7 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trainer.fault_tolerance.attempts import Lease, take
 from trainer.fault_tolerance.ledger import Ledger
-from trainer.training.monitor import Monitor, note, print_and_log, start_console, start_logging
+from trainer.log import note, print_and_log, start_console, start_logging
+from trainer.training.monitor import Monitor
 from trainer.training.throughput import Speedometer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # tensorboard's own

@@ -28,7 +28,7 @@ from trainer.data.stream import Batch, fixed_stream
 from trainer.data.transforms.views import CenterView
 from trainer.detection.build import assemble_detector, build_detector, preprocessing_of, training_view
 from trainer.detection.leakage import prints_of
-from trainer.detection.saved_detector import read_description, restore, save_detector
+from trainer.detection.saved_detector import restore, save_detector
 from trainer.detection.scoring import (
     UNCALIBRATED,
     Scores,
@@ -50,11 +50,13 @@ from trainer.fault_tolerance.attempts import Lease
 from trainer.fault_tolerance.resume import begin, check_output, noting_the_end, versions
 from trainer.fault_tolerance.watchdog import backend_timeout_s, mark, start_watchdog
 from trainer.fault_tolerance.watchdog_process import Phase
+from trainer.log import print_and_log, start_console, start_logging
 from trainer.models.lora import save_adapter
 from trainer.progress import say
-from trainer.training.monitor import Monitor, print_and_log, start_console, start_logging
+from trainer.training.monitor import Monitor
 from trainer.training.reconstruction import share_of
 from trainer.training.run import Ending, Training, record_end, show
+from trainer.weights.detector_folder import read_description
 from trainer.weights.load import describe, fitting_recipe, place_of, read_init
 
 logger = logging.getLogger(__name__)

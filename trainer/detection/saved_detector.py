@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.detection.error_rates import Calibration
@@ -26,10 +26,13 @@ from trainer.detection.scoring import Decision
 from trainer.errors import CheckpointError, without_secrets
 from trainer.fault_tolerance.attempts import Lease
 from trainer.files import describe_files, files_below, sync_files, write_synced
-
-FORMAT_VERSION = 1
-_DESCRIPTION = "detector.json"
-_WEIGHTS = "weights.safetensors"
+from trainer.weights.detector_folder import (
+    DESCRIPTION,
+    FORMAT_VERSION,
+    WEIGHTS,
+    read_detector,
+    replaced_name,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ def save_detector(
     try:
         lease.check()
         draft.mkdir()
-        save_file({name: value.contiguous() for name, value in weights.items()}, draft / _WEIGHTS)
+        save_file({name: value.contiguous() for name, value in weights.items()}, draft / WEIGHTS)
         for name, prints in seen.items():
             prints.save(draft / f"{name}.npz")
         if write_more is not None:
@@ -77,13 +80,13 @@ def save_detector(
             "threshold_notes": list(decision.notes),
         }
         text = {"format_version": FORMAT_VERSION} | description | fitted | {"files": describe_files(draft)}
-        write_synced(draft / _DESCRIPTION, without_secrets(json.dumps(text, indent=1)) + "\n")
+        write_synced(draft / DESCRIPTION, without_secrets(json.dumps(text, indent=1)) + "\n")
         restore(folder, lease)
         if folder.exists():  # no file system everywhere swaps two folders, so for a moment there is only the old one
-            lease.move(folder, _old(folder))
+            lease.move(folder, replaced_name(folder))
         lease.move(draft, folder)
-        if _old(folder).exists():
-            lease.discard(_old(folder))
+        if replaced_name(folder).exists():
+            lease.discard(replaced_name(folder))
     except OSError as error:
         raise CheckpointError(f"detector {folder} cannot be written ({error}): mend the storage") from error
     finally:
@@ -96,62 +99,26 @@ def load_detector(path: Path) -> SavedDetector:
     Raises:
         CheckpointError: there is none, or a file is missing or altered.
     """
-    places = (path, path / "detector", _old(path / "detector"))
-    folder = next((place for place in places if (place / _DESCRIPTION).exists()), places[1])
-    if not (folder / _DESCRIPTION).exists():
-        raise CheckpointError(f"{path} holds no detector ({_DESCRIPTION}): name the output_dir of launch/finetune.py")
-    description = read_description(folder)
-    files = description["files"]
-    found = describe_files(folder, only=set(files))
-    for name, entry in files.items():
-        if found.get(name) != entry:
-            raise CheckpointError(f"detector {folder}: {name} is missing or altered: restore it, or train again")
+    folder, description, weights = read_detector(path)
     thresholds = {name: float(value) for name, value in description["thresholds"].items()}
     told = {"rule": description.get("threshold_rule", ""), "notes": tuple(description.get("threshold_notes", ()))}
     return SavedDetector(
         folder,
         description,
-        load_file(folder / _WEIGHTS),
+        weights,
         Decision(Calibration(**description["calibration"]), thresholds, **told),
-        {name: Prints.load(folder / f"{name}.npz") for name in ("train", "val") if f"{name}.npz" in files},
+        {
+            name: Prints.load(folder / f"{name}.npz")
+            for name in ("train", "val")
+            if f"{name}.npz" in description["files"]
+        },
     )
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """Read detector.json.
-
-    Raises:
-        CheckpointError: it is unreadable, incomplete, or of another format.
-    """
-    try:
-        description: dict[str, Any] = json.loads((folder / _DESCRIPTION).read_text())
-        needed = (
-            "format_version",
-            "recipe",
-            "preprocessing",
-            "init",
-            "calibration",
-            "thresholds",
-            "files",
-            "selection",
-        )
-        missing = [name for name in needed if name not in description]
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"detector {folder}: {_DESCRIPTION} is unreadable ({error!r}): restore it") from error
-    if missing or description["format_version"] != FORMAT_VERSION:
-        what = f"lacks {missing[0]}" if missing else f"has format {description['format_version']}"
-        raise CheckpointError(f"detector {folder}: {_DESCRIPTION} {what}, this is format {FORMAT_VERSION}: train again")
-    return description
 
 
 def restore(folder: Path, lease: Lease) -> None:
     """Put a detector back that was about to be replaced when the process was killed."""
-    if _old(folder).exists():
+    if replaced_name(folder).exists():
         if folder.exists():
-            lease.discard(_old(folder))
+            lease.discard(replaced_name(folder))
         else:
-            lease.move(_old(folder), folder)
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}-old")
+            lease.move(replaced_name(folder), folder)

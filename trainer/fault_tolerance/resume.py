@@ -25,7 +25,7 @@ from trainer.fault_tolerance import attempts as leases
 from trainer.fault_tolerance import checkpoint
 from trainer.fault_tolerance.attempts import Lease
 from trainer.fault_tolerance.ledger import cut_other_ledgers
-from trainer.training.monitor import note
+from trainer.log import note
 
 logger = logging.getLogger(__name__)
 

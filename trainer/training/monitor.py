@@ -11,19 +11,15 @@ import json
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime
-from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from tqdm.auto import tqdm
 
 from trainer.fault_tolerance.attempts import Lease
 from trainer.fault_tolerance.ledger import rows_until
@@ -40,56 +36,6 @@ _CHARTS = {
 """TensorBoard's custom scalars: what belongs into one chart."""
 _COMPARED = ("train/loss", "heldout/loss", "val/d_eer", "val/loss")
 """Numbers beside the hyperparameters."""
-
-
-def start_console(*, is_main: bool, rank: int) -> None:
-    """Send the log to the console: of rank 0 all of it, of others the warnings. What it says is kept for the file."""
-    root = logging.getLogger()
-    root.setLevel(logging.INFO if is_main else logging.WARNING)
-    console = _BarFriendlyHandler()
-    console.setFormatter(logging.Formatter("%(message)s" if is_main else f"[rank {rank}] %(message)s"))
-    root.handlers = [console, MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)] if is_main else [console]
-
-
-def _held_back() -> MemoryHandler | None:
-    """Return what keeps the lines that were said before there was a file."""
-    return next((handler for handler in logging.getLogger().handlers if isinstance(handler, MemoryHandler)), None)
-
-
-def start_logging(output_dir: Path, *, is_main: bool, rank: int) -> Path | None:
-    """Send the log to the console and, on rank 0, with all said so far to OUTPUT/logs/[timestamp]_training.log."""
-    root = logging.getLogger()
-    early = _held_back()
-    if early is None:
-        start_console(is_main=is_main, rank=rank)
-        early = _held_back()
-    if not is_main or early is None:
-        return None
-    folder = output_dir / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_training.log"
-    file = logging.FileHandler(path)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    early.setTarget(file)
-    early.flush()
-    root.removeHandler(early)
-    root.addHandler(file)
-    return path
-
-
-def print_and_log(text: str) -> None:
-    """Print lines for people, and keep them in the log file as well."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-    note(text)
-
-
-def note(text: str) -> None:
-    """Write lines into the log file, where there is one, that the console has from elsewhere."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler):
-            for line in filter(None, text.splitlines()):
-                handler.emit(logger.makeRecord(logger.name, logging.INFO, "", 0, line, (), None))
 
 
 class Monitor:
@@ -204,13 +150,3 @@ class Monitor:
 def _plain(value: Any) -> Any:
     """JSON has no NaN; a missing number is null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class _BarFriendlyHandler(logging.StreamHandler[TextIO]):
-    """Writes log lines above the progress bar instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stderr)
-        except Exception:  # noqa: BLE001  (logging must never end a run)
-            self.handleError(record)

@@ -35,6 +35,7 @@ from trainer.fault_tolerance.attempts import Lease
 from trainer.fault_tolerance.resume import begin, check_output, noting_the_end
 from trainer.fault_tolerance.watchdog import backend_timeout_s, mark, start_watchdog
 from trainer.fault_tolerance.watchdog_process import Phase
+from trainer.log import print_and_log, start_console, start_logging
 from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import backbone_sha256
 from trainer.models.mae import MaskedAutoencoder
@@ -42,7 +43,7 @@ from trainer.models.mask_utils import draw_mask, num_kept
 from trainer.progress import say
 from trainer.training import reconstruction as heldout
 from trainer.training.model_cost import flops_of
-from trainer.training.monitor import Monitor, print_and_log, start_console, start_logging
+from trainer.training.monitor import Monitor
 from trainer.training.run import Ending, Training, record_end, show
 from trainer.weights.load import check_heads, check_init, read_init
 

@@ -34,11 +34,12 @@ from trainer.fault_tolerance.guards import BadSamples, Guards, StopRequest, name
 from trainer.fault_tolerance.ledger import Ledger
 from trainer.fault_tolerance.nonfinite import BadSteps, SpikeWatch
 from trainer.fault_tolerance.resume import claim, describe_start, resume, versions
+from trainer.log import print_and_log
 from trainer.seeds import step_seed
 from trainer.training.dry_run import describe
 from trainer.training.loop import Dates, Hooks, Inputs, Outcome, train
 from trainer.training.model_cost import BuildModel
-from trainer.training.monitor import Monitor, print_and_log
+from trainer.training.monitor import Monitor
 from trainer.training.plausible import doubts
 from trainer.training.schedule import learning_rate_at
 from trainer.training.throughput import Speedometer

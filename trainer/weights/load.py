@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.config.settings import DetectorRecipe, PretrainRecipe
-from trainer.detection.saved_detector import load_detector
 from trainer.distributed.zero_state import read_weights
 from trainer.errors import CheckpointError, ConfigError
 from trainer.fault_tolerance import checkpoint
 from trainer.models.detector import STATISTICS
 from trainer.models.encoder import PatchEncoder, hub_name_of, natural_shape, pretrained_weights
+from trainer.weights.detector_folder import read_detector
 from trainer.weights.hf_vitmae import from_vitmae, is_vitmae
 from trainer.weights.hub import fetch_folder, is_hub_name, within_seconds
 
@@ -296,16 +296,16 @@ def _from_run(path: Path, said: str) -> Init:
 
 def _from_detector(path: Path, said: str) -> Init:
     """Take the encoder that a full fine-tuning has trained; with a frozen one there is only half of it here."""
-    saved = load_detector(path)
-    recipe = saved.description["recipe"]
-    if "encoder.vit.patch_embed.proj.weight" not in saved.weights or recipe["use_lora"]:
+    folder, description, weights = read_detector(path)
+    recipe = description["recipe"]
+    if "encoder.vit.patch_embed.proj.weight" not in weights or recipe["use_lora"]:
         raise ConfigError(
             f"{said}, a detector that holds only adapters or a head: export it first, python tools/export.py --source "
             f"{path} --format timm --output FOLDER, and name that folder"
         )
     names = ("model", "patch_size", "encoder_depth", "normalisation", "image_size", "pooling")
     known = {name: recipe[name] for name in names if name in recipe}
-    return Init(_encoder_part(saved.weights, said), str(saved.path), known)
+    return Init(_encoder_part(weights, said), str(folder), known)
 
 
 def _from_file(path: Path, said: str) -> Init:

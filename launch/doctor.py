@@ -47,9 +47,9 @@ from trainer.config.recipes import configure_script
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe, Runtime
 from trainer.data.order.mixture import read_sources
 from trainer.data.storage import reading
-from trainer.distributed.devices import unusable_gpus, use_devices
+from trainer.distributed.devices import default_device, unusable_gpus, use_devices
 from trainer.distributed.ds_config import compiled_optimizer, engine_settings
-from trainer.distributed.engine import connect, default_device, disconnect
+from trainer.distributed.engine import connect, disconnect
 from trainer.distributed.world import World, world_from_environment
 from trainer.errors import ConfigError, TrainerError, without_secrets
 from trainer.fault_tolerance.checkpoint import newest_manifest

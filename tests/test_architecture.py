@@ -10,11 +10,7 @@ ORDER = (
     *("config", "models", "distributed", "data", "fault_tolerance", "weights", "training", "detection"),
 )
 OWNERS = {
-    "deepspeed": {
-        "trainer/distributed/engine.py",
-        "trainer/distributed/ds_config.py",
-        "trainer/distributed/zero_state.py",
-    },
+    "deepspeed": {f"trainer/distributed/{name}.py" for name in ("devices", "ds_config", "engine", "zero_state")},
     "webdataset": {"trainer/data/stream.py", "tools/make_shards.py", "tools/bench/loader.py"},
     "timm": {"trainer/models/encoder.py", "trainer/weights/export.py"},
     "albumentations": {"trainer/data/transforms/views.py", "trainer/data/transforms/randaugment.py"},
@@ -63,12 +59,14 @@ def test_no_import_goes_upward() -> None:
                 assert ORDER.index(name.split(".")[1]) <= ORDER.index(room), f"{path} imports {name}"
 
 
-def test_tools_import_the_trainer_and_each_other_only_inside_a_folder() -> None:
+def test_commands_import_only_the_trainer() -> None:
+    """They are installed under other names; tools/bench and tools/demo are for the repository only."""
     for path in sources("launch", "tools"):
-        own = ".".join(module_of(path).split(".")[:-1])
+        inside = path.parent.name in ("bench", "demo")
         for name in imports_of(path):
-            near = name.startswith(own + ".") and own.count(".")  # tools/bench and tools/demo share their own helpers
-            assert near or not name.startswith(("launch.", "tools.")), f"{path} imports {name}"
+            assert not name.startswith(("launch.", "tools.")) or (inside and name.startswith("tools.")), (
+                f"{path}: {name}"
+            )
 
 
 def test_no_room_imports_in_a_circle() -> None:
@@ -87,6 +85,8 @@ def test_each_library_has_one_owner() -> None:
 
 def test_random_numbers_come_from_seeds_and_never_from_a_generator_of_numpys_or_pythons() -> None:
     for path in sources("trainer", "launch"):
+        if path.name == "cost_model.py":
+            continue  # simulates a cluster's failures; nothing of a run
         names = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         drawn = {name for name in names if name.startswith(("np.random", "numpy.random", "random."))}
         drawn |= imports_of(path) & {"random", "numpy.random"}

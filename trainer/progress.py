@@ -81,7 +81,7 @@ class Progress:
         share = f" ({self.done / self._total:.0%})" if self._total else ""
         what = f"{self._what}: " if self._what else ""
         said = f"{what}{self._unit} {self.done} of {self._total}{share}, {pace}{left}{self._notes}"
-        print(said, file=sys.stderr, flush=True)  # noqa: T201  (a bar is no log either)
+        print(said, file=sys.stderr, flush=True)  # a bar is no log either
 
     def __enter__(self) -> "Progress":
         return self

@@ -224,7 +224,9 @@ def peak_memory(settings: Settings) -> Iterator[str]:
         chosen = ("model", "image_size", "micro_batch", "num_threads", "device")
         words = [f"--{setting}={getattr(settings, setting)}" for setting in chosen]
         code = (
-            "import sys; from trainer.config.command_line import read_flags; from trainer.config.settings import with_flags\n"
+            "import sys\n"
+            "from trainer.config.command_line import read_flags\n"
+            "from trainer.config.parse import with_flags\n"
             "from tools.bench.step import Settings, peak_of\n"
             f"print(peak_of(with_flags(Settings(), read_flags(sys.argv[1:])), {name!r}))"
         )

@@ -458,6 +458,7 @@ T = TypeVar("T", bound=Runtime)
 
 
 def field_names(config: type) -> set[str]:
+    """Return the names of a configuration's fields."""
     return {entry.name for entry in dataclasses.fields(config)}
 
 
@@ -498,6 +499,7 @@ def check_types(config: Any) -> None:
 
 
 def type_text(hint: Any) -> str:
+    """Write a type as --help shows it: ``int|none``, ``a|b`` for choices, ``[str,...]`` for lists."""
     if typing.get_origin(hint) is Literal:
         return "|".join(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:

@@ -28,8 +28,7 @@ from trainer.detection.report import HardSample, report_html
 from trainer.detection.results import Results, markdown_table, terminal_table
 from trainer.detection.saved_detector import SavedDetector, load_detector
 from trainer.detection.scoring import CLASSES, SUCCESS, Scores, Truth, check_labels, score, truth_of
-from trainer.distributed.devices import refuse_unusable_gpus
-from trainer.distributed.engine import default_device
+from trainer.distributed.devices import default_device, refuse_unusable_gpus
 from trainer.errors import ConfigError, DataError, without_secrets
 from trainer.fault_tolerance.resume import versions
 from trainer.files import readable

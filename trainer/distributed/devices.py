@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from trainer.config.settings import Runtime
-from trainer.distributed.engine import default_device
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
 
@@ -87,3 +87,10 @@ def unusable_gpus(devices: Path = Path("/dev")) -> str:
         except (RuntimeError, AssertionError) as error:
             reason = " ".join(str(error).split())
     return f"this host has {len(files)} NVIDIA GPUs ({', '.join(files[:8])}), but CUDA cannot use them ({reason})"
+
+
+def default_device() -> torch.device:
+    """Return this rank's device: its GPU where there is one, else the CPU."""
+    if get_accelerator().device_name() == "cpu":
+        return torch.device("cpu")
+    return torch.device(get_accelerator().device_name(), int(os.environ.get("LOCAL_RANK", "0")))

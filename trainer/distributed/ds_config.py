@@ -18,7 +18,7 @@ from deepspeed.utils.logging import logger as deepspeed_logger
 from pydantic import ValidationError
 
 from trainer.config.settings import Recipe, Runtime
-from trainer.distributed.engine import default_device
+from trainer.distributed.devices import default_device
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from trainer.distributed import zero_state as zero_files
+from trainer.distributed.devices import default_device
 from trainer.distributed.ds_config import compiled_optimizer, one_line_reason
 from trainer.distributed.rendezvous import join, meet
 from trainer.distributed.world import World
@@ -35,13 +36,6 @@ logger = logging.getLogger(__name__)
 
 _PRINTING = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger", "flops_profiler")
 """Settings of the JSON that ask DeepSpeed to speak; otherwise only its warnings are shown."""
-
-
-def default_device() -> torch.device:
-    """Return this rank's device: its GPU where there is one, else the CPU."""
-    if get_accelerator().device_name() == "cpu":
-        return torch.device("cpu")
-    return torch.device(get_accelerator().device_name(), int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def connect(world: World, *, timeout_s: int, start_timeout_s: int = 600) -> World:

@@ -7,7 +7,7 @@ Layout below OUTPUT/checkpoints::
     latest                         name of the newest one, for people; loading trusts manifests only
 
 Commit: the state is captured on all ranks; every rank writes, syncs and hashes its own files among the drafts of this
-attempt (`trainer.fault_tolerance.attempts`); the ranks agree that all succeeded; rank 0 writes the manifest, renames the folder into its
+attempt (see `attempts`); the ranks agree that all succeeded; rank 0 writes the manifest, renames the folder into its
 place, then moves ``latest`` and prunes. In the background the same happens beside the training, in a thread of every
 rank that has a process group of its own.
 

@@ -1,7 +1,7 @@
 """The rank's side of the watchdog: start its guardian, tell it the phase, and explain the loss of another rank.
 
 A process has one watchdog, as it has one log. A mark costs a microsecond, takes no lock and makes no system call: it
-is written into memory that the guardian (`trainer.fault_tolerance.watchdog_process`) shares. Without `start` nothing is watched and marks do
+is written into memory that the guardian (`watchdog_process`) shares. Without `start` nothing is watched and marks do
 nothing.
 """
 

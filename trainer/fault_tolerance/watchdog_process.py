@@ -1,6 +1,6 @@
 """The guardian of one rank: a small process that sees the rank hang or die, says which rank is to blame, ends the rest.
 
-`trainer.fault_tolerance.watchdog` starts it beside each rank as ``python -I -S guardian.py SETTINGS``. It needs the standard library
+`watchdog` starts it beside each rank as ``python -I -S watchdog_process.py SETTINGS``. It needs the standard library
 only, and it is a process of its own because a stopped or wedged rank can do nothing for itself. The rank writes marks
 (step and phase) into shared memory; the guardian reads them twice a second and
 

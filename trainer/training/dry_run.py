@@ -19,7 +19,7 @@ from trainer.data.order.mixture import Source
 from trainer.data.shards.index import describe_index
 from trainer.data.sources import open_sets
 from trainer.distributed import cost_model as planning
-from trainer.distributed.engine import default_device
+from trainer.distributed.devices import default_device
 from trainer.distributed.world import World
 from trainer.fault_tolerance.resume import check_output
 from trainer.training.model_cost import BuildModel, ModelCost, count_model

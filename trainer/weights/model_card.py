@@ -56,6 +56,7 @@ image = torch.from_numpy(image).permute(2, 0, 1)[None]
 
 
 def code_until_pixels(subject: Subject, library: str) -> str:
+    """Write the same up to the normalised ``pixels`` that a timm model takes."""
     return f"""{code_until_image(subject, library)}
 mean, std = torch.tensor([{list(subject.mean)}, {list(subject.std)}])[:, :, None, None]
 pixels = (image.float() / 255 - mean) / std
@@ -63,12 +64,14 @@ torch.set_grad_enabled(False)"""
 
 
 def code_from_pixels(subject: Subject) -> str:
+    """Write what turns ``pixels`` into the calibrated score and the decision."""
     slope, offset = subject.calibration
     return f"""logits = model(pixels)[0].double()  # [bonafide, morph]
 {code_to_decide(subject, f"float(torch.sigmoid({slope!r} * (logits[1] - logits[0]) + {offset!r}))")}"""
 
 
 def code_to_decide(subject: Subject, score: str) -> str:
+    """Write what prints a score and which class it means."""
     return f"""score = {score}
 print(f"{{score:.6f}}", "morph" if score >= {_number(subject.threshold)} else "bonafide")"""
 
@@ -92,6 +95,7 @@ def write_view(subject: Subject, draft: Path) -> None:
 
 
 def call_arguments(name: str, options: Mapping[str, Any]) -> str:
+    """Write the arguments of `timm.create_model`."""
     return ", ".join([json.dumps(name), *(f"{key}={value!r}" for key, value in options.items())])
 
 

@@ -38,7 +38,7 @@ class Located(NamedTuple):
 
 
 class Order(Protocol):
-    """What a run visits when: `Plan`, or one of those in `trainer.data.order.sampler` and `trainer.data.order.mixture`."""
+    """What a run visits when: `Plan`, or an order of the modules `sampler` and `mixture`."""
 
     @property
     def seed(self) -> int:

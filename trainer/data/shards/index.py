@@ -1,7 +1,7 @@
 """Shards: which files, which samples, and how one sample's bytes are read back.
 
-A shard is a plain tar in webdataset's layout (`trainer.data.shards.members`). The first use of a set of shards walks every
-byte once, strictly, and keeps what it found in an *index*: flat arrays that are memory-mapped, so a billion samples
+A shard is a plain tar in webdataset's layout (see `members`). The first use of a set of shards walks every byte
+once, strictly, and keeps what it found in an *index*: flat arrays that are memory-mapped, so a billion samples
 cost no memory and open at once.
 
 An index belongs to its shards where they lie, and to the choice of the image member: its folder is named by them, and

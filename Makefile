@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 NOTHING_NATIVE := DS_ACCELERATOR=cpu NO_ALBUMENTATIONS_UPDATE=1
 RUN := demo/run
 SPACE := $(subst ,, )
-SHARDS := $(patsubst %,demo/%/make_shards.json,shards/train shards/heldout \
+SHARDS := $(patsubst %,demo/%/make_shards.json,shards/train shards/val \
 	$(addprefix detect/shards/,train val test-whole test-splice))
 TEST_SETS := 'whole=demo/detect/shards/test-whole/*.tar;splice=demo/detect/shards/test-splice/*.tar'
 DETECTORS := probe lora full scratch-probe scratch-lora scratch-full
@@ -58,7 +58,7 @@ demo/detect/scratch-lora/finished: HOW = $(LORA)
 demo: $(INSTALLED)
 	$(TWO_AT_A_TIME) demo/detect/baselines.json
 	$(LAUNCH) launch/pretrain.py --recipe demo --output_dir $(RUN) \
-		--data 'demo/shards/train/shard-*.tar' --heldout_data 'demo/shards/heldout/shard-*.tar'
+		--data 'demo/shards/train/shard-*.tar' --val_data 'demo/shards/val/shard-*.tar'
 	$(TWO_AT_A_TIME) $(DETECTORS:%=demo/detect/%/finished)
 	$(NOTHING_NATIVE) $(BIN)/python launch/evaluate.py --test_sets $(TEST_SETS) --output_dir demo/results --markdown demo/results/table.md \
 		--models '$(subst $(SPACE),;,$(foreach name,$(DETECTORS),$(name)=demo/detect/$(name)))' \
@@ -83,8 +83,8 @@ demo/curves/fast/finished: HOW = --decoder_depth 4 --decoder_type cross --predic
 demo/curves/%/finished: $(filter demo/shards/%,$(SHARDS))
 	$(ALONE) launch/pretrain.py --recipe demo --output_dir demo/curves/$* --progress_bar false \
 		--encoder_depth 12 --decoder_width 128 --decoder_heads 4 --warmup_epochs 5 --micro_batch 32 --num_threads 1 $(HOW) \
-		--data 'demo/shards/train/shard-*.tar' --heldout_data 'demo/shards/heldout/shard-*.tar' \
-		--heldout_mask_ratio 0.75 --heldout_every 50 --log_every 10
+		--data 'demo/shards/train/shard-*.tar' --val_data 'demo/shards/val/shard-*.tar' \
+		--val_mask_ratio 0.75 --val_every 50 --log_every 10
 	@touch $@
 
 curves: $(INSTALLED)

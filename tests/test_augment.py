@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from trainer.config.record import from_record
+from trainer.config.record import from_dict
 from trainer.config.settings import DetectorRecipe
 from trainer.data.transforms.decode import decode_image
 from trainer.data.transforms.views import CenterView, DetectorView, Photo, Pixels, PretrainView, View, crop_box
@@ -137,7 +137,7 @@ def test_a_detectors_training_and_test_views_scale_alike() -> None:
 
 
 def test_a_detector_of_release_0_1_keeps_its_view_and_records_of_both_differ() -> None:
-    old, new = from_record(DetectorRecipe, {"image_size": 96}), DetectorRecipe(image_size=96)
+    old, new = from_dict(DetectorRecipe, {"image_size": 96}), DetectorRecipe(image_size=96)
     assert preprocessing_of(old)["view"] == (
         "shorter side to the size with area interpolation, then the centre; RGB; decoded in full"
     )

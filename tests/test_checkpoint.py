@@ -9,7 +9,7 @@ import pytest
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError
 from trainer.fault_tolerance import checkpoint
-from trainer.fault_tolerance.attempts import take
+from trainer.fault_tolerance.attempts import acquire
 from trainer.fault_tolerance.checkpoint import Identity, Progress, Saver
 from trainer.fault_tolerance.ledger import rows_until
 
@@ -22,7 +22,7 @@ class Run:
     def __init__(self, output: Path, keep: int = 3, background: bool = False) -> None:
         self.root = output / "checkpoints"
         self.saver = Saver(
-            self.root, IDENTITY, {}, lease=take(output, num_ranks=1), world=World(), keep=keep, background=background
+            self.root, IDENTITY, {}, lease=acquire(output, num_ranks=1), world=World(), keep=keep, background=background
         )
 
     def save(self, step: int, fail: bool = False) -> Path:

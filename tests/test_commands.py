@@ -114,7 +114,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             _photograph(place / path, person, 100 + other)
             rows.append([path, f"m{person:02d}_{other:02d}", 1, f"p{person:02d}", f"p{other:02d}", "made"])
     for person in range(3):
-        _photograph(place / "faces_heldout" / f"{person}.jpg", 1000 + person, 0)
+        _photograph(place / "faces_val" / f"{person}.jpg", 1000 + person, 0)
     header = ["path", "key", "label", "identity", "identity_2", "attack"]
     for name, wanted in (("people", rows), ("bona_fides", [row for row in rows if row[2] == 0])):
         with (place / f"{name}.csv").open("w", newline="") as file:
@@ -169,10 +169,10 @@ def pretrained(place: Path) -> None:
     for name in ("base", "exact", "fast"):
         flags = TINY | {
             "data": str(place / "shards/train/*.tar"),
-            "heldout_data": str(place / "shards/heldout/*.tar"),
+            "val_data": str(place / "shards/val/*.tar"),
             "output_dir": str(place / "runs" / name),
             "stop_at_step": "2",
-            "heldout_every": "1",
+            "val_every": "1",
         }
         if not (place / "runs" / name).exists():
             done = launch(flags)
@@ -221,9 +221,7 @@ EXPECTED: dict[str, Expected] = {
     "python tools/make_shards.py --source faces --output_dir shards/train": Expected(
         packed("shards/train", PEOPLE * PHOTOGRAPHS)
     ),
-    "python tools/make_shards.py --source faces_heldout --output_dir shards/heldout": Expected(
-        packed("shards/heldout", 3)
-    ),
+    "python tools/make_shards.py --source faces_val --output_dir shards/val": Expected(packed("shards/val", 3)),
     "python tools/check_shards.py --data shards/train": Expected(says("40")),
     "python tools/check_shards.py --data 'shards/train/*.tar'": Expected(says("40")),
     "python tools/check_shards.py --data 'shards/train/*.tar' --repair shards/repaired": Expected(
@@ -233,7 +231,7 @@ EXPECTED: dict[str, Expected] = {
     "python launch/doctor.py --recipe mae_vit_base --data 'shards/train/*.tar'": Expected(says("ok ")),
     "deepspeed launch/pretrain.py --help": Expected(says("mae_vit_base", "mask_ratio")),
     "deepspeed launch/pretrain.py --recipe mae_vit_base --data 'shards/train/*.tar' "
-    "--heldout_data 'shards/heldout/*.tar' --output_dir runs/base": Expected(stop_after=STARTED),
+    "--val_data 'shards/val/*.tar' --output_dir runs/base": Expected(stop_after=STARTED),
     "python tools/export.py --source runs/base --format timm --output exported/encoder": Expected(
         holds("exported/encoder/model.safetensors", "exported/encoder/README.md"), before=pretrained
     ),
@@ -263,7 +261,7 @@ EXPECTED: dict[str, Expected] = {
     "python tools/plan_run.py --recipe mae_vit_large --nodes 8 --gpus 8 --hardware h100 --images 300000000": Expected(
         says("ZeRO", "images/s")
     ),
-    "python tools/demo/orl_faces.py demo/orl": Expected(holds("demo/orl/train.csv", "demo/orl/heldout.csv")),
+    "python tools/demo/orl_faces.py demo/orl": Expected(holds("demo/orl/train.csv", "demo/orl/val.csv")),
     "python tools/submit.py --nodes 8 --gpus 8 --time 48:00:00 --recipe mae_vit_large --micro_batch 64 "
     "--data shards/train --output_dir runs/large --dry_run": DRY,
     "python tools/submit.py --nodes 1 --gpus 8 --sweep 'mask_ratio 0.6 0.75 0.9' --recipe mae_vit_base "
@@ -273,7 +271,7 @@ EXPECTED: dict[str, Expected] = {
     "python tools/submit.py --nodes 8 --gpus 8 --recipe mae_vit_large --micro_batch 64 --data shards/train "
     "--output_dir runs/large": NO_SLURM,
     "python tools/submit.py --nodes 8 --gpus 8 --time 48:00:00 --recipe mae_vit_large --micro_batch 64 "
-    "--data shards/train --heldout_data shards/heldout --output_dir runs/large": NO_SLURM,
+    "--data shards/train --val_data shards/val --output_dir runs/large": NO_SLURM,
 }
 """In the order in which a user would type them."""
 

@@ -15,7 +15,7 @@ def a_run(folder: Path, *, step_s: float, errors: list[float | None], baseline: 
     rows = []
     for i, error in enumerate(errors, start=1):
         rows.append({"step": 10 * i, "loss": 1.0, "step_s": step_s if i > 1 else step_s / 2})
-        rows.append({"step": 10 * i, "heldout_loss": error, "heldout_mean_face_loss": baseline})
+        rows.append({"step": 10 * i, "val_loss": error, "val_mean_face_loss": baseline})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -51,8 +51,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         ("", "runs is empty"),
         (f"{good}", "must be name=folder"),
         (f"a={tmp_path}", "holds no metrics.jsonl"),
-        (f"a={blind}", "measured no held-out images"),
-        (f"a={good},b={other}", "not measured on the same held-out images"),
+        (f"a={blind}", "measured no validation images"),
+        (f"a={good},b={other}", "not measured on the same validation images"),
     ):
         with pytest.raises(ConfigError, match=message):
             compare_runs.main(["--runs", runs])

@@ -10,7 +10,7 @@ from trainer.config import foreign_names
 from trainer.config.command_line import answered, check_places, configure, read_command, read_flags, recipes_help
 from trainer.config.parse import expand_home, help_text
 from trainer.config.recipes import DEFAULT, DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
-from trainer.config.record import LEGACY_VALUES, as_record, differing_fields, from_record
+from trainer.config.record import LEGACY_VALUES, differing_fields, from_dict, to_dict
 from trainer.config.settings import DetectorRecipe, DetectorRuntime, PretrainRecipe, PretrainRuntime
 from trainer.data.shards.index import list_shards
 from trainer.errors import ConfigError
@@ -67,7 +67,7 @@ def test_every_repeated_override_counts() -> None:
         ("--output a", "here it is --output_dir"),
         ("--num_train_epochs 3", "here it is --epochs"),
         ("--no_progress_bar", "write --progress_bar false"),
-        ("--val_data a.tar", "here it is --heldout_data"),
+        ("--heldout_data a.tar", "since release 0.3 it is --val_data"),
         ("--num_gpus 2", "before the script"),
     ],
 )
@@ -185,11 +185,11 @@ def test_differing_fields_name_both_values() -> None:
 
 def test_a_record_is_read_back_and_a_name_of_another_version_is_one_message() -> None:
     recipe = DetectorRecipe(lora_target_modules=("query", "fc1"), class_weights=(1.0, 2.0))
-    assert from_record(DetectorRecipe, as_record(recipe)) == recipe
-    legacy = {name: value for name, value in LEGACY_VALUES.items() if name in as_record(recipe)}
-    assert from_record(DetectorRecipe, {"seed": 3}) == DetectorRecipe(seed=3, **legacy)
+    assert from_dict(DetectorRecipe, to_dict(recipe)) == recipe
+    legacy = {name: value for name, value in LEGACY_VALUES.items() if name in to_dict(recipe)}
+    assert from_dict(DetectorRecipe, {"seed": 3}) == DetectorRecipe(seed=3, **legacy)
     with pytest.raises(ConfigError, match="the recorded recipe has lora_flavour, which this version does not know"):
-        from_record(DetectorRecipe, as_record(recipe) | {"lora_flavour": 1})
+        from_dict(DetectorRecipe, to_dict(recipe) | {"lora_flavour": 1})
 
 
 def test_a_place_where_nobody_can_write_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_file_that_the_system_refuses_is_a_message_and_what_no_setting_names_i
 
 
 def test_a_run_of_another_recipe_leads_on_to_init(tmp_path: Path) -> None:
-    record = {"recipe": as_record(PretrainRecipe(seed=1))}
+    record = {"recipe": to_dict(PretrainRecipe(seed=1))}
     (tmp_path / "recipe.json").write_text(json.dumps(record))
     with pytest.raises(ConfigError, match=f"seed .*--init {tmp_path} there starts from this run's weights"):
         check_output(tmp_path, PretrainRecipe(seed=2), "auto")

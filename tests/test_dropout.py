@@ -24,7 +24,7 @@ def draws(count: int, num_draws: int = 2, first: int = 0, seed: int = 0) -> torc
 
 def dropped(p: float, num_samples: int, num_elements: int, *, layer: int = 0, layers: int = 4) -> torch.Tensor:
     keys = SampleKeys(layers)
-    keys.take(draws(num_samples))
+    keys.assign(draws(num_samples))
     return KeyedDropout(p, layer, keys).train()(torch.ones(num_samples, num_elements)) == 0
 
 
@@ -49,7 +49,7 @@ def test_masks_drop_their_share_and_are_independent_between_elements_samples_and
 
 def test_what_stays_is_scaled_so_that_the_mean_stays_and_evaluation_drops_nothing() -> None:
     keys = SampleKeys(2)
-    keys.take(draws(64))
+    keys.assign(draws(64))
     layer, x_BE = KeyedDropout(0.25, 0, keys).train(), torch.ones(64, 1000)
     result_BE = layer(x_BE)
     assert set(result_BE.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
@@ -72,7 +72,7 @@ def test_the_hash_is_splitmix64_as_numpy_computes_it_without_signs() -> None:
 
 def test_a_recomputed_block_drops_the_same() -> None:
     keys, gradients = SampleKeys(1), []
-    keys.take(draws(6))
+    keys.assign(draws(6))
     layer = nn.Sequential(nn.Linear(20, 20), KeyedDropout(0.5, 0, keys)).train()
     for recompute in (False, True):
         x_BD = torch.ones(6, 20, requires_grad=True)
@@ -84,11 +84,11 @@ def test_a_recomputed_block_drops_the_same() -> None:
 
 def test_a_traced_model_drops_the_same() -> None:
     keys = SampleKeys(1)
-    keys.take(draws(6))
+    keys.assign(draws(6))
     layer = KeyedDropout(0.5, 0, keys).train()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(torch.ones(6, 20)), layer(torch.ones(6, 20)))
-    keys.take(draws(6, first=6))
+    keys.assign(draws(6, first=6))
     assert torch.equal(compiled(torch.ones(6, 20)), layer(torch.ones(6, 20)))
 
 

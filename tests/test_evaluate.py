@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trainer.data.shards.index import ShardIndex, open_index
 from trainer.data.stream import Batch
 from trainer.detection.error_rates import Calibration, threshold_for_bscer, threshold_for_macer
-from trainer.detection.leakage import Prints, prints_of
+from trainer.detection.leakage import Fingerprints, fingerprints_of
 from trainer.detection.saved_detector import load_detector, save_detector
 from trainer.detection.scoring import (
     RULE,
@@ -28,7 +28,7 @@ from trainer.detection.scoring import (
 )
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError, DataError
-from trainer.fault_tolerance.attempts import take
+from trainer.fault_tolerance.attempts import acquire
 
 Row = dict[str, object]
 
@@ -47,24 +47,26 @@ def index_of(path: Path, rows: list[Row], first_image: int = 0) -> ShardIndex:
 
 
 def test_sets_share_the_people_of_either_parent_and_identical_images(tmp_path: Path) -> None:
-    train = prints_of(index_of(tmp_path / "a.tar", [{"identity": "ann", "identity_2": "bob"}, {"identity": "cid"}, {}]))
-    second = prints_of(
+    train = fingerprints_of(
+        index_of(tmp_path / "a.tar", [{"identity": "ann", "identity_2": "bob"}, {"identity": "cid"}, {}])
+    )
+    second = fingerprints_of(
         index_of(tmp_path / "b.tar", [{"identity": "bob"}, {"identity": "eve", "identity_2": "cid"}], 10)
     )
     assert train.people_N.size == 3
     assert train.shared_with(second) == second.shared_with(train) == "2 people"
-    same = prints_of(index_of(tmp_path / "c.tar", [{"identity": "fay"}], 2))
+    same = fingerprints_of(index_of(tmp_path / "c.tar", [{"identity": "fay"}], 2))
     assert train.shared_with(same) == "1 identical images"
-    assert train.shared_with(prints_of(index_of(tmp_path / "d.tar", [{}], 20))) == ""
+    assert train.shared_with(fingerprints_of(index_of(tmp_path / "d.tar", [{}], 20))) == ""
     assert train.shared_with(train) == "3 people and 3 identical images"
 
 
 def test_prints_are_ascending_distinct_and_survive_a_file(tmp_path: Path) -> None:
     index = index_of(tmp_path / "a.tar", [{"identity": str(i % 7)} for i in range(20)])
-    prints = prints_of(index)
+    prints = fingerprints_of(index)
     prints.save(tmp_path / "prints.npz")
     for ours, theirs in zip(
-        *((p.images_N, p.people_N) for p in (prints, Prints.load(tmp_path / "prints.npz"))), strict=True
+        *((p.images_N, p.people_N) for p in (prints, Fingerprints.load(tmp_path / "prints.npz"))), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
         assert (np.diff(ours.astype(object)) > 0).all()
@@ -215,12 +217,12 @@ DESCRIPTION = {"recipe": {"model": "x"}, "preprocessing": {}, "init": {}, "selec
 DECISION = Decision(
     Calibration(1.5, -0.25), {"d_eer": 0.1 + 0.2, "bscer_0.01": np.inf, "macer_0.01": -np.inf}, RULE, ("too few",)
 )
-PRINTS = Prints(np.array([1, 2**64 - 1], dtype=np.uint64), np.array([], dtype=np.uint64))
+PRINTS = Fingerprints(np.array([1, 2**64 - 1], dtype=np.uint64), np.array([], dtype=np.uint64))
 
 
 def saved(folder: Path, value: float = 1.0) -> Path:
     weights = {"head.weight": torch.full((2, 3), value).T}
-    save_detector(folder, DESCRIPTION, weights, DECISION, {"train": PRINTS}, lease=take(folder.parent, num_ranks=1))
+    save_detector(folder, DESCRIPTION, weights, DECISION, {"train": PRINTS}, lease=acquire(folder.parent, num_ranks=1))
     return folder
 
 
@@ -250,7 +252,7 @@ def test_a_detector_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) ->
     def full(draft: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    lease = take(tmp_path, num_ranks=1)
+    lease = acquire(tmp_path, num_ranks=1)
     with pytest.raises(CheckpointError, match="No space left"):
         save_detector(tmp_path / "detector", DESCRIPTION, {}, DECISION, {}, lease=lease, write_more=full)
     assert not list(tmp_path.glob("attempts/*/drafts/*"))

@@ -24,13 +24,13 @@ from scipy.special import logit
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from tools.export import main
-from trainer.config.record import as_record
+from trainer.config.record import to_dict
 from trainer.config.settings import DetectorRecipe, PretrainRecipe
 from trainer.data.sources import pixels_of
 from trainer.data.transforms.views import CenterView, Photo
 from trainer.detection.build import build_detector, preprocessing_of, rebuild, recipe_of
 from trainer.detection.error_rates import Calibration
-from trainer.detection.leakage import Prints
+from trainer.detection.leakage import Fingerprints
 from trainer.detection.saved_detector import load_detector, save_detector
 from trainer.detection.scoring import UNCALIBRATED, Decision
 from trainer.errors import CheckpointError, ConfigError, TrainerError
@@ -140,14 +140,14 @@ def detector(folder: Path, init: Path, *, decision: Decision = UNCALIBRATED, dat
         model.train()(IMAGES, torch.tensor([0, 1, 1]), torch.zeros(3, 1)).backward()
         optimizer.step()
     description = {
-        "recipe": as_record(recipe),
+        "recipe": to_dict(recipe),
         "preprocessing": preprocessing_of(recipe),
         "init": {"source": str(init), "path": str(init), "pretrained": False, "sha256": sha256},
         "selection": {"data": "", "figures": {"d_eer": 0.25}},
         "data": data,
     }
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    seen, lease = Prints(*(np.arange(3, dtype=np.uint64),) * 2), leases.take(folder, num_ranks=1)
+    seen, lease = Fingerprints(*(np.arange(3, dtype=np.uint64),) * 2), leases.acquire(folder, num_ranks=1)
     save_detector(folder / "detector", description, weights, decision, {"train": seen}, lease=lease)
     return folder
 
@@ -169,7 +169,7 @@ def test_a_run_at_zero_3_on_two_ranks_goes_out_and_comes_back_bitwise(shards: Pa
     config["zero_optimization"] = {"stage": 3}
     (tmp_path / "zero3.json").write_text(json.dumps(config))
     run, data = tmp_path / "run", f"{shards}/*.tar"
-    flags = TINY | {"data": data, "heldout_data": data, "epochs": "1", "num_workers": "0", "output_dir": str(run)}
+    flags = TINY | {"data": data, "val_data": data, "epochs": "1", "num_workers": "0", "output_dir": str(run)}
     done = launch(flags | {"ds_config": str(tmp_path / "zero3.json")}, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     init = read_init(str(run), pretrained=False)
@@ -181,7 +181,7 @@ def test_a_run_at_zero_3_on_two_ranks_goes_out_and_comes_back_bitwise(shards: Pa
     assert on_the_card(plain, "Recipe") == init.manifest["identity"]["recipe"]
     assert on_the_card(plain, "Data")["fingerprint"] == init.manifest["identity"]["data_fingerprint"]
     assert on_the_card(plain, "Source")["zero_stage"] == 3
-    assert on_the_card(plain, "Metrics")["heldout_loss"] > 0
+    assert on_the_card(plain, "Metrics")["val_loss"] > 0
 
     theirs = follow_the_card(export(run, "vitmae", tmp_path / "vitmae"))["model"]
     mae = build_model(PretrainRecipe(**init.manifest["identity"]["recipe"]))

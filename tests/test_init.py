@@ -18,7 +18,7 @@ from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRunt
 from trainer.detection.build import build_detector
 from trainer.errors import ConfigError
 from trainer.models.mae import MaskedAutoencoder
-from trainer.training.pretraining import build_model, take_weights
+from trainer.training.pretraining import build_model, load_init_weights
 from trainer.weights.load import find_again, fitting_recipe, place_of, read_init
 
 SHAPE: dict[str, Any] = {
@@ -35,7 +35,7 @@ def started(init: Path, *, encoder_only: bool = False, **changes: Any) -> tuple[
     recipe = PretrainRecipe(**(SHAPE | {"image_size": 32} | changes))
     runtime = PretrainRuntime(init=str(init), init_encoder_only=encoder_only)
     model = build_model(recipe)
-    return model, take_weights(model, recipe, runtime)
+    return model, load_init_weights(model, recipe, runtime)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_weights_are_found_again_from_any_working_directory(
 @pytest.mark.ranks
 def test_a_run_goes_on_at_a_higher_resolution_and_resumes_only_with_its_init(shards: Path, tmp_path: Path) -> None:
     data = f"{shards}/*.tar"
-    flags = TINY | {"data": data, "heldout_data": data, "heldout_every": "4", "num_workers": "0"}
+    flags = TINY | {"data": data, "val_data": data, "val_every": "4", "num_workers": "0"}
     low = {"output_dir": str(tmp_path / "low"), "image_size": "32", "epochs": "2"}
     assert launch(flags | low).returncode == 0
     high = flags | {"output_dir": str(tmp_path / "high"), "image_size": "48", "init": str(tmp_path / "low")}
@@ -227,8 +227,7 @@ def test_a_run_goes_on_at_a_higher_resolution_and_resumes_only_with_its_init(sha
     cold = flags | {"output_dir": str(tmp_path / "cold"), "image_size": "48", "stop_at_step": "4"}
     assert launch(cold).returncode == 0
     warm_error, cold_error = (
-        next(row["heldout_loss"] for row in metrics(tmp_path / name) if "heldout_loss" in row)
-        for name in ("high", "cold")
+        next(row["val_loss"] for row in metrics(tmp_path / name) if "val_loss" in row) for name in ("high", "cold")
     )
     assert warm_error < cold_error
 

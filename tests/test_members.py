@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from trainer.config.record import as_record
+from trainer.config.record import to_dict
 from trainer.config.settings import PretrainRecipe, PretrainRuntime
 from trainer.data.order.mixture import Source
 from trainer.data.shards.index import list_shards, open_index
@@ -102,7 +102,7 @@ def test_every_member_is_used_or_counted(names: list[str], image_member: str | N
         return
     assert tally.num_members == len(names) == tally.num_used + sum(tally.left_out.values())
     assert tally.num_samples == len(samples) == sum(tally.labels.values())
-    assert Tally.from_record(json.loads(json.dumps(tally.as_record()))) == tally
+    assert Tally.from_dict(json.loads(json.dumps(tally.to_dict()))) == tally
 
 
 # ---------------------------------------------------------------------------------------------- several images
@@ -187,7 +187,7 @@ def test_the_choice_of_the_image_member_reaches_the_index_and_the_identity_of_a_
         recipe = PretrainRecipe(image_member=chosen)
         index = open_sets(sources, recipe, runtime, World())["data"]
         assert ShardReader().read(index.sample(0)) == jpeg(number)
-        assert as_record(recipe)["image_member"] == chosen
+        assert to_dict(recipe)["image_member"] == chosen
     with pytest.raises(ConfigError, match="image_member is 'a/b', but must be a suffix"):
         open_sets(sources, PretrainRecipe(image_member="a/b"), runtime, World())
 

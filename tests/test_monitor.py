@@ -7,7 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer.fault_tolerance.attempts import Lease, take
+from trainer.fault_tolerance.attempts import Lease, acquire
 from trainer.fault_tolerance.ledger import Ledger
 from trainer.log import note, print_and_log, start_console, start_logging
 from trainer.training.monitor import Monitor
@@ -20,20 +20,20 @@ VALUES = {"loss": 0.5, "lr": 1e-3, "images_per_s": 10.0, "grad_norm": float("nan
 
 
 def monitor_of(output: Path, **steps: int) -> Monitor:
-    return Monitor(output, lease=take(output, num_ranks=1), is_main=True, progress_bar=False, **steps)
+    return Monitor(output, lease=acquire(output, num_ranks=1), is_main=True, progress_bar=False, **steps)
 
 
 def test_numbers_and_pictures_reach_every_sink(tmp_path: Path) -> None:
     monitor = monitor_of(tmp_path, first_step=0, total_steps=2)
     monitor.scalars(1, VALUES)
-    monitor.scalars(2, {"loss": 0.25}, group="heldout")
+    monitor.scalars(2, {"loss": 0.25}, group="val")
     monitor.picture(2, "faces", torch.zeros(3, 8, 16, dtype=torch.uint8))
     monitor.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(0 <= time.time() - row.pop("time") < 60 for row in rows)
     assert rows == [
         {"step": 1, "loss": 0.5, "lr": 1e-3, "images_per_s": 10.0, "grad_norm": None},
-        {"step": 2, "heldout_loss": 0.25},
+        {"step": 2, "val_loss": 0.25},
     ]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.value for event in board.Scalars("train/loss")] == [0.5]
@@ -45,7 +45,7 @@ def test_a_resumed_monitor_forgets_what_came_after_the_checkpoint(tmp_path: Path
     for first in (0, 1):
         monitor = Monitor(
             tmp_path,
-            lease=take(tmp_path, num_ranks=1),
+            lease=acquire(tmp_path, num_ranks=1),
             first_step=first,
             total_steps=3,
             is_main=True,
@@ -68,7 +68,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 def test_the_ledger_keeps_step_position_and_key(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "l", lease=take(tmp_path, num_ranks=1), first_step=0, rank=3)
+    ledger = Ledger(tmp_path / "l", lease=acquire(tmp_path, num_ranks=1), first_step=0, rank=3)
     ledger.consumed(7, [56, 57], ["a", "b"])
     ledger.close()
     rows = [json.loads(line) for line in (tmp_path / "l" / "rank-00003.jsonl").read_text().splitlines()]
@@ -109,7 +109,7 @@ def test_the_log_file_holds_what_was_said_before_it_existed_and_what_is_printed(
 
 
 def test_the_epoch_stands_beside_the_step(tmp_path: Path) -> None:
-    lease = take(tmp_path, num_ranks=1)
+    lease = acquire(tmp_path, num_ranks=1)
     options = {"first_step": 0, "total_steps": 4, "is_main": True, "progress_bar": False}
     monitor = Monitor(tmp_path, lease=lease, epoch_at=lambda step: step / 3, **options)  # type: ignore[arg-type]
     monitor.scalars(2, VALUES)

@@ -20,7 +20,7 @@ from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_
 from trainer.distributed.world import World
 from trainer.errors import ConfigError, TrainerError
 from trainer.fault_tolerance import checkpoint
-from trainer.fault_tolerance.attempts import take
+from trainer.fault_tolerance.attempts import acquire
 from trainer.fault_tolerance.checkpoint import Identity, Progress, Saver
 
 MUTANTS = settings(
@@ -82,7 +82,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "weights").write_bytes(b"12345678")
         return [folder / "weights"]
 
-    lease = take(output, num_ranks=1)
+    lease = acquire(output, num_ranks=1)
     Saver(output / "checkpoints", identity, {}, lease=lease, world=World(), keep=3).save(
         Progress(8), lambda copy: write
     )

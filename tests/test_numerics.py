@@ -22,7 +22,7 @@ from trainer.distributed.engine import StepResult
 from trainer.distributed.world import World
 from trainer.errors import ConfigError, DataError
 from trainer.fault_tolerance import checkpoint
-from trainer.fault_tolerance.attempts import take
+from trainer.fault_tolerance.attempts import acquire
 from trainer.fault_tolerance.checkpoint import Identity, Progress
 from trainer.fault_tolerance.nonfinite import WINDOW, SpikeWatch, is_spike
 
@@ -281,12 +281,12 @@ def test_what_was_trained_and_what_was_left_out_are_all_data_once(moves: list[st
 
 def commit(root: Path, progress: Progress) -> None:
     identity = Identity({"global_batch": 8}, "abc", "", 1, 1, "fp32", 1)
-    lease = take(root.parent, num_ranks=1)
+    lease = acquire(root.parent, num_ranks=1)
     checkpoint.Saver(root, identity, {}, lease=lease, world=World(), keep=3).save(progress, lambda copy: lambda _: [])
 
 
 def rewind(root: Path, progress: Progress, max_attempts: int = 3) -> Path | None:
-    return checkpoint.rewind(root, progress, lease=take(root.parent, num_ranks=1), max_attempts=max_attempts)
+    return checkpoint.rewind(root, progress, lease=acquire(root.parent, num_ranks=1), max_attempts=max_attempts)
 
 
 # ---------------------------------------------------------------------------------------------- what a spike is

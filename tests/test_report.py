@@ -21,7 +21,7 @@ from trainer.detection.figures import (
     reliability_figure,
     score_figure,
 )
-from trainer.detection.report import HardSample, decimal, heat, interval, plain, report_html, spread
+from trainer.detection.report import HardSample, decimal, format_interval, heat, interval, plain, report_html
 
 VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
 HOSTILE = "</svg></style><script>alert(1)</script>\"'><img src=x onerror=y>_$x_{$&amp;\x01\u00fc\u5b57\ud800"
@@ -249,12 +249,12 @@ def test_every_figure_of_a_summary_is_shown(four: list[ScoredSet], html: str) ->
     for s in four:
         for row in (s.summary["pooled"], *s.summary["tools"].values()):
             assert f"D-EER {percent(row['d_eer']['value'])}" in words, "in the legend of a DET figure"
-            assert f"{percent(row['d_eer']['value'])}, {spread(row['d_eer']['ci'])}" in words
+            assert f"{percent(row['d_eer']['value'])}, {format_interval(row['d_eer']['ci'])}" in words
             assert f"rates {percent(row['d_eer']['low'])} and {percent(row['d_eer']['high'])}" in words
             for fixed, other, total in (("macer", "bscer", "num_bona_fide"), ("bscer", "macer", "num_morphs")):
                 for limit, point in row[f"{other}_at_{fixed}"].items():
                     assert f"{other.upper()}@{fixed.upper()}={limit}" in words
-                    assert f"{percent(point[other])}, {spread(point['ci'], row[total])}" in words
+                    assert f"{percent(point[other])}, {format_interval(point['ci'], row[total])}" in words
                     reached = f"{fixed.upper()} {percent(point[fixed])}, threshold {decimal(point['threshold'])}"
                     assert reached in words
             assert f"{row['auc']['value']:.4f}, [" in words
@@ -263,7 +263,7 @@ def test_every_figure_of_a_summary_is_shown(four: list[ScoredSet], html: str) ->
                 at, n = row["at_threshold"], row[total]
                 exact = f"if images were independent {interval(clopper_pearson(round(at[name] * n), n))}"
                 counted = f"{percent(at[name])}, {round(at[name] * n)} of {n}; {exact}"
-                assert f"{counted} over identities {spread(at[f'{name}_cluster_ci'])}" in words
+                assert f"{counted} over identities {format_interval(at[f'{name}_cluster_ci'])}" in words
             used = f"{row['num_replicates']} used, {row['num_skipped_replicates']} skipped drawing identities"
             assert used in words
         assert f"{s.summary['worst']['d_eer_tool']} {percent(s.summary['worst']['d_eer'])}" in words
@@ -530,13 +530,13 @@ def test_a_rate_has_as_many_digits_as_it_deserves(rate: float | None, text: str)
 def test_intervals_and_counts_are_written_as_people_write_them() -> None:
     assert interval(clopper_pearson(10, 204)) == "[2.38, 8.83 %]"
     assert interval(None) == interval([None, None]) == "no interval"  # type: ignore[list-item]
-    assert spread([0.01, 0.02], 204) == "[1.00, 2.00 %]"
+    assert format_interval([0.01, 0.02], 204) == "[1.00, 2.00 %]"
 
 
 def test_a_bootstrap_without_errors_is_no_certainty() -> None:
-    assert spread([0.0, 0.0], 204) == "0 of 204 [0, 1.79 %]"
-    assert spread([1.0, 1.0], 204) == "204 of 204 [98.2, 100 %]"
-    assert spread([0.0, 0.0]) == "no interval"
+    assert format_interval([0.0, 0.0], 204) == "0 of 204 [0, 1.79 %]"
+    assert format_interval([1.0, 1.0], 204) == "204 of 204 [98.2, 100 %]"
+    assert format_interval([0.0, 0.0]) == "no interval"
     words = page_of([scored(shift=40)]).words
     assert "0 of 40 [0, 8.81 %]" in words
     assert "[0, 0 %]" not in words.replace("in place of [0, 0 %]", "")

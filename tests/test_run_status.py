@@ -11,7 +11,7 @@ from conftest import ROOT, TINY, forks, launch, metrics, words_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tools import run_status
-from trainer.fault_tolerance.attempts import Lease, attempts_of, take
+from trainer.fault_tolerance.attempts import Lease, acquire, attempts_of
 
 
 def test_a_folder_without_a_run_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,7 +20,7 @@ def test_a_folder_without_a_run_is_exit_code_2(tmp_path: Path, capsys: pytest.Ca
 
 
 def an_attempt(output: Path, *, host: str, began: int | None = 0, end: str = "") -> Lease:
-    lease = take(output, num_ranks=1)
+    lease = acquire(output, num_ranks=1)
     told = json.loads((lease.folder / "lease.json").read_text()) | {"host": host}
     (lease.folder / "lease.json").write_text(json.dumps(told))
     if began is not None:

@@ -59,7 +59,7 @@ def broken(kind: str, folder: Path) -> Path:
         ({"index_dir": "/proc/nothing"}, "", "--index_dir"),
         ({"aug_repeats": "4", "micro_batch": "2"}, "", "divisible by aug_repeats (4)"),
         ({"aug_repeats": "3"}, "", "aug_repeats is 3"),
-        ({"heldout_mask_ratio": "0.99"}, "", "keeps 0 of 16"),
+        ({"val_mask_ratio": "0.99"}, "", "keeps 0 of 16"),
         ({"compile_mode": "reduce-overhead"}, "", "needs a GPU"),
         ({"init_encoder_only": "true"}, "", "init_encoder_only is True"),
     ],
@@ -108,7 +108,7 @@ def test_another_recipes_output_is_refused_and_left_alone(shards: Path, tmp_path
 
 def numbers(output: Path) -> list[tuple[object, ...]]:
     rows = metrics(output)
-    return [(r["step"], r.get("loss"), r.get("lr"), r.get("grad_norm"), r.get("heldout_loss")) for r in rows]
+    return [(r["step"], r.get("loss"), r.get("lr"), r.get("grad_norm"), r.get("val_loss")) for r in rows]
 
 
 def ledger(folder: Path) -> dict[str, list[str]]:
@@ -116,8 +116,8 @@ def ledger(folder: Path) -> dict[str, list[str]]:
 
 
 def test_a_run_killed_mid_epoch_goes_on_bitwise(shards: Path, tmp_path: Path) -> None:
-    held_out = write_tar(tmp_path / "heldout" / "h.tar", members_of(range(100, 107)))
-    common = {"heldout_data": str(held_out), "heldout_every": 5, "picture_every": 10, "save_every": 3, "epochs": 3}
+    validation = write_tar(tmp_path / "val" / "h.tar", members_of(range(100, 107)))
+    common = {"val_data": str(validation), "val_every": 5, "picture_every": 10, "save_every": 3, "epochs": 3}
 
     def words(name: str) -> dict[str, str]:
         return flags(shards, tmp_path / name, **common) | {"sample_ledger": str(tmp_path / f"{name}-ledger")}
@@ -162,11 +162,11 @@ def test_a_run_killed_mid_epoch_goes_on_bitwise(shards: Path, tmp_path: Path) ->
     again = launch(words("killed"), ranks=2)
     assert again.returncode == 0, again.stderr[-3000:]
     assert numbers(killed) == numbers(tmp_path / "whole")
-    assert _held_out_line(again.stdout) == _held_out_line(resumed.stdout)
+    assert _val_line(again.stdout) == _val_line(resumed.stdout)
 
 
-def _held_out_line(stdout: str) -> str:
-    return next(line for line in stdout.splitlines() if "held-out masked MSE" in line)
+def _val_line(stdout: str) -> str:
+    return next(line for line in stdout.splitlines() if "validation masked MSE" in line)
 
 
 def _whole_rows(output: Path) -> list[dict[str, float]]:
@@ -279,14 +279,14 @@ def test_a_cross_decoder_that_paints_a_third_trains_alike_on_one_rank_and_on_two
     config["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
     (tmp_path / "zero3.json").write_text(json.dumps(config))
     cross = {"decoder_type": "cross", "predict_share": 0.34, "epochs": 1, "warmup_epochs": 0, "num_workers": 0}
-    cross |= {"heldout_data": f"{shards}/s-002.tar"}
+    cross |= {"val_data": f"{shards}/s-002.tar"}
     one = launch(flags(shards, tmp_path / "one", **cross))
     two = launch(flags(shards, tmp_path / "two", **cross, ds_config=tmp_path / "zero3.json"), ranks=2)
     assert one.returncode == two.returncode == 0, one.stderr[-2000:] + two.stderr[-2000:]
     rows = [[row for row in metrics(tmp_path / name) if "loss" in row] for name in ("one", "two")]
     assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], rel=1e-4)
     assert len(rows[0]) == 8
-    assert "heldout_loss" in (tmp_path / "two" / "metrics.jsonl").read_text()
+    assert "val_loss" in (tmp_path / "two" / "metrics.jsonl").read_text()
     refused = launch(flags(shards, tmp_path / "no", **(cross | {"decoder_type": "self"})))
     assert refused.returncode == 2
     assert "predict_share is 0.34, but needs decoder_type cross" in refused.stderr

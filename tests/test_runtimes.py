@@ -38,14 +38,12 @@ BITWISE: dict[str, list[str]] = {
     "oversubscribe": ["true"],
     "progress_bar": ["true", "false"],
     # pre-training
-    "heldout_data": ["TRAIN/a.tar", ""],
-    "heldout_every": ["1", "2"],
+    "val_data": ["TRAIN/a.tar", ""],
+    "val_every": ["1", "2"],
     "picture_every": ["1", "3"],
-    "heldout_samples": ["3", "0"],
-    "heldout_mask_ratio": ["0.5", "none"],
+    "val_samples": ["3", "0"],
+    "val_mask_ratio": ["0.5", "none"],
     # detectors
-    "val_data": ["TRAIN/b.tar", ""],
-    "val_every": ["1", "3"],
     "allow_overlap": ["true"],
 }
 """Values under which every loss stays what it was, to the last bit; the n-th of each field are tried together."""

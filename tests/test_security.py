@@ -16,7 +16,7 @@ from trainer.data.transforms.views import PretrainView
 from trainer.distributed.world import World
 from trainer.distributed.zero_state import load_safely
 from trainer.errors import CheckpointError
-from trainer.fault_tolerance.attempts import take
+from trainer.fault_tolerance.attempts import acquire
 from trainer.fault_tolerance.checkpoint import Identity, Progress, Saver
 
 SUFFIXES = ("pyd", "pickle", "pkl", "pth", "PYD", "x.pyd", "pyd.gz")
@@ -62,7 +62,7 @@ def test_a_payload_in_a_checkpoint_is_refused_and_leaves_no_trace(tmp_path: Path
 def test_what_is_written_obeys_the_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
-        lease = take(tmp_path / "out", num_ranks=1)
+        lease = acquire(tmp_path / "out", num_ranks=1)
         lease.began(0)
 
         def write(folder: Path) -> list[Path]:

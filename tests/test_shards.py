@@ -17,7 +17,7 @@ from conftest import jpeg, members_of, write_tar
 from trainer.data.shards.index import ShardIndex, describe_index, list_shards, open_index
 from trainer.data.shards.reader import ShardReader
 from trainer.data.shards.tar import walk_tar
-from trainer.detection.leakage import prints_of
+from trainer.detection.leakage import fingerprints_of
 from trainer.errors import ConfigError, DataError, SampleError
 
 # Plain webdataset leaves files to the garbage collector.
@@ -147,9 +147,9 @@ def test_two_sets_with_the_same_names_share_an_index_dir_and_never_mix(tmp_path:
             index = indices[name]
             assert len(index) == count
             assert all(value.startswith(f"{name}-") for value in index.groups("identity")[0])
-            assert len(prints_of(index).people_N) == count
+            assert len(fingerprints_of(index).people_N) == count
             assert index.folder == first[name].folder
-    assert prints_of(first["train"]).shared_with(prints_of(again["val"])) == ""
+    assert fingerprints_of(first["train"]).shared_with(fingerprints_of(again["val"])) == ""
     before = first["val"].folder.stat().st_ino
     assert open_index(sets["val"], index_dir=index_dir).folder.stat().st_ino == before  # neither is built again
 

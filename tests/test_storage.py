@@ -23,7 +23,7 @@ from trainer.data.order.plan import Plan
 from trainer.data.shards import contents
 from trainer.data.shards.index import ShardIndex, list_shards, open_index
 from trainer.data.shards.reader import ShardReader
-from trainer.data.storage import Span, SpanReader
+from trainer.data.storage import ByteRangeReader, Span
 from trainer.data.stream import Slice, train_stream
 from trainer.data.transforms.views import CenterView
 from trainer.errors import ConfigError, DataError, without_secrets
@@ -123,7 +123,7 @@ def test_blocks_are_brought_once_and_shared(web: str, tmp_path: Path) -> None:
     Quiet.requests.clear()
     plan = Plan(len(index), 0, num_lanes=2, block_samples=8, window_blocks=2)
     for _ in range(2):  # two workers with a reader each, one cache
-        spans = SpanReader(cache_dir=tmp_path / "cache", cache_bytes=10**9)
+        spans = ByteRangeReader(cache_dir=tmp_path / "cache", cache_bytes=10**9)
         stream = train_stream(
             index, plan, Slice(8, 8), CenterView(size=16), first_step=0, noise_per_sample=4, spans=spans
         )
@@ -137,7 +137,7 @@ def test_blocks_are_brought_once_and_shared(web: str, tmp_path: Path) -> None:
 def test_the_cache_keeps_its_bound_and_survives_it(web: str, shards: Path, tmp_path: Path) -> None:
     index = open_index(list_shards(f"{web}/s-{{000..002}}.tar", setting="--data"), index_dir=tmp_path)
     longest = max((shards / f"s-00{i}.tar").stat().st_size for i in range(3))
-    reader = ShardReader(SpanReader(cache_dir=tmp_path / "cache", cache_bytes=longest))
+    reader = ShardReader(ByteRangeReader(cache_dir=tmp_path / "cache", cache_bytes=longest))
     for _ in range(2):
         for i in range(0, 64, 5):
             ref = index.sample(i)
@@ -324,7 +324,7 @@ def test_a_full_cache_disk_is_named_and_read_past(
     web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     index = open_index(list_shards(f"{web}/s-000.tar", setting="--data"), index_dir=tmp_path)
-    reader = ShardReader(SpanReader(cache_dir=tmp_path / "cache", cache_bytes=10**9))
+    reader = ShardReader(ByteRangeReader(cache_dir=tmp_path / "cache", cache_bytes=10**9))
 
     def full(path: Path, payload: bytes) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -343,7 +343,7 @@ def test_blocks_of_a_shard_that_was_replaced_are_not_taken_from_the_cache(
 ) -> None:
     def images() -> list[bytes]:
         index = open_index([f"{web}/s-000.tar"], index_dir=tmp_path)
-        reader = ShardReader(SpanReader(cache_dir=tmp_path / "cache", cache_bytes=10**9))
+        reader = ShardReader(ByteRangeReader(cache_dir=tmp_path / "cache", cache_bytes=10**9))
         refs = index.samples(np.arange(len(index)))
         first, last = np.zeros(len(index), dtype=np.int64), np.full(len(index), len(index) - 1)
         return reader.read_all(refs, index.blocks(np.arange(len(index)), first, last))
@@ -361,7 +361,7 @@ def test_blocks_of_a_shard_that_was_replaced_are_not_taken_from_the_cache(
 def test_remote_shards_feed_worker_processes(bucket: str, tmp_path: Path) -> None:
     index = open_index(list_shards(f"{bucket}/*.tar", setting="--data"), index_dir=tmp_path)
     plan = Plan(len(index), 0, num_lanes=2, block_samples=8, window_blocks=2)
-    spans = SpanReader(cache_dir=tmp_path / "cache", cache_bytes=10**9)
+    spans = ByteRangeReader(cache_dir=tmp_path / "cache", cache_bytes=10**9)
     stream = train_stream(index, plan, Slice(8, 8), CenterView(size=16), first_step=0, noise_per_sample=4, spans=spans)
     batches = iter(Loader(stream, num_workers=2))
     assert len({key for _ in range(8) for key in next(batches).keys}) == 64

@@ -129,7 +129,7 @@ def test_the_fixed_stream_gives_the_chosen_samples_once(index: ShardIndex) -> No
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
 def test_any_number_of_workers_delivers_the_fixed_streams_batches(index: ShardIndex, workers: int) -> None:
-    """The figures of evaluation, validation and held-out loss are made of these batches, with ranks' filling too."""
+    """The figures of evaluation, validation and validation loss are made of these batches, with ranks' filling too."""
     chosen = [*range(0, 64, 3), 0]
     stream = fixed_stream(index, chosen, CenterView(size=16), batch=5, noise_per_sample=4)
     alone, shared = list(Loader(stream)), list(Loader(stream, num_workers=workers))

@@ -11,7 +11,7 @@ from conftest import TINY, launch, metrics
 from trainer.config import settings as config
 from trainer.config.command_line import configure
 from trainer.config.recipes import RECIPES
-from trainer.config.record import LEGACY_VALUES, as_record, complete_record, from_record, keep_legacy_values
+from trainer.config.record import LEGACY_VALUES, complete_record, from_dict, keep_legacy_values, to_dict
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe
 from trainer.errors import CheckpointError, ConfigError
 from trainer.fault_tolerance import checkpoint
@@ -56,8 +56,8 @@ def test_every_recipe_field_that_a_release_lacks_has_a_legacy_value(kind: type[R
     assert names - release <= LEGACY_VALUES.keys(), "add the new field to trainer.config.record.LEGACY_VALUES"
     whole = complete_record(dict.fromkeys(release), names)
     assert whole.keys() >= names
-    made = from_record(kind, {name: LEGACY_VALUES[name] for name in names & LEGACY_VALUES.keys()})
-    assert as_record(made).items() >= {n: v for n, v in LEGACY_VALUES.items() if n in names}.items()
+    made = from_dict(kind, {name: LEGACY_VALUES[name] for name in names & LEGACY_VALUES.keys()})
+    assert to_dict(made).items() >= {n: v for n, v in LEGACY_VALUES.items() if n in names}.items()
 
 
 def test_every_manifest_field_that_release_0_1_lacks_has_a_legacy_value() -> None:
@@ -75,15 +75,15 @@ def updated(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("updated")
 def test_a_field_that_a_run_lacks_keeps_its_legacy_value_unless_the_user_names_it() -> None:
     asked = PretrainRecipe()
-    begun = as_record(asked)
+    begun = to_dict(asked)
     del begun["mask_ratio"]
     recipe, kept = keep_legacy_values(asked, begun, explicit=())
     assert (recipe.mask_ratio, kept) == (0.6, {"mask_ratio": 0.6})
     assert keep_legacy_values(asked, begun, explicit={"mask_ratio"}) == (asked, {})
     assert keep_legacy_values(recipe, begun, explicit=()) == (recipe, {}), "nothing is told twice"
-    assert keep_legacy_values(asked, as_record(asked), explicit=()) == (asked, {}), "a new run has the new default"
-    assert keep_legacy_values(asked, as_record(recipe), explicit=()) == (recipe, {"mask_ratio": 0.6})
-    assert from_record(PretrainRecipe, begun).mask_ratio == 0.6
+    assert keep_legacy_values(asked, to_dict(asked), explicit=()) == (asked, {}), "a new run has the new default"
+    assert keep_legacy_values(asked, to_dict(recipe), explicit=()) == (recipe, {"mask_ratio": 0.6})
+    assert from_dict(PretrainRecipe, begun).mask_ratio == 0.6
 
 
 @pytest.mark.usefixtures("updated")
@@ -93,7 +93,7 @@ def test_the_same_command_line_goes_on_after_an_update_and_says_so_once(
     words = ["--recipe", "demo", "--output_dir", str(tmp_path)]
     fresh, _ = configure(words, RECIPES, "demo")
     assert fresh.mask_ratio == 0.75
-    record = as_record(fresh)
+    record = to_dict(fresh)
     del record["mask_ratio"]
     (tmp_path / "recipe.json").write_text(json.dumps({"recipe": record}))
     begun, _ = configure(words, RECIPES, "demo")
@@ -135,7 +135,7 @@ def test_a_run_of_a_release_goes_on_bitwise_with_the_same_command_line(shards: P
     cut_to(PRETRAIN_0_1, tmp_path / "begun")
     assert launch(begun | {"stop_at_step": "5"}).returncode == 0
     cut_to(PRETRAIN_BEFORE_CROSS, tmp_path / "begun")
-    begun_with = from_record(PretrainRecipe, json.loads((tmp_path / "begun" / "recipe.json").read_text())["recipe"])
+    begun_with = from_dict(PretrainRecipe, json.loads((tmp_path / "begun" / "recipe.json").read_text())["recipe"])
     with pytest.raises(ConfigError, match=r"aug_repeats \(here 2, there 1\): undo the change, or name a new output"):
         check_output(tmp_path / "begun", dataclasses.replace(begun_with, aug_repeats=2), "auto")
     done = launch(begun)

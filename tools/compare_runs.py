@@ -1,4 +1,4 @@
-"""Compare pre-training runs by what they know after the same time: held-out error against seconds of training.
+"""Compare pre-training runs by what they know after the same time: validation error against seconds of training.
 
 Usage: python tools/compare_runs.py --runs exact=runs/exact,fast=runs/fast [--plot curves.png]
 
@@ -6,7 +6,7 @@ Examples:
     python tools/compare_runs.py --runs exact=runs/exact,fast=runs/fast --plot curves.png
 
 The first run is the reference. Seconds are those of optimizer steps (step_s of metrics.jsonl), without start, saving,
-measuring and drawing. Runs must have seen the same held-out images: give both the same --heldout_data.
+measuring and drawing. Runs must have seen the same validation images: give both the same --val_data.
 """
 
 if __name__ == "__main__":
@@ -49,7 +49,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Held-out error over training time."""
+    """Validation error over training time."""
 
     seconds: np.ndarray
     errors: np.ndarray
@@ -70,7 +70,7 @@ def read_curve(folder: Path) -> Curve:
     """Read a run's metrics.
 
     Raises:
-        ConfigError: there are none, or no held-out errors among them.
+        ConfigError: there are none, or no validation errors among them.
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():
@@ -83,11 +83,11 @@ def read_curve(folder: Path) -> Curve:
         if "step_s" in row:
             clock += row["step_s"] * (row["step"] - last_step)
             last_step = row["step"]
-        if row.get("heldout_loss") is not None:
-            points.append((clock, row["heldout_loss"]))
-            baseline = row["heldout_mean_face_loss"]
+        if row.get("val_loss") is not None:
+            points.append((clock, row["val_loss"]))
+            baseline = row["val_mean_face_loss"]
     if not points:
-        raise ConfigError(f"runs names {folder}, which measured no held-out images: train with --heldout_data")
+        raise ConfigError(f"runs names {folder}, which measured no validation images: train with --val_data")
     seconds, errors = np.array(points).T
     return Curve(seconds, errors, baseline)
 
@@ -95,7 +95,7 @@ def read_curve(folder: Path) -> Curve:
 def describe(curves: dict[str, Curve]) -> list[str]:
     """Tabulate the ends, and the time that each needed for the reference's last error."""
     reference, *_ = curves.values()
-    lines = [f"{'':20}{'seconds':>9}{'held-out':>10}{'s to ' + format(reference.errors[-1], '.4f'):>14}{'faster':>9}"]
+    lines = [f"{'':20}{'seconds':>9}{'validation':>10}{'s to ' + format(reference.errors[-1], '.4f'):>14}{'faster':>9}"]
     for name, curve in curves.items():
         when = curve.reaches(float(reference.errors[-1]))
         first = reference.reaches(float(reference.errors[-1]))
@@ -109,7 +109,7 @@ def draw(curves: dict[str, Curve], path: str) -> None:
     figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
     for name, curve in curves.items():
         axis.plot(curve.seconds, curve.errors, marker="o", markersize=3, label=name)
-    axis.set(xlabel="seconds of training", ylabel="held-out masked error", yscale="log")
+    axis.set(xlabel="seconds of training", ylabel="validation masked error", yscale="log")
     axis.yaxis.set_major_formatter("{x:.2f}")
     axis.yaxis.set_minor_formatter("{x:.2f}")
     axis.grid(visible=True, which="both", alpha=0.3)
@@ -135,7 +135,9 @@ def main(words: list[str]) -> int:
         raise ConfigError(f"plot is {settings.plot!r}, but must be a .png file in a folder that exists")
     curves = {name: read_curve(Path(folder)) for name, _, folder in named}
     if len({curve.baseline for curve in curves.values()}) > 1:
-        raise ConfigError(f"runs is {settings.runs!r}, which were not measured on the same held-out images or targets")
+        raise ConfigError(
+            f"runs is {settings.runs!r}, which were not measured on the same validation images or targets"
+        )
     print("\n".join(describe(curves)))
     if settings.plot:
         draw(curves, settings.plot)

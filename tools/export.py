@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.config.command_line import configure_tool
-from trainer.config.record import from_record
+from trainer.config.record import from_dict
 from trainer.config.settings import PretrainRecipe, check_types
 from trainer.detection.build import preprocessing, rebuild, recipe_of
 from trainer.detection.saved_detector import load_detector
@@ -185,7 +185,7 @@ def recipe_of_weights(init: Init, settings: Settings) -> PretrainRecipe:
         ConfigError: the file does not tell which model it is.
     """
     if init.manifest:
-        return from_record(PretrainRecipe, init.manifest["identity"]["recipe"])
+        return from_dict(PretrainRecipe, init.manifest["identity"]["recipe"])
     width, shown = len(init.weights["patch_embed.proj.weight"]), init.settings
     name = settings.model or init.recipe.get("model") or shown.get("model")
     if name is None or "image_size" not in shown:
@@ -246,7 +246,7 @@ def _facts(init: Init) -> dict[str, Any]:
     metrics = Path(init.description).parent.parent / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the run may be writing the last one
-    measured = [row for row in rows if "heldout_loss" in row and row["step"] <= step]
+    measured = [row for row in rows if "val_loss" in row and row["step"] <= step]
     return {
         "Source": source | {"step": step} | {name: identity[name] for name in ("num_ranks", "zero_stage", "precision")},
         "Recipe": identity["recipe"],

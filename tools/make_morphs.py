@@ -48,7 +48,7 @@ from PIL import Image
 from scipy.spatial import Delaunay
 
 from trainer.config.command_line import configure_tool
-from trainer.config.record import as_record
+from trainer.config.record import to_dict
 from trainer.config.settings import check_types
 from trainer.data.landmarks import DLIB, Points, dlib_finder, landmarks_of, read_landmarks
 from trainer.data.shards.index import NO_GROUP, SampleRef, describe_index, list_shards, open_index
@@ -433,7 +433,7 @@ def _claim(output: Path, settings: Settings, faces: Sequence[Face]) -> None:
     digest = hashlib.sha256()
     for face in faces:
         digest.update(f"{face.key}\n{face.identity}\n".encode("utf-8", "surrogateescape") + face.points_L2.tobytes())
-    record = as_record(settings) | {"faces": digest.hexdigest()}
+    record = to_dict(settings) | {"faces": digest.hexdigest()}
     for name in ("num_processes", "progress_bar", "output_dir", "source", "landmarks"):
         del record[name]
     path = output / "make_morphs.json"

@@ -53,7 +53,7 @@ from trainer.config.settings import check_types
 from trainer.data.landmarks import landmarks_of, read_landmarks
 from trainer.data.shards.members import LANDMARKS, NO_LABEL, Sample, Tally, samples_of
 from trainer.data.shards.tar import MAX_MEMBER_BYTES, Member, walk_tar
-from trainer.data.storage import SpanReader
+from trainer.data.storage import ByteRangeReader
 from trainer.data.transforms.decode import MIN_SIDE, colour_profile, suffix_of
 from trainer.data.writing.image_files import DAMAGE, Storing, describe_damage, stored_bytes_bound, stored_image
 from trainer.data.writing.source_images import (
@@ -283,7 +283,7 @@ def _with_sizes(entries: list[Entry], settings: Settings) -> tuple[list[Entry], 
 def _size_or_error(entry: Entry, how: Storing) -> int | OSError:
     try:
         if entry.packed is not None:
-            image, reader = entry.packed.image, SpanReader()
+            image, reader = entry.packed.image, ByteRangeReader()
             (head,) = reader.read([replace(image, size=min(12, image.size))])
             return stored_bytes_bound(head, image.size, lambda: io.BytesIO(reader.read([image])[0]), how)
         with entry.path.open("rb") as file:
@@ -433,7 +433,7 @@ def _write_shard(job: _Job) -> _Result:
 def _write_draft(draft: Path, job: _Job) -> tuple[list[Entry], list[Bad], Counter[tuple[str, int]]]:
     """Return the images that were stored, the damaged ones, and the members by name and CRC-32."""
     stored, bad, written = list[Entry](), list[Bad](), Counter[tuple[str, int]]()
-    reader = SpanReader()
+    reader = ByteRangeReader()
     with draft.open("wb") as file:
         with wds.TarWriter(file, user="trainer", group="trainer", mode=0o444, mtime=0, encoder=False) as writer:
             for entry in job.entries:
@@ -450,7 +450,7 @@ def _write_draft(draft: Path, job: _Job) -> tuple[list[Entry], list[Bad], Counte
     return stored, bad, written
 
 
-def _members_of(entry: Entry, how: Storing, reader: SpanReader) -> dict[str, bytes]:
+def _members_of(entry: Entry, how: Storing, reader: ByteRangeReader) -> dict[str, bytes]:
     """Return suffix and bytes of each member of a sample.
 
     Raises:

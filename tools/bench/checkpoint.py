@@ -35,7 +35,7 @@ from trainer.config.settings import PretrainRecipe, PretrainRuntime, check_types
 from trainer.distributed.ds_config import engine_settings
 from trainer.distributed.engine import Engine, connect
 from trainer.distributed.world import World
-from trainer.fault_tolerance.attempts import take
+from trainer.fault_tolerance.attempts import acquire
 from trainer.fault_tolerance.checkpoint import Identity, Progress, Saver
 from trainer.fault_tolerance.exit_codes import run
 from trainer.models.encoder import PatchEncoder
@@ -110,7 +110,7 @@ def main(words: list[str]) -> int:
     shares: dict[str, list[float]] = {name: [] for name in stall}
     with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
         identity = Identity({"global_batch": settings.global_batch}, "", "", 1, training.engine.zero_stage, "fp32", 1)
-        lease = take(Path(folder), num_ranks=1)
+        lease = acquire(Path(folder), num_ranks=1)
         savers = {
             name: Saver(
                 Path(folder, name), identity, {}, lease=lease, world=World(), keep=1,

@@ -53,7 +53,7 @@ def write_index(folder: Path, num_samples: int) -> list[str]:
     np.arange(1, num_shards + 1).astype(np.int64).__mul__(SAMPLES_A_SHARD).tofile(folder / "shard_end.i64")
     header = {"version": INDEX_VERSION, "fingerprint": "synthetic", "num_samples": num_samples}
     np.zeros(num_shards, dtype=np.uint64).tofile(folder / "shard_tag.u64")
-    header |= {"num_shards": num_shards, "group_fields": [], "num_people": 0, "tally": Tally().as_record()}
+    header |= {"num_shards": num_shards, "group_fields": [], "num_people": 0, "tally": Tally().to_dict()}
     (folder / "index.json").write_text(json.dumps(header))
     return [f"/data/train/shard-{i:06d}.tar" for i in range(num_shards)]
 

@@ -48,11 +48,11 @@ def find_faces() -> Path:
 
 
 def write_manifests(faces: Path, output: Path) -> dict[str, int]:
-    """Write train.csv and heldout.csv (path, key, identity, landmark_name); return their numbers of images."""
+    """Write train.csv and val.csv (path, key, identity, landmark_name); return their numbers of images."""
     output.mkdir(parents=True, exist_ok=True)
     people = {
         "train": list(TRAIN_PEOPLE),
-        "heldout": [p for p in range(1, NUM_PEOPLE + 1) if p not in TRAIN_PEOPLE],
+        "val": [p for p in range(1, NUM_PEOPLE + 1) if p not in TRAIN_PEOPLE],
     }
     for name, members in people.items():
         with (output / f"{name}.csv").open("w", newline="") as file:

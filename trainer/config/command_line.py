@@ -116,7 +116,7 @@ def _as_it_began(recipe: R, record: Path, flags: Mapping[str, str]) -> R:
     try:
         recorded = dict(json.loads(record.read_text())["recipe"])
     except (OSError, ValueError, KeyError, TypeError):
-        return recipe  # no run, or one that `run_setup.check_output` refuses
+        return recipe  # no run, or one that `resume.check_output` refuses
     recipe, kept = keep_legacy_values(recipe, recorded, flags)
     if kept and is_main():
         told = ", ".join(f"{name} {value!r}" for name, value in kept.items())
@@ -287,7 +287,7 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[s
 _EXAMPLES = r"""
 Examples:
     deepspeed launch/pretrain.py --recipe mae_vit_base --data 'shards/train/*.tar' \
-        --heldout_data 'shards/heldout/*.tar' --output_dir runs/base
+        --val_data 'shards/val/*.tar' --output_dir runs/base
     deepspeed launch/finetune.py --recipe lora --init runs/base --data 'detect/train/*.tar' \
         --val_data 'detect/val/*.tar'
 """

@@ -6,6 +6,13 @@ From MAE and timm, Hugging Face, Lightning, DeepSpeed and torchrun. A test holds
 import difflib
 from collections.abc import Collection
 
+RENAMED = {
+    "heldout_data": "val_data",
+    "heldout_every": "val_every",
+    "heldout_samples": "val_samples",
+    "heldout_mask_ratio": "val_mask_ratio",
+}
+"""Settings of release 0.2 -> of this one."""
 OURS = {
     # MAE, timm
     **{"lr": ("learning_rate", "base_learning_rate"), "blr": ("base_learning_rate",)},
@@ -37,7 +44,7 @@ OURS = {
     **dict.fromkeys(("random_seed", "manual_seed"), ("seed",)),
     **dict.fromkeys(("save_steps", "save_interval", "save_freq", "checkpoint_every"), ("save_every",)),
     **dict.fromkeys(("logging_steps", "log_interval", "print_freq", "log_freq"), ("log_every",)),
-    **dict.fromkeys(("eval_steps", "eval_every", "val_interval", "eval_freq"), ("val_every", "heldout_every")),
+    **dict.fromkeys(("eval_steps", "eval_every", "val_interval", "eval_freq"), ("val_every",)),
     **dict.fromkeys(("save_total_limit", "keep"), ("keep_checkpoints",)),
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), ("grad_checkpointing",)),
     **dict.fromkeys(("torch_compile", "compile"), ("compile_mode",)),
@@ -47,9 +54,7 @@ OURS = {
     **dict.fromkeys(("finetune", "pretrain", "checkpoint", "ckpt", "weights"), ("init", "models")),
     **dict.fromkeys(("data_path", "data_dir", "dataset", "train_data", "shards", "train_dir"), ("data", "source")),
     **dict.fromkeys(("input", "input_dir", "images", "folder", "src"), ("source", "data")),
-    **dict.fromkeys(("eval_data", "validation_data", "valid_data", "val"), ("val_data", "heldout_data")),
-    **dict.fromkeys(("val_data",), ("heldout_data",)),
-    **dict.fromkeys(("heldout_data",), ("val_data",)),
+    **dict.fromkeys(("eval_data", "validation_data", "valid_data", "val"), ("val_data",)),
     **dict.fromkeys(("test_data", "test", "test_set"), ("test_sets",)),
     **dict.fromkeys(("deepspeed_config", "ds", "ds_json"), ("ds_config",)),
 }
@@ -87,6 +92,8 @@ def hint(name: str, known: Collection[str]) -> str:
     for prefix in ("no_", "disable_", "without_"):
         if (positive := plain.removeprefix(prefix)) in known and positive != plain:
             return f"write --{positive} false"
+    if RENAMED.get(plain) in known:
+        return f"since release 0.3 it is --{RENAMED[plain]}"
     meant = [ours for ours in OURS.get(plain, ()) if ours in known]
     if meant:
         return f"here it is {' or '.join('--' + ours for ours in meant)}"

@@ -14,7 +14,7 @@ def demo() -> tuple[PretrainRecipe, PretrainRuntime]:
     """Learn from 320 photographs of 32 people in a few minutes, to see every part work.
 
     Source: this project. Hardware: 2 CPU cores. Cost: about 3 minutes.
-    Expected: held-out masked MSE clearly below the mean-face baseline; blurry but recognisable heads.
+    Expected: validation masked MSE clearly below the mean-face baseline; blurry but recognisable heads.
     """
     recipe = PretrainRecipe(
         model="vit_tiny_patch16_224",
@@ -38,9 +38,9 @@ def demo() -> tuple[PretrainRecipe, PretrainRuntime]:
         num_workers=1,
         log_every=20,
         save_every=200,
-        heldout_every=100,
+        val_every=100,
         picture_every=100,
-        heldout_samples=0,
+        val_samples=0,
     )
     return recipe, runtime
 
@@ -74,7 +74,7 @@ def mae_vit_base_fast() -> tuple[PretrainRecipe, PretrainRuntime]:
     patches are hidden, not 0.75. As there, the learning rate is MAE's times the share of the hidden patches that is
     predicted, 0.33. The choice is this project's, see Measured in README.md. Hardware: 8 GPUs of 80 GB.
     Cost: 25 GFLOP an image and step, 2.5e19 FLOP for 800 epochs of 1.28 M images.
-    Expected: at the demo's size a lower held-out error than the published form in the same time; not measured at this.
+    Expected: at the demo's size a lower validation error than the published form in the same time; unmeasured at this.
     """
     published, share = _published("vit_base_patch16_224"), 0.33
     recipe = dataclasses.replace(

@@ -60,7 +60,7 @@ def keep_legacy_values(recipe: R, recorded: Mapping[str, Any], explicit: Collect
     Raises:
         ConfigError: a setting contradicts a legacy value.
     """
-    asked = as_record(recipe)
+    asked = to_dict(recipe)
     kept = {
         name: value
         for name, value in LEGACY_VALUES.items()
@@ -69,14 +69,14 @@ def keep_legacy_values(recipe: R, recorded: Mapping[str, Any], explicit: Collect
     return dataclasses.replace(recipe, **{name: _tuple_of(value) for name, value in kept.items()}), kept
 
 
-def as_record(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> dict[str, Any]:
     """Write a configuration down as JSON would give it back."""
     record: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return record
 
 
-def from_record(config: type[C], record: Mapping[str, Any]) -> C:
-    """Read what `as_record` wrote; what an older version did not know has its value of `LEGACY_VALUES`, or its default.
+def from_dict(config: type[C], record: Mapping[str, Any]) -> C:
+    """Read what `to_dict` wrote; what an older version did not know has its value of `LEGACY_VALUES`, or its default.
 
     Raises:
         ConfigError: a newer version knew a name that this one does not.

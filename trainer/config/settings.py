@@ -402,26 +402,26 @@ class PretrainRuntime(Runtime):
     transformers' ViTMAE, or encoders as finetune.py takes them. Positions of another image_size are interpolated."""
     init_encoder_only: bool = False
     """Leave the decoder of --init behind."""
-    heldout_data: str = ""
-    """Held-out shards for the held-out loss and the pictures; empty for none."""
-    heldout_every: int = 500
-    """Interval of the held-out loss [steps]."""
+    val_data: str = ""
+    """Validation shards for the validation loss and the pictures; empty for none."""
+    val_every: int = 500
+    """Interval of the validation loss [steps]."""
     picture_every: int = 500
     """Interval of reconstruction pictures [steps]."""
-    heldout_samples: int = 1024
-    """How many held-out images are measured; 0 for all [images]."""
+    val_samples: int = 1024
+    """How many validation images are measured; 0 for all [images]."""
     compile_mode: Literal["off", "default", "reduce-overhead"] = "off"
     """How torch.compile compiles the model, which takes minutes; reduce-overhead replays CUDA graphs."""
-    heldout_mask_ratio: float | None = None
-    """Share of patches hidden in held-out images; none: mask_ratio. One value makes runs of several ratios compare."""
+    val_mask_ratio: float | None = None
+    """Share of patches hidden in validation images; none: mask_ratio. With one value, runs of several ratios compare."""
 
     def __post_init__(self) -> None:
         Runtime.__post_init__(self)
-        _require(self, "heldout_samples", self.heldout_samples >= 0, "must not be negative")
+        _require(self, "val_samples", self.val_samples >= 0, "must not be negative")
         has_one = bool(self.init) or not self.init_encoder_only
         _require(self, "init_encoder_only", has_one, "says something of --init only: name one")
-        inside = self.heldout_mask_ratio is None or 0 < self.heldout_mask_ratio < 1
-        _require(self, "heldout_mask_ratio", inside, "must lie strictly between 0 and 1 (try 0.75)")
+        inside = self.val_mask_ratio is None or 0 < self.val_mask_ratio < 1
+        _require(self, "val_mask_ratio", inside, "must lie strictly between 0 and 1 (try 0.75)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -448,7 +448,7 @@ _AT_LEAST_ONE = {
     "aug_repeats",
     *("lora_r", "proj_dim", "proj_hidden_dim", "cls_hidden_dim", "mixstyle_blocks", "advanced_aug_num_ops"),
     *("global_batch", "micro_batch", "num_lanes", "block_samples", "window_blocks", "cache_bytes", "prefetch"),
-    *("log_every", "save_every", "heldout_every", "picture_every", "val_every", "keep_checkpoints", "stop_at_step"),
+    *("log_every", "save_every", "val_every", "picture_every", "val_every", "keep_checkpoints", "stop_at_step"),
     "max_steps",
     *("num_threads", "max_bad_steps", "spike_patience", "start_timeout_s"),
 }

@@ -12,7 +12,7 @@ from trainer.data.order.mixture import Mixture, Source, groups_by_value, groups_
 from trainer.data.order.plan import Order, Plan
 from trainer.data.order.sampler import WeightedOrder, class_weights
 from trainer.data.shards.index import ShardIndex, describe_index, list_shards, missing_labels, open_index
-from trainer.data.storage import SpanReader
+from trainer.data.storage import ByteRangeReader
 from trainer.data.transforms.views import Pixels
 from trainer.distributed.world import World
 from trainer.errors import ConfigError, DataError
@@ -32,7 +32,7 @@ def find_sources(recipe: Recipe, runtime: Runtime, *, others: Mapping[str, str])
     Args:
         recipe: says how batches are balanced.
         runtime: names the training data.
-        others: setting -> patterns, such as those of ``heldout_data``; empty ones are left out.
+        others: setting -> patterns, such as those of ``val_data``; empty ones are left out.
 
     Raises:
         ConfigError: a pattern matches nothing, or shares meet another way of balancing.
@@ -52,7 +52,7 @@ def find_sources(recipe: Recipe, runtime: Runtime, *, others: Mapping[str, str])
     return found
 
 
-def tell_all_ranks(found: dict[str, list[Source]] | None, world: World) -> dict[str, list[Source]]:
+def broadcast_sources(found: dict[str, list[Source]] | None, world: World) -> dict[str, list[Source]]:
     """Give what rank 0 found to every rank."""
 
     def as_text() -> dict[str, Any]:
@@ -160,6 +160,8 @@ def describe_shares(index: ShardIndex, sources: list[Source]) -> str:
     return ", ".join(f"{size} samples at {source.share}" for size, source in zip(sizes, sources, strict=True))
 
 
-def span_reader(runtime: Runtime) -> SpanReader:
+def byte_range_reader(runtime: Runtime) -> ByteRangeReader:
     """Read bytes as the runtime says."""
-    return SpanReader(cache_dir=Path(runtime.cache_dir) if runtime.cache_dir else None, cache_bytes=runtime.cache_bytes)
+    return ByteRangeReader(
+        cache_dir=Path(runtime.cache_dir) if runtime.cache_dir else None, cache_bytes=runtime.cache_bytes
+    )

@@ -264,7 +264,7 @@ class ReadOnly:
             return self._file.read(size)
 
 
-class SpanReader:
+class ByteRangeReader:
     """Reads spans of many files. Safe to fork and to pickle: open files stay behind.
 
     Each span may come with its *block*, the longer stretch around it that the same rank will read soon. Of a local
@@ -330,11 +330,11 @@ class SpanReader:
         self._files.forget(location)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _span_reader, (*self._cache, self._files.max_open)
+        return _byte_range_reader, (*self._cache, self._files.max_open)
 
 
-def _span_reader(cache_dir: Path | None, cache_bytes: int, max_open_files: int) -> SpanReader:
-    return SpanReader(cache_dir=cache_dir, cache_bytes=cache_bytes, max_open_files=max_open_files)
+def _byte_range_reader(cache_dir: Path | None, cache_bytes: int, max_open_files: int) -> ByteRangeReader:
+    return ByteRangeReader(cache_dir=cache_dir, cache_bytes=cache_bytes, max_open_files=max_open_files)
 
 
 class _OpenFiles:

@@ -22,7 +22,7 @@ from torch.utils.data import get_worker_info
 from trainer.data.order.plan import Located, Order, Plan, positions_of
 from trainer.data.shards.index import SampleRef, ShardIndex
 from trainer.data.shards.reader import ShardReader
-from trainer.data.storage import SpanReader
+from trainer.data.storage import ByteRangeReader
 from trainer.data.transforms.views import Photo, View
 from trainer.errors import DataError, SampleError, TrainerError
 from trainer.seeds import Purpose, uniforms
@@ -174,7 +174,7 @@ class BatchLoader:
         order: Order,
         view: View,
         *,
-        spans: SpanReader,
+        spans: ByteRangeReader,
         whole_blocks: bool,
         noise_per_sample: int,
         purpose: Purpose,
@@ -256,14 +256,14 @@ def train_stream(
     *,
     first_step: int,
     noise_per_sample: int,
-    spans: SpanReader | None = None,
+    spans: ByteRangeReader | None = None,
 ) -> Stream:
     """Compose the endless stream of one rank's micro batches from ``first_step`` on."""
     load = BatchLoader(
         index,
         order,
         view,
-        spans=spans or SpanReader(),
+        spans=spans or ByteRangeReader(),
         whole_blocks=order.reads_blocks(share.num_ranks),
         noise_per_sample=noise_per_sample,
         purpose=Purpose.MASK,
@@ -279,18 +279,18 @@ def fixed_stream(
     *,
     batch: int,
     noise_per_sample: int,
-    spans: SpanReader | None = None,
+    spans: ByteRangeReader | None = None,
     substitute: bool = True,
 ) -> Stream:
     """Compose one pass over chosen samples in their own order, with masks that never change.
 
-    The seed of masks and substitutes is 0 whatever the run's seed, so that held-out figures of runs compare.
+    The seed of masks and substitutes is 0 whatever the run's seed, so that validation figures of runs compare.
     """
     load = BatchLoader(
         index,
         Plan(len(index), seed=0),
         view,
-        spans=spans or SpanReader(),
+        spans=spans or ByteRangeReader(),
         whole_blocks=False,
         noise_per_sample=noise_per_sample,
         purpose=Purpose.HELD_OUT_MASK,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.config.record import from_record
+from trainer.config.record import from_dict
 from trainer.config.settings import DetectorRecipe
 from trainer.data.sources import pixels_of
 from trainer.data.transforms.passport import PassportChain
@@ -121,7 +121,7 @@ def preprocessing(
 
 def recipe_of(saved: SavedDetector) -> DetectorRecipe:
     """Read a detector's recipe as JSON has kept it."""
-    return from_record(DetectorRecipe, saved.description["recipe"])
+    return from_dict(DetectorRecipe, saved.description["recipe"])
 
 
 def rebuild(saved: SavedDetector, recipe: DetectorRecipe, *, name: str, init: str | None) -> MorphDetector:

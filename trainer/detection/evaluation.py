@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from trainer.config.settings import DetectorRecipe, DetectorRuntime, check_types
 from trainer.data.loader import Loader
 from trainer.data.shards.index import ShardIndex, describe_index, list_shards, open_index
-from trainer.data.sources import pixels_of, span_reader
+from trainer.data.sources import byte_range_reader, pixels_of
 from trainer.data.stream import fixed_stream
 from trainer.data.transforms.views import CenterView
 from trainer.detection.build import preprocessing_of, rebuild, recipe_of
 from trainer.detection.error_rates import FEW_IDENTITIES, json_threshold, summarise
 from trainer.detection.figures import ScoredSet
-from trainer.detection.leakage import prints_of
+from trainer.detection.leakage import fingerprints_of
 from trainer.detection.report import HardSample, report_html
 from trainer.detection.results import Results, markdown_table, terminal_table
 from trainer.detection.saved_detector import SavedDetector, load_detector
@@ -196,7 +196,7 @@ def overlaps(detector: Detector, test_set: TestSet, settings: Settings) -> list[
     Raises:
         ConfigError: it does, and the user has not allowed it.
     """
-    prints, found = prints_of(test_set.index), []
+    prints, found = fingerprints_of(test_set.index), []
     for role, verb in (("train", "was trained on"), ("val", "was chosen and calibrated by")):
         shared = detector.saved.seen[role].shared_with(prints) if role in detector.saved.seen else ""
         if shared:
@@ -248,7 +248,7 @@ def score_set(detector: Detector, test_set: TestSet, settings: Settings) -> Scor
             CenterView(size=detector.recipe.image_size, pixels=pixels_of(detector.recipe)),
             batch=min(settings.micro_batch, len(index)),
             noise_per_sample=1,
-            spans=span_reader(DetectorRuntime()),
+            spans=byte_range_reader(DetectorRuntime()),
             substitute=False,
         ),
         num_workers=settings.num_workers,

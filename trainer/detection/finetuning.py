@@ -10,24 +10,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.config.record import as_record
+from trainer.config.record import to_dict
 from trainer.config.settings import DetectorRecipe, DetectorRuntime
 from trainer.data.loader import Loader
 from trainer.data.order.plan import PLAN_VERSION, Order
 from trainer.data.shards.index import ShardIndex
 from trainer.data.sources import (
+    broadcast_sources,
+    byte_range_reader,
     describe_shares,
     find_sources,
     open_sets,
     order_of,
     pixels_of,
-    span_reader,
-    tell_all_ranks,
 )
 from trainer.data.stream import Batch, fixed_stream
 from trainer.data.transforms.views import CenterView
 from trainer.detection.build import assemble_detector, build_detector, preprocessing_of, training_view
-from trainer.detection.leakage import prints_of
+from trainer.detection.leakage import fingerprints_of
 from trainer.detection.saved_detector import restore, save_detector
 from trainer.detection.scoring import (
     UNCALIBRATED,
@@ -48,7 +48,7 @@ from trainer.errors import ConfigError
 from trainer.fault_tolerance import checkpoint
 from trainer.fault_tolerance.attempts import Lease
 from trainer.fault_tolerance.resume import begin, check_output, noting_the_end, versions
-from trainer.fault_tolerance.watchdog import backend_timeout_s, mark, start_watchdog
+from trainer.fault_tolerance.watchdog import backend_timeout_s, set_phase, start_watchdog
 from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.log import print_and_log, start_console, start_logging
 from trainer.models.lora import save_adapter
@@ -102,7 +102,7 @@ def finetune(
     if taken := changed_fields(asked, recipe):
         logger.info("from --init, where the command line says nothing: %s", taken)
     start_watchdog(output, world, runtime)
-    sources = tell_all_ranks(found, world)
+    sources = broadcast_sources(found, world)
     index = open_sets(sources, recipe, runtime, world)
     overlap = world.on_main(lambda: check_sets(index, recipe, runtime))
     order = order_of(recipe, index["data"], sources["data"], num_meeting=recipe.num_mixed)
@@ -118,7 +118,7 @@ def finetune(
         save_frozen=not recipe.backbone_is_frozen,
     )
     identity = checkpoint.Identity(
-        recipe=as_record(recipe),
+        recipe=to_dict(recipe),
         data_fingerprint=index["data"].fingerprint,
         data_shares=describe_shares(index["data"], sources["data"]),
         plan_version=PLAN_VERSION,
@@ -133,8 +133,8 @@ def finetune(
     with noting_the_end(lease, world):
         best = BestDetector(engine, index, recipe, runtime, origin | {"overlap": overlap, "data": runtime.data}, lease)
         ending = training_of(engine, order, index["data"], best, identity, lease, recipe, runtime).run()
-    mark(Phase.LEAVING)
-    world.on_main(lambda: tell_where(output, ending, best, lease))
+    set_phase(Phase.LEAVING)
+    world.on_main(lambda: print_summary(output, ending, best, lease))
     disconnect()
     return ending
 
@@ -165,7 +165,7 @@ def check_groups(recipe: DetectorRecipe, micro_batch: int) -> None:
 
 def changed_fields(before: DetectorRecipe, after: DetectorRecipe) -> str:
     """Name the settings in which two recipes differ, with the later values."""
-    old, new = as_record(before), as_record(after)
+    old, new = to_dict(before), to_dict(after)
     return ", ".join(f"{name} {value}" for name, value in new.items() if value != old[name])
 
 
@@ -183,7 +183,7 @@ def check_sets(index: dict[str, ShardIndex], recipe: DetectorRecipe, runtime: De
     if "val_data" not in index:
         return ""
     check_labels(index["val_data"], setting="--val_data")
-    shared = prints_of(index["data"]).shared_with(prints_of(index["val_data"]))
+    shared = fingerprints_of(index["data"]).shared_with(fingerprints_of(index["val_data"]))
     if shared and not runtime.allow_overlap:
         raise ConfigError(
             f"--data and --val_data share {shared}: a threshold fitted there would flatter; split by people "
@@ -247,7 +247,7 @@ class BestDetector:
         mine = share_of(len(index), rank=world.rank, num_ranks=world.size)
         view = CenterView(size=self._recipe.image_size, pixels=pixels_of(self._recipe))
         batch = min(self._runtime.micro_batch, len(mine))
-        spans = span_reader(self._runtime)
+        spans = byte_range_reader(self._runtime)
         stream = fixed_stream(index, mine, view, batch=batch, noise_per_sample=1, spans=spans, substitute=False)
         forward = functools.partial(self._engine.evaluate, want="logits")
         return score(forward, Loader(stream), self._engine.device)
@@ -256,14 +256,14 @@ class BestDetector:
         weights = self._engine.trainable_state()
 
         def write() -> None:
-            decision, seen = UNCALIBRATED, {"train": prints_of(self._index["data"])}
+            decision, seen = UNCALIBRATED, {"train": fingerprints_of(self._index["data"])}
             if scores is not None:
                 val = self._index["val_data"]
                 decision = fit_decision(scores.logit_N, val.labels[scores.sample_N].astype(np.int64))
-                seen["val"] = prints_of(val)
+                seen["val"] = fingerprints_of(val)
             description = self._origin | {
                 "step": step,
-                "recipe": as_record(self._recipe),
+                "recipe": to_dict(self._recipe),
                 "preprocessing": preprocessing_of(self._recipe),
                 "selection": {"data": self._runtime.val_data, "figures": figures} | self._chosen_by(),
                 "versions": versions(),
@@ -356,7 +356,7 @@ def inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
     return batch.images_BCHW, labels_B, batch.noise_BN
 
 
-def tell_where(output: Path, ending: Ending, best: BestDetector, lease: Lease) -> None:
+def print_summary(output: Path, ending: Ending, best: BestDetector, lease: Lease) -> None:
     """Record the end and print what a newcomer wants to know."""
     record_end(output, ending, lease)
     if (best.folder / "detector.json").exists():

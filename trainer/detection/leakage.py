@@ -19,7 +19,7 @@ _IDENTITY_FIELDS = ("identity", "identity_2")
 
 
 @dataclass(frozen=True, slots=True)
-class Prints:
+class Fingerprints:
     """The distinct images and people of a set, as uint64."""
 
     images_N: NDArray[np.uint64]
@@ -31,12 +31,12 @@ class Prints:
             np.savez(file, images=self.images_N, people=self.people_N)
 
     @staticmethod
-    def load(path: Path) -> "Prints":
+    def load(path: Path) -> "Fingerprints":
         """Read what `save` wrote; no code from the file is executed."""
         with np.load(path, allow_pickle=False) as arrays:
-            return Prints(arrays["images"], arrays["people"])
+            return Fingerprints(arrays["images"], arrays["people"])
 
-    def shared_with(self, other: "Prints") -> str:
+    def shared_with(self, other: "Fingerprints") -> str:
         """Describe what both sets hold; empty where nothing."""
         images, people = (
             len(np.intersect1d(ours, theirs, assume_unique=True))
@@ -46,7 +46,7 @@ class Prints:
         return " and ".join(parts)
 
 
-def prints_of(index: ShardIndex) -> Prints:
+def fingerprints_of(index: ShardIndex) -> Fingerprints:
     """Take the prints of all images and of both identities of each sample, where the samples name them."""
     images = (index.image_crc32.astype(np.uint64) << np.uint64(32)) | (index.image_bytes.astype(np.uint64) % (1 << 32))
     people: set[int] = set()
@@ -54,7 +54,7 @@ def prints_of(index: ShardIndex) -> Prints:
         if name in index.group_fields:
             values, codes_N = index.groups(name)
             people |= {_print_of(values[code]) for code in np.unique(codes_N).tolist() if code != NO_GROUP}
-    return Prints(np.unique(images), np.array(sorted(people), dtype=np.uint64))
+    return Fingerprints(np.unique(images), np.array(sorted(people), dtype=np.uint64))
 
 
 def _print_of(identity: str) -> int:

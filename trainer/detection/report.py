@@ -52,7 +52,7 @@ def report_html(evaluation: dict[str, Any], sets: Sequence[ScoredSet], hardest: 
         hardest: of each model, test set and class, shown the worst first.
     """
     filters: dict[str, Callable[..., Any]] = {
-        f.__name__: f for f in (percent, interval, spread, count, decimal, plain, heat, row_facts)
+        f.__name__: f for f in (percent, interval, format_interval, count, decimal, plain, heat, row_facts)
     }
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
@@ -84,7 +84,7 @@ def interval(limits: Sequence[float] | None) -> str:
     return f"[{low.removesuffix(' %')}, {high}]"
 
 
-def spread(limits: Sequence[float] | None, total: int | None = None) -> str:
+def format_interval(limits: Sequence[float] | None, total: int | None = None) -> str:
     """Write the interval of a bootstrap; where no replicate differs, the exact one of ``total`` trials, if given.
 
     A rate of zero is zero in every replicate, so [0, 0 %] would claim a certainty that nobody has.
@@ -133,11 +133,11 @@ def row_facts(row: Row) -> list[tuple[str, str, str]]:
     both = f"rates {percent(eer['low'])} and {percent(eer['high'])}, threshold {decimal(eer['threshold'])}"
     facts = [
         ("Samples", f"{row['num_bona_fide']} bona fides, {row['num_morphs']} morphs", ""),
-        ("D-EER", f"{percent(eer['value'])}, {spread(eer['ci'])}", both),
+        ("D-EER", f"{percent(eer['value'])}, {format_interval(eer['ci'])}", both),
     ]
     for fixed, other in (("macer", "bscer"), ("bscer", "macer")):
         for limit, point in row[f"{other}_at_{fixed}"].items():
-            text = f"{percent(point[other])}, {spread(point['ci'], totals[other])}"
+            text = f"{percent(point[other])}, {format_interval(point['ci'], totals[other])}"
             reached = f"{fixed.upper()} {percent(point[fixed])}, threshold {decimal(point['threshold'])}"
             facts.append((f"{other.upper()}@{fixed.upper()}={limit}", text, reached))
     limits = "[{}, {}]".format(*(decimal(x) for x in auc["ci"])) if auc["ci"] else "no interval"
@@ -146,7 +146,7 @@ def row_facts(row: Row) -> list[tuple[str, str, str]]:
     at = row["at_threshold"]
     for name, total in totals.items() if at else ():
         text = f"{percent(at[name])}, {count(at[name], total)}; if images were independent {interval(at[f'{name}_ci'])}"
-        clustered = f"over {resampled(row)} {spread(at[f'{name}_cluster_ci'])}"
+        clustered = f"over {resampled(row)} {format_interval(at[f'{name}_cluster_ci'])}"
         facts.append((f"{name.upper()}({decimal(at['threshold'])})", text, clustered))
     used = f"{row['num_replicates']} used, {row['num_skipped_replicates']} skipped"
     return [*facts, ("Bootstrap replicates", used, f"drawing {resampled(row)}")]

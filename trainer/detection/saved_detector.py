@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.detection.error_rates import Calibration
-from trainer.detection.leakage import Prints
+from trainer.detection.leakage import Fingerprints
 from trainer.detection.scoring import Decision
 from trainer.errors import CheckpointError, without_secrets
 from trainer.fault_tolerance.attempts import Lease
@@ -43,8 +43,8 @@ class SavedDetector:
     description: dict[str, Any]
     weights: dict[str, Tensor]
     decision: Decision
-    seen: dict[str, Prints]
-    """Prints of the training set ("train") and of the validation set ("val"), where there was one."""
+    seen: dict[str, Fingerprints]
+    """Fingerprints of the training set ("train") and of the validation set ("val"), where there was one."""
 
 
 def save_detector(
@@ -52,7 +52,7 @@ def save_detector(
     description: dict[str, Any],
     weights: dict[str, Tensor],
     decision: Decision,
-    seen: dict[str, Prints],
+    seen: dict[str, Fingerprints],
     *,
     lease: Lease,
     write_more: Callable[[Path], None] | None = None,
@@ -108,7 +108,7 @@ def load_detector(path: Path) -> SavedDetector:
         weights,
         Decision(Calibration(**description["calibration"]), thresholds, **told),
         {
-            name: Prints.load(folder / f"{name}.npz")
+            name: Fingerprints.load(folder / f"{name}.npz")
             for name in ("train", "val")
             if f"{name}.npz" in description["files"]
         },

@@ -116,9 +116,9 @@ class Lease:
 
     def discard(self, path: Path) -> None:
         """Remove a file or folder of the output; a kill leaves it whole or leaves a draft."""
-        doomed = self.draft(path.name)
-        self.move(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        trash = self.draft(path.name)
+        self.move(path, trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
     def began(self, step: int, total_steps: int | None = None) -> None:
         """Record where this attempt starts, and how long the schedule is."""
@@ -130,7 +130,7 @@ class Lease:
         self.write(self.folder / "end.json", json.dumps({"end": how, "time": _now()}) + "\n")
 
 
-def take(output: Path, *, num_ranks: int) -> Lease:
+def acquire(output: Path, *, num_ranks: int) -> Lease:
     """Take the next number and the drafts of every older attempt away. Call on one rank.
 
     Raises:
@@ -151,7 +151,7 @@ def take(output: Path, *, num_ranks: int) -> Lease:
     return Lease(folder)
 
 
-def refuse_hopeless(lease: Lease, step: int, *, limit: int) -> None:
+def check_crash_loop(lease: Lease, step: int, *, limit: int) -> None:
     """Stop a run that dies again and again without getting anywhere.
 
     Args:
@@ -162,7 +162,7 @@ def refuse_hopeless(lease: Lease, step: int, *, limit: int) -> None:
     Raises:
         ConfigError: so many have.
     """
-    fruitless = []
+    failed_attempts = []
     for number in sorted(_numbers(lease.folder.parent) - {lease.number}, reverse=True):
         folder = lease.folder.parent / f"{number:06d}"
         end = read_json(folder / "end.json").get("end", "")
@@ -170,12 +170,12 @@ def refuse_hopeless(lease: Lease, step: int, *, limit: int) -> None:
             continue
         if end or read_json(folder / "start.json").get("step", step) != step:
             break
-        fruitless.append(number)
-    if limit and len(fruitless) >= limit:
+        failed_attempts.append(number)
+    if limit and len(failed_attempts) >= limit:
         raise ConfigError(
-            f"max_restarts is {limit}, and attempts {fruitless[-1]} to {fruitless[0]} all began at step {step} and "
-            "died before another checkpoint: read the end of their logs in OUTPUT/logs; with the cause mended, start "
-            f"with --max_restarts {len(fruitless) + limit}, or save more often with --save_every"
+            f"max_restarts is {limit}, and attempts {failed_attempts[-1]} to {failed_attempts[0]} all began at step {step} "
+            "and died before another checkpoint: read the end of their logs in OUTPUT/logs; with the cause removed, start "
+            f"with --max_restarts {len(failed_attempts) + limit}, or save more often with --save_every"
         )
 
 

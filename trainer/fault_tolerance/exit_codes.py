@@ -16,7 +16,7 @@ from typing import NoReturn
 from trainer.config.command_line import flag_pairs
 from trainer.config.parse import expand_home
 from trainer.errors import SupersededError, TrainerError
-from trainer.fault_tolerance.watchdog import explain_loss, mark
+from trainer.fault_tolerance.watchdog import explain_loss, set_phase
 from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.progress import is_main
 
@@ -57,7 +57,7 @@ def run(command: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     if interrupt.seen:
-        mark(Phase.FAILED)
+        set_phase(Phase.FAILED)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a rank that failed must not wait in the clean-up of a group that lost its members
@@ -66,18 +66,18 @@ def run(command: Callable[[], int]) -> NoReturn:
 def explain(error: Exception) -> int:
     """Show an error, and return the exit code."""
     if isinstance(error, TrainerError):
-        mark(Phase.FAILED)
+        set_phase(Phase.FAILED)
         code = EXIT_SUPERSEDED if isinstance(error, SupersededError) else EXIT_USER_ERROR
         _let_main_speak_first(code)
         print(f"\nerror: {error}", file=sys.stderr)
         return code
     if isinstance(error, OSError) and (place := _place_of(error)):
-        mark(Phase.FAILED)
+        set_phase(Phase.FAILED)
         print(f"\nerror: {place}", file=sys.stderr)
         return EXIT_USER_ERROR
     loss = explain_loss(error)
     if loss is None:
-        mark(Phase.FAILED)
+        set_phase(Phase.FAILED)
         traceback.print_exception(error)
         return 1
     if is_main():

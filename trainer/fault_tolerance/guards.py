@@ -13,7 +13,7 @@ from trainer.distributed.engine import Engine
 from trainer.errors import DataError
 from trainer.fault_tolerance.attempts import Lease
 from trainer.fault_tolerance.nonfinite import BadSteps, SpikeWatch
-from trainer.fault_tolerance.watchdog import mark
+from trainer.fault_tolerance.watchdog import set_phase
 from trainer.fault_tolerance.watchdog_process import Phase
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class StopRequest:
             logger.warning("got %s: saving after this step or the next, then leaving%s", name, once_more)
         elif now >= self._came_s + (_SAME_KEY_S if number == self.number == signal.SIGINT else _SAME_REQUEST_S):
             logger.warning("got %s, the second request: leaving at once, without saving", name)
-            mark(Phase.LEAVING)
+            set_phase(Phase.LEAVING)
             os._exit(128 + number)
 
 

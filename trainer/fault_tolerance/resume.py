@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.command_line import read_flags
-from trainer.config.record import as_record, complete_record, differing_fields
+from trainer.config.record import complete_record, differing_fields, to_dict
 from trainer.config.settings import Recipe, Runtime
 from trainer.distributed.engine import Engine
 from trainer.distributed.world import World
@@ -50,7 +50,7 @@ def check_output(output: Path, recipe: Recipe, resume: str) -> None:
         raise ConfigError(f"resume is never, but output_dir {output} holds a run: name a new folder")
     try:
         theirs = json.loads(record.read_text())["recipe"]
-        ours = as_record(recipe)
+        ours = to_dict(recipe)
         differing = differing_fields(ours, complete_record(theirs, ours))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{record} is unreadable ({error!r}): restore it, or name a new output_dir") from error
@@ -69,18 +69,18 @@ def begin(output: Path, identity: checkpoint.Identity, runtime: Runtime, world: 
         ConfigError: a folder lies on another file system.
     """
 
-    def take() -> str:
+    def claim_folder() -> str:
         root = output / "checkpoints"
         found = checkpoint.newest_manifest(root)
         if found is not None:
             checkpoint.check_identity(found[1], identity, found[0], allow_data_change=runtime.allow_data_change)
-        lease = leases.take(output, num_ranks=world.size)
+        lease = leases.acquire(output, num_ranks=world.size)
         for setting, folder in (("output_dir", root), ("sample_ledger", runtime.sample_ledger)):
             if folder is not None:
                 _require_same_file_system(lease, Path(folder), setting)
         return str(lease.folder)
 
-    return Lease(Path(world.on_main(take)))
+    return Lease(Path(world.on_main(claim_folder)))
 
 
 def claim(
@@ -93,9 +93,9 @@ def claim(
     """
 
     def record() -> None:
-        leases.refuse_hopeless(lease, step, limit=runtime.max_restarts)
+        leases.check_crash_loop(lease, step, limit=runtime.max_restarts)
         lease.began(step, total_steps)
-        told = {"recipe": as_record(recipe), "runtime": as_record(runtime), "versions": versions()}
+        told = {"recipe": to_dict(recipe), "runtime": to_dict(runtime), "versions": versions()}
         told["start"] = describe_start(sys.argv, world)
         lease.write(output / "recipe.json", without_secrets(json.dumps(told, indent=1)) + "\n")
         ledger = Path(runtime.sample_ledger) if runtime.sample_ledger else None

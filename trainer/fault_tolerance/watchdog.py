@@ -29,7 +29,7 @@ from typing import Any
 from trainer.config.settings import Runtime
 from trainer.distributed.world import World
 from trainer.fault_tolerance import watchdog_process as guardian
-from trainer.fault_tolerance.watchdog_process import MARK, Phase, beat_interval_s, tell, verdict_path
+from trainer.fault_tolerance.watchdog_process import PHASE_RECORD, Phase, beat_interval_s, tell, verdict_path
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def start(logs: Path, attempt: str, *, rank: int, num_ranks: int, limits: Limits
     global _watch
     (logs / "heartbeats").mkdir(parents=True, exist_ok=True)
     marks_fd, stacks_fd = os.memfd_create("marks"), os.memfd_create("stacks")
-    os.ftruncate(marks_fd, MARK.size)
+    os.ftruncate(marks_fd, PHASE_RECORD.size)
     faulthandler.register(guardian.DUMP_SIGNAL, file=stacks_fd, all_threads=True)
     settings = {
         **{"logs": str(logs.absolute()), "attempt": attempt, "rank": rank, "num_ranks": num_ranks},
@@ -121,16 +121,16 @@ def start(logs: Path, attempt: str, *, rank: int, num_ranks: int, limits: Limits
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # a signal to the group of the rank must not end it first
     )
-    _watch = _Watch(logs, attempt, rank, num_ranks, mmap.mmap(marks_fd, MARK.size), process)
-    mark(Phase.STARTING, 0)
+    _watch = _Watch(logs, attempt, rank, num_ranks, mmap.mmap(marks_fd, PHASE_RECORD.size), process)
+    set_phase(Phase.STARTING, 0)
 
 
-def mark(phase: Phase, step: int | None = None) -> None:
+def set_phase(phase: Phase, step: int | None = None) -> None:
     """Tell the guardian that this rank enters a phase, of the step it was in unless told."""
     if _watch is not None:
         _watch.num_marks += 1
         _watch.step = _watch.step if step is None else step
-        MARK.pack_into(_watch.memory, 0, _watch.num_marks, _watch.step, phase)
+        PHASE_RECORD.pack_into(_watch.memory, 0, _watch.num_marks, _watch.step, phase)
 
 
 def where_we_wait(share: float) -> list[Any]:
@@ -163,7 +163,7 @@ def explain_loss(error: BaseException) -> str | None:
     """
     if not _is_loss(error):
         return None
-    mark(Phase.LOST)
+    set_phase(Phase.LOST)
     reason = re.sub(r"^\[.*?\] ", "", str(error)).partition(". ")[0].encode("ascii", "replace").decode()
     if _watch is None:
         return (

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 TICK_S = 0.5
-MARK = struct.Struct("=QQQ")
+PHASE_RECORD = struct.Struct("=QQQ")
 """What a rank tells: number of the mark, step, phase."""
 DUMP_SIGNAL = signal.SIGUSR2
 """Makes a rank write its Python stacks (`faulthandler`); schedulers that send it on their own do no harm."""
@@ -196,7 +196,7 @@ def say(text: str) -> None:
         os.write(2, f"\n{text}\n".encode())
 
 
-class Guardian:
+class WatchdogProcess:
     """Watches one rank until it ends, or ends it."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -204,8 +204,8 @@ class Guardian:
         self._logs = Path(settings["logs"])
         self._rank, self._pid, self._num_ranks = settings["rank"], settings["pid"], settings["num_ranks"]
         self._limits = {Phase(int(phase)): limit for phase, limit in settings["limits"].items()}
-        self._memory = mmap(settings["marks_fd"], MARK.size)
-        self._mark, self._phase_s, self._since = (0, 0, 0), 0.0, time.time()
+        self._memory = mmap(settings["marks_fd"], PHASE_RECORD.size)
+        self._record, self._phase_s, self._since = (0, 0, 0), 0.0, time.time()
         self._beating: threading.Thread | None = None
         self._condemned = self._has_written = False
 
@@ -214,7 +214,7 @@ class Guardian:
         last = next_beat = time.monotonic()
         while True:
             now = time.monotonic()
-            self._read_mark(now - last)
+            self._read_record(now - last)
             last = now
             if os.getppid() != self._pid:
                 return self._report_loss()
@@ -229,14 +229,14 @@ class Guardian:
 
     @property
     def _phase(self) -> Phase:
-        return Phase(self._mark[2])
+        return Phase(self._record[2])
 
-    def _read_mark(self, slept_s: float) -> None:
+    def _read_record(self, slept_s: float) -> None:
         """Follow the rank. A tick that took far longer was a frozen or suspended machine, and no time of the rank's."""
-        mark = MARK.unpack_from(self._memory)
+        record = PHASE_RECORD.unpack_from(self._memory)
         self._phase_s += min(slept_s, _FOREIGN_SLEEP_S)
-        if mark != self._mark:
-            self._mark, self._phase_s, self._since = mark, 0.0, time.time()
+        if record != self._record:
+            self._record, self._phase_s, self._since = record, 0.0, time.time()
 
     def _beat(self) -> None:
         """Write where the rank stands, and look whether the job is condemned."""
@@ -248,7 +248,7 @@ class Guardian:
         state = state_of(self._pid) if os.getppid() == self._pid else "gone"
         beat = {
             **{name: self._settings[name] for name in ("rank", "host", "pid", "attempt")},
-            **{"step": self._mark[1], "phase": self._mark[2], "doing": WORDS[self._phase], "since": self._since},
+            **{"step": self._record[1], "phase": self._record[2], "doing": WORDS[self._phase], "since": self._since},
             **{"for_s": round(self._phase_s, 1), "time": time.time(), "state": state, "gone": state == "gone"},
         }
         draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -271,7 +271,7 @@ class Guardian:
             setting, limit_s = self._limits[self._phase]
             headline = (
                 f"rank {self._rank} on {self._settings['host']} (pid {self._pid}) is {WORDS[self._phase]} in step "
-                f"{self._mark[1]} for {self._phase_s:.0f} s, but {setting} is {limit_s} s"
+                f"{self._record[1]} for {self._phase_s:.0f} s, but {setting} is {limit_s} s"
             )
             _within(deadline - time.monotonic(), lambda: self._tell(headline))
         if self._rank == 0:
@@ -297,7 +297,7 @@ class Guardian:
     def _stacks(self) -> str:
         """Return what the kernel says of the rank and, unless it is stopped, its Python stacks."""
         lines = [f"{self._settings['attempt']} rank {self._rank} on {self._settings['host']} (pid {self._pid})"]
-        lines += [f"in step {self._mark[1]}, {WORDS[self._phase]} for {self._phase_s:.0f} s", ""]
+        lines += [f"in step {self._record[1]}, {WORDS[self._phase]} for {self._phase_s:.0f} s", ""]
         for name in ("wchan", "stack", "status"):
             with contextlib.suppress(OSError):
                 text = Path(f"/proc/{self._pid}/{name}").read_text()
@@ -354,7 +354,7 @@ def main() -> NoReturn:
     """Watch the rank that started this process."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # launchers and schedulers end the rank; the guardian leaves after it
-    Guardian(json.loads(sys.argv[1])).watch()
+    WatchdogProcess(json.loads(sys.argv[1])).watch()
     os._exit(0)  # a thread that hangs with the storage must not keep this process
 
 

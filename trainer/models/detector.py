@@ -109,7 +109,7 @@ class MorphDetector(nn.Module):
         assert draws_BK is not None
         options, target = self.options, labels_B
         if self._keys is not None and self.training:
-            self._keys.take(draws_BK[:, -DRAWS_A_KEY:])
+            self._keys.assign(draws_BK[:, -DRAWS_A_KEY:])
         if self._mixup is not None and self.training:
             first = DRAWS_A_MIX * len(self.mixstyle)
             pixels_BCHW, target = self._mix_up(pixels_BCHW, labels_B, draws_BK[:, first : first + DRAWS_A_MIX])

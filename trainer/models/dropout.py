@@ -37,7 +37,7 @@ class SampleKeys:
         self._offset_LB: Tensor | None = None
         self._tables: dict[tuple[torch.device, int], Tensor] = {}
 
-    def take(self, draws_B2: Tensor) -> None:
+    def assign(self, draws_B2: Tensor) -> None:
         """Hash the words of new samples, once for all layers."""
         words_B = ((draws_B2 * 2.0**24).long() << torch.tensor([24, 0], device=draws_B2.device)).sum(dim=1)
         layers_L = torch.arange(1, self._num_layers + 1, device=draws_B2.device) * _GOLDEN

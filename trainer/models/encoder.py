@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from trainer.errors import ConfigError
-from trainer.models.mask_utils import take
+from trainer.models.mask_utils import gather_tokens
 
 _PLAIN = "vit_base_patch16_224"
 _UNUSED = ("attn_pool.", "norm.", "fc_norm.", "head.")
@@ -119,7 +119,7 @@ class PatchEncoder(nn.Module):
         Returns:
             tokens_BTD: class and register tokens, then the kept patches in the order of ``keep``.
         """
-        kept_BKP = patches_BNP if keep_BK is None else take(patches_BNP, keep_BK)
+        kept_BKP = patches_BNP if keep_BK is None else gather_tokens(patches_BNP, keep_BK)
         tokens_BTD = self.vit.norm_pre(self._with_prefix(self._embed(kept_BKP), keep_BK))
         for i, block in enumerate(self.vit.blocks):
             if self._grad_checkpointing and self.training:
@@ -231,7 +231,7 @@ class PatchEncoder(nn.Module):
         """Add positions by index and put class and register tokens in front, as timm's ``_pos_embed`` orders them."""
         B = len(patches_BKD)
         positions_1ND = self.positions()
-        chosen = positions_1ND if keep_BK is None else take(positions_1ND.expand(B, -1, -1), keep_BK)
+        chosen = positions_1ND if keep_BK is None else gather_tokens(positions_1ND.expand(B, -1, -1), keep_BK)
         prefix = [token.expand(B, -1, -1) for token in (self.vit.cls_token, self.vit.reg_token) if token is not None]
         if prefix and not self.vit.no_embed_class:
             num_placed = self.vit.pos_embed.shape[1] - self.num_patches

@@ -30,7 +30,7 @@ from trainer.models.encoder import (
     sine_cosine_positions,
 )
 from trainer.models.losses import masked_pixel_error, normalise_patches, patch_statistics
-from trainer.models.mask_utils import patchify, take, unpatchify
+from trainer.models.mask_utils import gather_tokens, patchify, unpatchify
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -196,7 +196,7 @@ class MaskedAutoencoder(nn.Module):
         return projected
 
     def _target(self, patches_BNP: Tensor, masked_BM: Tensor) -> Tensor:
-        target_BMP = take(patches_BNP, masked_BM)
+        target_BMP = gather_tokens(patches_BNP, masked_BM)
         return normalise_patches(target_BMP) if self.norm_pix_loss else target_BMP
 
     def _normalise(self, images_BCHW: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ class MaskedAutoencoder(nn.Module):
 
     def _pictures(self, patches_BNP: Tensor, predicted_BMP: Tensor, masked_BM: Tensor) -> Tensor:
         if self.norm_pix_loss:  # the decoder says nothing about a patch's own brightness and contrast: borrow them
-            mean_BM1, scale_BM1 = patch_statistics(take(patches_BNP, masked_BM))
+            mean_BM1, scale_BM1 = patch_statistics(gather_tokens(patches_BNP, masked_BM))
             predicted_BMP = predicted_BMP * scale_BM1 + mean_BM1
         where_BMP = masked_BM[..., None].expand_as(predicted_BMP)
         painted_BNP = patches_BNP.scatter(1, where_BMP, predicted_BMP)
@@ -237,7 +237,7 @@ def _statistics_on(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _pick(table_1ND: Tensor, index_BK: Tensor) -> Tensor:
     """Give each image its rows of a table that all share, (B, K, D)."""
-    return take(table_1ND.expand(len(index_BK), -1, -1), index_BK)
+    return gather_tokens(table_1ND.expand(len(index_BK), -1, -1), index_BK)
 
 
 @torch.no_grad()

@@ -126,7 +126,7 @@ def random_masking(
     noise_BN = torch.rand(num_images, num_patches, generator=generator, device=x_BND.device)
     keep_BK, masked_BM = draw_mask(noise_BN, mask_ratio=mask_ratio, grid=(1, num_patches))
     mask_BN = torch.zeros_like(noise_BN).scatter_(1, masked_BM, 1.0)
-    return take(x_BND, keep_BK), mask_BN, torch.cat([keep_BK, masked_BM], dim=1).argsort(dim=1)
+    return gather_tokens(x_BND, keep_BK), mask_BN, torch.cat([keep_BK, masked_BM], dim=1).argsort(dim=1)
 
 
 def apply_mask(x_BND: Tensor, mask_BN: Tensor, mask_token_D: Tensor | None = None) -> Tensor:
@@ -135,7 +135,7 @@ def apply_mask(x_BND: Tensor, mask_BN: Tensor, mask_token_D: Tensor | None = Non
     return torch.where(mask_BN[..., None].bool(), token_D, x_BND)
 
 
-def take(x_BND: Tensor, index_BK: Tensor) -> Tensor:
+def gather_tokens(x_BND: Tensor, index_BK: Tensor) -> Tensor:
     """Gather tokens by index: (B, N, D) and (B, K) give (B, K, D)."""
     return x_BND.gather(1, index_BK[..., None].expand(-1, -1, x_BND.shape[2]))
 

@@ -20,7 +20,7 @@ from trainer.distributed.engine import Engine, StepResult
 from trainer.fault_tolerance.checkpoint import Progress
 from trainer.fault_tolerance.guards import BadSamples, Guards
 from trainer.fault_tolerance.ledger import Ledger
-from trainer.fault_tolerance.watchdog import compare_waits, mark, where_we_wait
+from trainer.fault_tolerance.watchdog import compare_waits, set_phase, where_we_wait
 from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.training.monitor import Monitor
 from trainer.training.throughput import Speedometer
@@ -32,13 +32,13 @@ Inputs = Callable[[Batch], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Dates:
+class Intervals:
     """When things happen, in optimizer steps; everything also happens at the last step."""
 
     last_step: int
     log_every: int
     save_every: int
-    heldout_every: int
+    val_every: int
     picture_every: int
 
     def due(self, step: int, every: int) -> bool:
@@ -72,7 +72,7 @@ def train(
     learning_rate_at: Callable[[int], float],
     seed_at: Callable[[int], int],
     accumulation: int,
-    dates: Dates,
+    dates: Intervals,
     hooks: Hooks,
     monitor: Monitor,
     ledger: Ledger,
@@ -84,9 +84,9 @@ def train(
     The state is saved at the end, but not of a spike.
     """
     while progress.step < dates.last_step:
-        mark(Phase.DATA, progress.step + 1)
+        set_phase(Phase.DATA, progress.step + 1)
         micro_batches = _wait_for(batches, accumulation, speed)
-        mark(Phase.STEP, progress.step + 1)
+        set_phase(Phase.STEP, progress.step + 1)
         learning_rate = learning_rate_at(progress.step)
         result = engine.step(
             (inputs(to_device(batch, engine.device)) for batch in micro_batches),
@@ -109,14 +109,14 @@ def train(
         if dates.due(step, dates.log_every) or result.stop:
             engine.world.on_main(guards.lease.check)
             _log(progress, engine, result, learning_rate, monitor=monitor, speed=speed, bad=guards.bad_samples)
-        if dates.due(step, dates.heldout_every):
-            mark(Phase.MEASURING, step)
+        if dates.due(step, dates.val_every):
+            set_phase(Phase.MEASURING, step)
             hooks.measure(step)
         if dates.due(step, dates.picture_every):
-            mark(Phase.DRAWING, step)
+            set_phase(Phase.DRAWING, step)
             hooks.picture(step)
         if dates.due(step, dates.save_every) or result.stop:
-            mark(Phase.SAVING, step)
+            set_phase(Phase.SAVING, step)
             engine.check_finite()
             ledger.flush()
             hooks.save()

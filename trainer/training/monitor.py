@@ -30,11 +30,14 @@ logger = logging.getLogger(__name__)
 
 
 _CHARTS = {
-    "held-out": {"masked error": ["Multiline", ["heldout/loss", "heldout/mean_face_loss"]]},
-    "validation": {"error rates": ["Multiline", ["val/d_eer"]], "loss": ["Multiline", ["train/loss", "val/loss"]]},
+    "validation": {
+        "masked error": ["Multiline", ["val/loss", "val/mean_face_loss"]],
+        "error rates": ["Multiline", ["val/d_eer"]],
+        "loss": ["Multiline", ["train/loss", "val/loss"]],
+    },
 }
 """TensorBoard's custom scalars: what belongs into one chart."""
-_COMPARED = ("train/loss", "heldout/loss", "val/d_eer", "val/loss")
+_COMPARED = ("train/loss", "val/loss", "val/d_eer")
 """Numbers beside the hyperparameters."""
 
 

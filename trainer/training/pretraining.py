@@ -8,20 +8,20 @@ from pathlib import Path
 
 import torch
 
-from trainer.config.record import as_record
+from trainer.config.record import to_dict
 from trainer.config.settings import PretrainRecipe, PretrainRuntime
 from trainer.data.loader import Loader
 from trainer.data.order.mixture import Source
-from trainer.data.order.plan import PLAN_VERSION, Order, Repeated, spread
+from trainer.data.order.plan import PLAN_VERSION, Order, Repeated, evenly_spaced
 from trainer.data.shards.index import ShardIndex
 from trainer.data.sources import (
+    broadcast_sources,
+    byte_range_reader,
     describe_shares,
     find_sources,
     open_sets,
     order_of,
     pixels_of,
-    span_reader,
-    tell_all_ranks,
 )
 from trainer.data.stream import Batch, fixed_stream
 from trainer.data.transforms.views import CenterView, PretrainView
@@ -33,7 +33,7 @@ from trainer.errors import ConfigError
 from trainer.fault_tolerance import checkpoint
 from trainer.fault_tolerance.attempts import Lease
 from trainer.fault_tolerance.resume import begin, check_output, noting_the_end
-from trainer.fault_tolerance.watchdog import backend_timeout_s, mark, start_watchdog
+from trainer.fault_tolerance.watchdog import backend_timeout_s, set_phase, start_watchdog
 from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.log import print_and_log, start_console, start_logging
 from trainer.models.encoder import PatchEncoder
@@ -41,7 +41,7 @@ from trainer.models.lora import backbone_sha256
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept
 from trainer.progress import say
-from trainer.training import reconstruction as heldout
+from trainer.training import reconstruction
 from trainer.training.model_cost import flops_of
 from trainer.training.monitor import Monitor
 from trainer.training.run import Ending, Training, record_end, show
@@ -66,9 +66,9 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime, *, dry_run: bool 
     say(f"building {recipe.model}")
     build = functools.partial(build_model, recipe)
     model = build(grad_checkpointing=runtime.grad_checkpointing)
-    num_kept(model.encoder.num_patches, heldout_mask_ratio(recipe, runtime))  # refuses one that leaves no patch
-    init_sha256 = take_weights(model, recipe, runtime)
-    others = {"heldout_data": runtime.heldout_data}
+    num_kept(model.encoder.num_patches, val_mask_ratio(recipe, runtime))  # refuses one that leaves no patch
+    init_sha256 = load_init_weights(model, recipe, runtime)
+    others = {"val_data": runtime.val_data}
     found = find_sources(recipe, runtime, others=others) if world.is_main else None
 
     if dry_run:
@@ -79,17 +79,17 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime, *, dry_run: bool 
     world.on_main(lambda: check_output(output, recipe, runtime.resume))
     start_logging(output, is_main=world.is_main, rank=world.rank)
     start_watchdog(output, world, runtime)
-    sources = tell_all_ranks(found, world)
+    sources = broadcast_sources(found, world)
     index = open_sets(sources, recipe, runtime, world)
     order = order_with_repeats(recipe, index["data"], sources["data"])
-    held_out = HeldOutView(model, recipe, runtime, index, world) if "heldout_data" in index else None
+    validation = Validation(model, recipe, runtime, index, world) if "val_data" in index else None
 
     say("starting DeepSpeed")
     engine = Engine(model, ds_config=ds_config, weight_decay=recipe.weight_decay, world=world)
     if runtime.compile_mode != "off":
         engine.compile(runtime.compile_mode)
     identity = checkpoint.Identity(
-        recipe=as_record(recipe),
+        recipe=to_dict(recipe),
         data_fingerprint=index["data"].fingerprint,
         data_shares=describe_shares(index["data"], sources["data"]),
         plan_version=PLAN_VERSION,
@@ -100,11 +100,11 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime, *, dry_run: bool 
     )
     lease = begin(output, identity, runtime, world)
     with noting_the_end(lease, world):
-        ending = training_of(engine, order, index["data"], held_out, identity, lease, recipe, runtime).run()
-        if held_out and math.isnan(held_out.last_loss):  # nothing was left to train
-            held_out.loss(engine)
-    mark(Phase.LEAVING)
-    world.on_main(lambda: tell_where(output, ending, held_out, lease))
+        ending = training_of(engine, order, index["data"], validation, identity, lease, recipe, runtime).run()
+        if validation and math.isnan(validation.last_loss):  # nothing was left to train
+            validation.loss(engine)
+    set_phase(Phase.LEAVING)
+    world.on_main(lambda: print_summary(output, ending, validation, lease))
     disconnect()
     return ending
 
@@ -135,7 +135,7 @@ def build_model(recipe: PretrainRecipe, *, grad_checkpointing: bool = False) -> 
         )
 
 
-def take_weights(model: MaskedAutoencoder, recipe: PretrainRecipe, runtime: PretrainRuntime) -> str:
+def load_init_weights(model: MaskedAutoencoder, recipe: PretrainRecipe, runtime: PretrainRuntime) -> str:
     """Start from the weights of ``init`` if any are named; returns the sha256 of them.
 
     Raises:
@@ -162,8 +162,8 @@ def take_weights(model: MaskedAutoencoder, recipe: PretrainRecipe, runtime: Pret
 
 def mask_of(
     recipe: PretrainRecipe, encoder: PatchEncoder, *, mask_ratio: float, predict_share: float = 1.0
-) -> heldout.DrawMask:
-    """Bind the recipe's mask settings: noise -> indices. Held-out images are always predicted whole."""
+) -> reconstruction.DrawMask:
+    """Bind the recipe's mask settings: noise -> indices. Validation images are always predicted whole."""
     return functools.partial(
         draw_mask,
         mask_ratio=mask_ratio,
@@ -174,9 +174,9 @@ def mask_of(
     )
 
 
-def heldout_mask_ratio(recipe: PretrainRecipe, runtime: PretrainRuntime) -> float:
-    """Return the share of patches that is hidden in held-out images."""
-    return runtime.heldout_mask_ratio or recipe.mask_ratio
+def val_mask_ratio(recipe: PretrainRecipe, runtime: PretrainRuntime) -> float:
+    """Return the share of patches that is hidden in validation images."""
+    return runtime.val_mask_ratio or recipe.mask_ratio
 
 
 def order_with_repeats(recipe: PretrainRecipe, index: ShardIndex, sources: list[Source]) -> Order:
@@ -187,8 +187,8 @@ def order_with_repeats(recipe: PretrainRecipe, index: ShardIndex, sources: list[
     return Repeated(order_of(once, index, sources), recipe.aug_repeats, recipe.global_batch)
 
 
-class HeldOutView:
-    """The fixed held-out images: their loss, the mean-face baseline, and their pictures."""
+class Validation:
+    """The fixed validation images: their loss, the mean-face baseline, and their pictures."""
 
     def __init__(
         self,
@@ -198,31 +198,35 @@ class HeldOutView:
         index: dict[str, ShardIndex],
         world: World,
     ) -> None:
-        num_all = len(index["heldout_data"])
-        self._chosen = spread(runtime.heldout_samples or num_all, num_all)
+        num_all = len(index["val_data"])
+        self._chosen = evenly_spaced(runtime.val_samples or num_all, num_all)
         num_images = len(self._chosen)
         self._index, self._recipe, self._runtime = index, recipe, runtime
         self._num_patches = model.encoder.num_patches
-        self.draw_mask = mask_of(recipe, model.encoder, mask_ratio=heldout_mask_ratio(recipe, runtime))
-        mine = heldout.share_of(num_images, rank=world.rank, num_ranks=world.size)
-        self._data = heldout.HeldOut(lambda: self._read("heldout_data", [self._chosen[i] for i in mine]), num_images)
+        self.draw_mask = mask_of(recipe, model.encoder, mask_ratio=val_mask_ratio(recipe, runtime))
+        mine = reconstruction.share_of(num_images, rank=world.rank, num_ranks=world.size)
+        self._data = reconstruction.ValidationImages(
+            lambda: self._read("val_data", [self._chosen[i] for i in mine]), num_images
+        )
         self.mean_face = world.on_main(lambda: self._measure_mean_face(model))
         self.last_loss = float("nan")
 
     def loss(self, engine: Engine) -> dict[str, float]:
         """Measure; all ranks call."""
-        self.last_loss = heldout.masked_error(engine, self._data, self.draw_mask)
+        self.last_loss = reconstruction.masked_error(engine, self._data, self.draw_mask)
         return {"loss": self.last_loss, "mean_face_loss": self.mean_face}
 
     def picture(self, engine: Engine) -> torch.Tensor:
         """Draw a few images from all over the set; all ranks call."""
-        shown = [self._chosen[i] for i in spread(_PICTURES, len(self._chosen))]
-        return heldout.triplets(engine, next(iter(self._read("heldout_data", shown, batch=len(shown)))), self.draw_mask)
+        shown = [self._chosen[i] for i in evenly_spaced(_PICTURES, len(self._chosen))]
+        return reconstruction.triplets(
+            engine, next(iter(self._read("val_data", shown, batch=len(shown)))), self.draw_mask
+        )
 
     def _measure_mean_face(self, model: MaskedAutoencoder) -> float:
-        chosen = spread(_MEAN_FACE_IMAGES, len(self._index["data"]))
-        mean_patch = heldout.MeanPatch(model, self._read("data", chosen))
-        return mean_patch.error(self._read("heldout_data", self._chosen), self.draw_mask)
+        chosen = evenly_spaced(_MEAN_FACE_IMAGES, len(self._index["data"]))
+        mean_patch = reconstruction.MeanPatch(model, self._read("data", chosen))
+        return mean_patch.error(self._read("val_data", self._chosen), self.draw_mask)
 
     def _read(self, setting: str, samples: list[int], *, batch: int | None = None) -> Iterable[Batch]:
         view = CenterView(size=self._recipe.image_size, pixels=pixels_of(self._recipe))
@@ -234,7 +238,7 @@ class HeldOutView:
                 view,
                 batch=batch,
                 noise_per_sample=self._num_patches,
-                spans=span_reader(self._runtime),
+                spans=byte_range_reader(self._runtime),
             )
         )
 
@@ -243,7 +247,7 @@ def training_of(
     engine: Engine,
     order: Order,
     index: ShardIndex,
-    held_out: HeldOutView | None,
+    validation: Validation | None,
     identity: checkpoint.Identity,
     lease: Lease,
     recipe: PretrainRecipe,
@@ -254,12 +258,12 @@ def training_of(
     draw = mask_of(recipe, encoder, mask_ratio=recipe.mask_ratio, predict_share=recipe.predict_share)
 
     def measure(monitor: Monitor, step: int) -> None:
-        if held_out:
-            monitor.scalars(step, held_out.loss(engine), group="heldout")
+        if validation:
+            monitor.scalars(step, validation.loss(engine), group="val")
 
     def picture(monitor: Monitor, step: int) -> None:
-        if held_out:
-            monitor.picture(step, "original_masked_reconstructed", held_out.picture(engine))
+        if validation:
+            monitor.picture(step, "original_masked_reconstructed", validation.picture(engine))
 
     return Training(
         engine=engine,
@@ -282,24 +286,23 @@ def training_of(
         inputs=lambda batch: (batch.images_BCHW, *draw(batch.noise_BN)),
         flops_per_image=flops_of(engine.module, recipe),
         measure=measure,
-        measure_every=runtime.heldout_every,
+        measure_every=runtime.val_every,
         picture=picture,
         picture_every=runtime.picture_every,
         at_end=lambda step: None,
     )
 
 
-def tell_where(output: Path, ending: Ending, held_out: HeldOutView | None, lease: Lease) -> None:
+def print_summary(output: Path, ending: Ending, validation: Validation | None, lease: Lease) -> None:
     """Record the end and print what a newcomer wants to know."""
     record_end(output, ending, lease)
-    if held_out:
+    if validation:
         print_and_log(f"  pictures     {output / 'pictures'}  (rows: original, masked, reconstructed)")
     print_and_log(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")
     print_and_log(f"  numbers      {output / 'metrics.jsonl'}")
-    if held_out:
-        print_and_log(
-            f"  held-out masked MSE {held_out.last_loss:.4f}; predicting the mean face gives {held_out.mean_face:.4f}"
-        )
+    if validation:
+        mean_face = f"predicting the mean face gives {validation.mean_face:.4f}"
+        print_and_log(f"  validation masked MSE {validation.last_loss:.4f}; {mean_face}")
     if not ending.is_complete:
         return
     told = f"--init {output} --data 'labelled/*.tar' --val_data 'val/*.tar'"

@@ -1,6 +1,6 @@
-"""Held-out loss, its honest baseline, and reconstruction pictures.
+"""Validation loss, its honest baseline, and reconstruction pictures.
 
-The held-out images, their views and their masks never change, so the figures of two steps, and of two runs with the
+The validation images, their views and their masks never change, so the figures of two steps, and of two runs with the
 same image size and mask ratio, compare. The baseline predicts for every patch the mean over the training set of what
 the loss asks for there ("the mean face"): a model that is not clearly below it has learned nothing about the image.
 
@@ -24,15 +24,15 @@ DrawMask = Callable[[Tensor], MaskIndices]
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOut:
-    """Batches of this rank's share of the held-out images; equally many batches on every rank."""
+class ValidationImages:
+    """Batches of this rank's share of the validation images; equally many batches on every rank."""
 
     batches: Callable[[], Iterable[Batch]]
     num_images: int
 
 
 def share_of(num_images: int, *, rank: int, num_ranks: int) -> list[int]:
-    """Every ``num_ranks``-th held-out image; the same number on every rank, because ZeRO-3 forwards are collective.
+    """Every ``num_ranks``-th validation image; the same number on every rank, because ZeRO-3 forwards are collective.
 
     A rank that has one image fewer measures its first one again with weight zero (see `masked_error`).
     """
@@ -41,15 +41,15 @@ def share_of(num_images: int, *, rank: int, num_ranks: int) -> list[int]:
     return mine + [0] * missing
 
 
-def masked_error(engine: Engine, held_out: HeldOut, draw_mask: DrawMask) -> float:
-    """Return the mean masked squared error over the held-out images, in the units of the training loss."""
+def masked_error(engine: Engine, images: ValidationImages, draw_mask: DrawMask) -> float:
+    """Return the mean masked squared error over the validation images, in the units of the training loss."""
     rank, num_ranks = engine.world.rank, engine.world.size
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
     seen = 0
-    for batch in held_out.batches():
+    for batch in images.batches():
         ready = to_device(batch, engine.device)
         error_B = engine.evaluate(ready.images_BCHW, *draw_mask(ready.noise_BN), want="error")
-        ours_B = torch.arange(seen, seen + len(error_B), device=engine.device) * num_ranks + rank < held_out.num_images
+        ours_B = torch.arange(seen, seen + len(error_B), device=engine.device) * num_ranks + rank < images.num_images
         total += torch.stack([error_B.double()[ours_B].sum(), ours_B.sum().double()])
         seen += len(error_B)
     error_sum, count = engine.mean_over_ranks(total).tolist()

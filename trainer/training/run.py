@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from trainer.config.record import as_record
+from trainer.config.record import to_dict
 from trainer.config.settings import Recipe, Runtime
 from trainer.data.loader import Loader
 from trainer.data.order.mixture import Source
 from trainer.data.order.plan import Order
 from trainer.data.shards.index import ShardIndex
-from trainer.data.sources import span_reader
+from trainer.data.sources import byte_range_reader
 from trainer.data.stream import Batch, Slice, Stream, train_stream
 from trainer.data.transforms.views import View
 from trainer.distributed.engine import Engine
@@ -37,7 +37,7 @@ from trainer.fault_tolerance.resume import claim, describe_start, resume, versio
 from trainer.log import print_and_log
 from trainer.seeds import step_seed
 from trainer.training.dry_run import describe
-from trainer.training.loop import Dates, Hooks, Inputs, Outcome, train
+from trainer.training.loop import Hooks, Inputs, Intervals, Outcome, train
 from trainer.training.model_cost import BuildModel
 from trainer.training.monitor import Monitor
 from trainer.training.plausible import doubts
@@ -178,7 +178,9 @@ class Training:
                 ),
                 seed_at=lambda step: step_seed(recipe.seed, step, world.rank),
                 accumulation=share.micro_batches_per_step,
-                dates=Dates(last_step, runtime.log_every, runtime.save_every, self.measure_every, self.picture_every),
+                dates=Intervals(
+                    last_step, runtime.log_every, runtime.save_every, self.measure_every, self.picture_every
+                ),
                 hooks=Hooks(
                     save=functools.partial(saver.save, progress, engine.capture),
                     measure=functools.partial(self.measure, monitor),
@@ -206,7 +208,7 @@ class Training:
             self.view,
             first_step=first_step,
             noise_per_sample=self.noise_per_sample,
-            spans=span_reader(self.runtime),
+            spans=byte_range_reader(self.runtime),
         )
 
     def _epoch_at(self, left_out: int, step: int) -> float:
@@ -231,8 +233,8 @@ class Training:
         """Show what runs, and once what the first step sees."""
         if not self.engine.world.is_main:
             return
-        recipe, start = as_record(self.recipe), describe_start(sys.argv, self.engine.world)
-        told = {"recipe": recipe, "runtime": as_record(self.runtime), "versions": versions(), "start": start}
+        recipe, start = to_dict(self.recipe), describe_start(sys.argv, self.engine.world)
+        told = {"recipe": recipe, "runtime": to_dict(self.runtime), "versions": versions(), "start": start}
         monitor.describe(step, {name: _table(values) for name, values in told.items()}, recipe)
         if step == 0 and self.show_labels:
             share = Slice(

@@ -29,7 +29,7 @@ from trainer.files import describe_files, files_below, sync_files, sync_folder, 
 from trainer.models.detector import pool
 from trainer.models.lora import base_state, merged_state, save_adapter
 from trainer.models.mae import MaskedAutoencoder
-from trainer.models.mask_utils import draw_mask, num_kept, take
+from trainer.models.mask_utils import draw_mask, gather_tokens, num_kept
 from trainer.weights.hf_vitmae import to_vitmae
 from trainer.weights.model_card import (
     ONNX_SCORE_NOTE,
@@ -200,7 +200,7 @@ def write_vitmae(subject: Subject, draft: Path) -> Loading:
     keep_BK, masked_BM = draw_mask(noise_BN, mask_ratio=subject.mask_ratio, grid=encoder.grid)
     found = theirs.eval()(subject.pixels, noise=noise_BN)
     predicted_BMP = mae(subject.images, keep_BK, masked_BM, want="prediction")
-    _compare("transformers", take(found.logits, masked_BM), predicted_BMP)
+    _compare("transformers", gather_tokens(found.logits, masked_BM), predicted_BMP)
     _compare("transformers", found.loss, mae(subject.images, keep_BK, masked_BM))
     code = f"""{code_until_pixels(subject, "transformers")}
 model = transformers.ViTMAEForPreTraining.from_pretrained(".").eval()

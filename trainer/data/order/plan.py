@@ -194,7 +194,7 @@ def positions_of(step: int, *, rank: int, num_ranks: int, global_batch: int) -> 
     return np.arange(step * global_batch + rank, (step + 1) * global_batch, num_ranks, dtype=np.int64)
 
 
-def spread(num_wanted: int, num_all: int) -> list[int]:
+def evenly_spaced(num_wanted: int, num_all: int) -> list[int]:
     """Choose up to ``num_wanted`` of ``range(num_all)``, evenly from beginning to end."""
     count = min(num_wanted, num_all)
     return [i * num_all // count for i in range(count)]

@@ -173,7 +173,7 @@ def _coded(values: Sequence[str | None]) -> tuple[list[str], NDArray[np.int32]]:
 
 def _save(path: Path, contents: ShardContents) -> None:
     """Keep the contents of a shard; where that fails they are only read again."""
-    texts = {"sha256": contents.sha256, "tally": contents.tally.as_record(), "stamp": contents.stamp}
+    texts = {"sha256": contents.sha256, "tally": contents.tally.to_dict(), "stamp": contents.stamp}
     texts["groups"] = {name: values for name, (values, _) in contents.groups.items()}
     arrays = contents.columns | {f"group-{name}": codes_N for name, (_, codes_N) in contents.groups.items()}
     arrays["keys"] = np.frombuffer(contents.keys, dtype=np.uint8)
@@ -199,7 +199,7 @@ def _load(path: Path) -> ShardContents | None:
             columns = {name: arrays[name] for name in SHARD_COLUMNS}
             groups = {name: (texts["groups"][name], arrays[f"group-{name}"]) for name in GROUP_FIELDS}
             keys = arrays["keys"].tobytes()
-        return ShardContents(columns, keys, groups, texts["sha256"], Tally.from_record(texts["tally"]), texts["stamp"])
+        return ShardContents(columns, keys, groups, texts["sha256"], Tally.from_dict(texts["tally"]), texts["stamp"])
     except _DAMAGED_PART as error:
         logger.info("%s is damaged (%s): its shard is read again", path, error)
         return None

@@ -126,7 +126,7 @@ class ShardIndex:
         self._num_samples = int(header["num_samples"])
         if header["num_shards"] != len(shards) or self._num_samples == 0:
             raise DataError(f"index {folder} describes {header['num_shards']} shards instead of {len(shards)}")
-        self.tally = Tally.from_record(header["tally"])
+        self.tally = Tally.from_dict(header["tally"])
         """What was met when the shards were read."""
         self.num_people = int(header["num_people"])
         """Distinct values of identity and identity_2."""
@@ -447,7 +447,7 @@ class _Writer:
             "num_shards": len(self._entries),
             "group_fields": [name for name, codes in self._codes.items() if codes],
             "num_people": len(self._codes["identity"].keys() | self._codes["identity_2"].keys()),
-            "tally": self._tally.as_record(),
+            "tally": self._tally.to_dict(),
         }
         (self._draft / "shards.json").write_text(json.dumps({"shards": self._entries}, indent=1))
         (self._draft / "index.json").write_text(json.dumps(header, indent=1))

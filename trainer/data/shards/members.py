@@ -88,7 +88,7 @@ class Tally:
         ]
         return ([f"members left out: {', '.join(out)}"] if out else []) + bad
 
-    def as_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Write down as JSON."""
         numbers: dict[str, Any] = {
             name: getattr(self, name) for name in ("num_members", "num_used", "num_samples", "by_new_rules")
@@ -97,8 +97,8 @@ class Tally:
         return numbers | texts | {"labels": sorted(self.labels.items())}
 
     @staticmethod
-    def from_record(record: dict[str, Any]) -> "Tally":
-        """Read what `as_record` wrote."""
+    def from_dict(record: dict[str, Any]) -> "Tally":
+        """Read what `to_dict` wrote."""
         counters = {name: Counter(record[name]) for name in ("left_out", "unusable")}
         labels = Counter({int(label): int(count) for label, count in record["labels"]})
         return Tally(**(record | counters | {"labels": labels}))

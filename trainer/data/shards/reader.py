@@ -12,15 +12,17 @@ from trainer.data.shards.contents import SHARD_COLUMNS as SHARD_COLUMNS
 from trainer.data.shards.contents import patiently
 from trainer.data.shards.index import SampleRef
 from trainer.data.shards.members import LANDMARKS
-from trainer.data.storage import Span, SpanReader
+from trainer.data.storage import ByteRangeReader, Span
 from trainer.errors import DataError, SampleError
 
 
 class ShardReader:
     """Reads image bytes and checks them. What storage fails to give is asked for again, with growing pauses."""
 
-    def __init__(self, spans: SpanReader | None = None, *, num_retries: int = 4, first_wait_s: float = 0.5) -> None:
-        self._spans = spans or SpanReader()
+    def __init__(
+        self, spans: ByteRangeReader | None = None, *, num_retries: int = 4, first_wait_s: float = 0.5
+    ) -> None:
+        self._spans = spans or ByteRangeReader()
         self._num_retries, self._first_wait_s = num_retries, first_wait_s
 
     def read(self, ref: SampleRef) -> bytes:
@@ -33,7 +35,7 @@ class ShardReader:
         return self.check(ref, self.read_all([ref])[0])
 
     def read_all(self, refs: Sequence[SampleRef], blocks: Sequence[Span] | None = None) -> list[bytes]:
-        """Return the bytes of several samples, unchecked; blocks as in `SpanReader.read`.
+        """Return the bytes of several samples, unchecked; blocks as in `ByteRangeReader.read`.
 
         Raises:
             DataError: as `read`.

@@ -413,7 +413,7 @@ class PretrainRuntime(Runtime):
     compile_mode: Literal["off", "default", "reduce-overhead"] = "off"
     """How torch.compile compiles the model, which takes minutes; reduce-overhead replays CUDA graphs."""
     val_mask_ratio: float | None = None
-    """Share of patches hidden in validation images; none: mask_ratio. With one value, runs of several ratios compare."""
+    """Share of patches hidden in validation images; none: mask_ratio. One value lets runs of several ratios compare."""
 
     def __post_init__(self) -> None:
         Runtime.__post_init__(self)

@@ -173,9 +173,9 @@ def check_crash_loop(lease: Lease, step: int, *, limit: int) -> None:
         failed_attempts.append(number)
     if limit and len(failed_attempts) >= limit:
         raise ConfigError(
-            f"max_restarts is {limit}, and attempts {failed_attempts[-1]} to {failed_attempts[0]} all began at step {step} "
-            "and died before another checkpoint: read the end of their logs in OUTPUT/logs; with the cause removed, start "
-            f"with --max_restarts {len(failed_attempts) + limit}, or save more often with --save_every"
+            f"max_restarts is {limit}, and attempts {failed_attempts[-1]} to {failed_attempts[0]} all began at step "
+            f"{step} and died before another checkpoint: read the end of their logs in OUTPUT/logs, remove the "
+            f"cause, start with --max_restarts {len(failed_attempts) + limit}, or save more often with --save_every"
         )
 
 

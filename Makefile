@@ -75,7 +75,7 @@ lint: $(INSTALLED)
 	$(BIN)/codespell
 
 faults: $(INSTALLED)
-	TRAINER_KILLS=100 TRAINER_MUTANTS=2500 $(BIN)/python -m pytest tests/test_kills.py tests/test_mutants.py tests/test_watchdog.py tests/test_resize.py tests/test_numerics.py
+	TRAINER_KILLS=100 TRAINER_MUTANTS=2500 $(BIN)/python -m pytest tests/fault_tolerance/test_kills.py tests/fault_tolerance/test_mutants.py tests/fault_tolerance/test_watchdog.py tests/distributed/test_resize.py tests/fault_tolerance/test_nonfinite.py
 
 demo/curves/exact/finished: HOW = --decoder_depth 8 --epochs 60
 demo/curves/fast/finished: HOW = --decoder_depth 4 --decoder_type cross --predict_share 0.33 --mask_ratio 0.8 --epochs 126

@@ -281,7 +281,7 @@ ELSEWHERE = {
     "make test": "this",
     "make bench": "its tools answer --help in tests/test_command_line.py; an hour of timings",
     "make curves": "twenty minutes of training",
-    "python tools/demo/orl_morphs.py demo/detect": "tests/test_make_morphs.py, and a minute of blending",
+    "python tools/demo/orl_morphs.py demo/detect": "tests/tools/test_make_morphs.py, and a minute of blending",
     "sbatch ": "tests/cluster/test_slurm.py",
     "deepspeed --hostfile": "tests/cluster/test_hosts.py",
     "python launch/doctor.py --hostfile ": "tests/cluster/test_hosts.py",

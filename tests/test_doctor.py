@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, words_of
 from deepspeed.launcher.runner import fetch_hostfile
 
 from launch import doctor
+from tests.conftest import ROOT, TINY, environment, words_of
 from trainer.config.recipes import RECIPES
 from trainer.detection.evaluation import Settings, evaluate
 from trainer.distributed.devices import unusable_gpus

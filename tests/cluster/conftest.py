@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, environment
+
+from tests.conftest import ROOT, TINY, environment
 
 SCRIPT = str(Path(__file__).with_name("hosts.sh"))
 PROGRAMS = ("ip", "nsenter", "sshd", "ssh", "pdsh")

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import metrics, words_of
 
-from cluster.conftest import Lab, consumed, flags_of, num_steps, wait_for
+from tests.cluster.conftest import Lab, consumed, flags_of, num_steps, wait_for
+from tests.conftest import metrics, words_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.slurm]
 

@@ -1,4 +1,4 @@
-"""One rank of tests/test_engine.py: 20 steps of a tiny MAE on fixed images; writes what it saw as JSON."""
+"""One rank of tests/distributed/test_engine.py: 20 steps of a tiny MAE on fixed images; writes what it saw as JSON."""
 
 import hashlib
 import json

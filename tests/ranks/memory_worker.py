@@ -1,4 +1,4 @@
-"""All ranks of tests/test_plan_run.py: imports once, then forks those of each case, which train a small model.
+"""All ranks of tests/tools/test_plan_run.py: imports once, then forks those of each case, which train a small model.
 
 Each rank writes the bytes of all tensors that are alive before and after the optimizer step, as JSON.
 """

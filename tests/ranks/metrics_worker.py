@@ -1,4 +1,4 @@
-"""One rank of tests/test_metrics.py: uneven and padded shares of 25 scores; then a rank that has none."""
+"""One rank of tests/detection/test_error_rates.py: uneven and padded shares of 25 scores; then a rank that has none."""
 
 import json
 import os

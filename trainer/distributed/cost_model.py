@@ -2,7 +2,7 @@
 
 Plain functions of plain numbers; sizes are bytes, times seconds. What DeepSpeed 0.19.8 allocates was read from its
 source (engine.py, bf16_optimizer.py, zero/stage_1_and_2.py, zero/stage3.py) and is held against the bytes of real runs
-by tests/test_plan_run.py.
+by tests/tools/test_plan_run.py.
 """
 
 import dataclasses

@@ -1,0 +1,380 @@
+"""Hung, stopped and killed ranks: named with their hosts, the whole job gone within the stated time, nothing left."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, TINY, command, environment
+from trainer.fault_tolerance.watchdog import SlowRanks
+from trainer.fault_tolerance.watchdog_process import Phase, blame, grace_s
+
+HOST = socket.gethostname()
+RANKS = ROOT / "tests" / "ranks"
+TIMEOUT_S = 8
+LATE_S = 15.0
+"""What a loaded machine may add."""
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of the processes that name a folder: ranks, loader workers and guardians."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(folder) in words and int(path.parent.name) != os.getpid():
+            found.append(words)
+    return found
+
+
+def wait_until(holds: Callable[[], Any], within_s: float = 120.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def beat_of(logs: Path, rank: int) -> dict[str, Any]:
+    return json.loads((logs / "heartbeats" / f"rank-{rank:05d}.json").read_text())
+
+
+def verdict_in(logs: Path) -> str:
+    [path] = logs.glob("*_watchdog.txt")
+    return path.read_text()
+
+
+# ------------------------------------------------------------------------------- the guardian of a rank that only marks
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts watched ranks below tmp_path and returns when they are ready."""
+    started = []
+
+    def start(*phases: str, rank: int = 0, num_ranks: int = 1, limit_s: int = 0) -> "subprocess.Popen[str]":
+        numbers = map(str, (rank, num_ranks, limit_s))
+        words = [sys.executable, str(RANKS / "watched.py"), str(tmp_path), *numbers, *phases]
+        with (tmp_path / f"stderr-{rank}").open("w") as log:
+            process = subprocess.Popen(words, env=environment(), text=True, stdout=subprocess.PIPE, stderr=log)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("end", ["leaves", "killed", "stopped and killed"])
+def test_a_guardian_leaves_with_its_rank_and_its_last_word_says_how(
+    end: str, tmp_path: Path, watched: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    process = watched("STEP:7", *(["LEAVING:7"] if end == "leaves" else []))
+    if end != "leaves":
+        assert wait_until(lambda: (tmp_path / "heartbeats" / "rank-00000.json").exists())
+        process.send_signal(signal.SIGSTOP if "stopped" in end else 0)
+        process.kill()
+    process.wait()
+    assert wait_until(lambda: not processes_of(tmp_path), 10)
+    beat = beat_of(tmp_path, 0)
+    assert (beat["gone"], beat["step"], beat["host"], beat["pid"]) == (True, 7, HOST, process.pid)
+    assert beat["doing"] == ("leaving" if end == "leaves" else "computing the step and its collectives")
+    named = [path.read_text() for path in tmp_path.glob("*_watchdog.txt")]
+    assert len(named) == (end != "leaves")
+    assert all(f"rank 0 on {HOST} (pid {process.pid}) died in step 7" in text for text in named)
+
+
+def test_who_keeps_the_others_waiting_is_named_once_and_everybody_is_ended(
+    tmp_path: Path, watched: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    first = watched("DATA:4", "STEP:4", rank=0, num_ranks=2, limit_s=3)
+    second = watched("STEP:3", "DATA:4", rank=1, num_ranks=2, limit_s=3)
+    assert (first.wait(30), second.wait(30)) == (-signal.SIGKILL, -signal.SIGKILL)
+    assert wait_until(lambda: not processes_of(tmp_path), 10)
+    text = verdict_in(tmp_path)
+    assert f"rank 1 on {HOST} (pid {second.pid}) is alive in step 4, waiting for data for" in text
+    assert "behind the others" in text
+    assert sum((tmp_path / f"stderr-{rank}").read_text().count("watchdog:") for rank in (0, 1)) == 1
+    for rank in (0, 1):
+        stack = (tmp_path / "stacks" / f"rank-{rank:05d}.txt").read_text()
+        assert 'watched.py", line' in stack, "the Python stack of the rank"
+
+
+def test_a_rank_without_a_sign_of_life_is_named(
+    tmp_path: Path, watched: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    assert watched("STEP:2", rank=0, num_ranks=2, limit_s=2).wait(30) == -signal.SIGKILL
+    assert "rank 1 has given no sign of life in this attempt" in verdict_in(tmp_path)
+
+
+def test_time_in_which_the_whole_machine_slept_is_not_the_ranks(
+    tmp_path: Path, watched: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    process = watched("STEP:2", limit_s=6)
+    assert wait_until(lambda: (tmp_path / "heartbeats" / "rank-00000.json").exists())
+    [guardian] = [int(c) for c in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        os.kill(process.pid, number)
+        os.kill(guardian, number)
+        time.sleep(8 if number == signal.SIGSTOP else 2)
+    assert process.poll() is None
+    assert not list(tmp_path.glob("*_watchdog.txt"))
+    assert process.wait(30) == -signal.SIGKILL, "later it is too late indeed"
+
+
+def test_signals_of_a_launcher_do_not_end_the_guardian_before_its_rank(
+    tmp_path: Path, watched: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    process = watched("STEP:2")
+    assert wait_until(lambda: (tmp_path / "heartbeats" / "rank-00000.json").exists())
+    [guardian] = [int(c) for c in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(guardian, number)
+    time.sleep(0.5)
+    process.kill()
+    assert wait_until(lambda: list(tmp_path.glob("*_watchdog.txt")), 10), "it still speaks"
+
+
+# ------------------------------------------------------------------------------------------------ who is to blame
+
+
+def beat(rank: int, phase: Phase = Phase.STEP, step: int = 9, **changes: Any) -> dict[str, Any]:
+    plain = {"rank": rank, "host": f"host{rank}", "pid": 70 + rank, "step": step, "phase": int(phase), "for_s": 5.0}
+    return plain | {"state": "S", "gone": False, "age_s": 0.0, "time": 100.0 + rank} | changes
+
+
+@pytest.mark.parametrize(
+    ("beats", "expected"),
+    [
+        ([beat(0), beat(1, state="T"), beat(2)], ["rank 1 on host1 (pid 71) is stopped"]),
+        ([beat(0), None, beat(2)], ["rank 1 has given no sign of life in this attempt"]),
+        ([beat(0), beat(1, age_s=60.0), beat(2)], ["rank 1 on host1 (pid 71) has given no sign of life for 60 s"]),
+        ([beat(0), beat(1, Phase.DATA), beat(2)], ["rank 1 on host1 (pid 71) is alive in step 9, waiting for data"]),
+        ([beat(0), beat(1, step=8), beat(2)], ["rank 1 on host1 (pid 71) is alive in step 8"]),
+        ([beat(0, Phase.SAVING), beat(1, state="D")], ["rank 1 on host1 (pid 71) is blocked in the kernel"]),
+        ([beat(0), beat(1, gone=True), beat(2, Phase.LOST, gone=True)], ["rank 1 on host1 (pid 71) died in step 9"]),
+        ([beat(0, gone=True, time=9.0), beat(1, gone=True, time=8.0)], ["rank 1 on host1", "rank 0 on host0"]),
+        ([beat(0), beat(1, Phase.FAILED)], ["rank 1 on host1 (pid 71) fails in step 9, ending after an error of its"]),
+        ([beat(0), beat(1)], ["no rank is behind: all 2 are in step 9"]),
+        ([beat(0, Phase.DATA)], ["rank 0 on host0 (pid 70) is alive in step 9, waiting for data for 5 s"]),
+    ],
+)
+def test_blame_falls_on_the_lost_the_silent_the_stopped_and_else_on_those_behind(
+    beats: list[dict[str, Any] | None], expected: list[str]
+) -> None:
+    lines = blame(beats)
+    assert len(lines) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), lines
+
+
+def test_a_rank_that_missed_two_heartbeats_is_the_lost_one_when_a_connection_broke() -> None:
+    beats = [beat(0, age_s=2.0), beat(1, age_s=5.0)]
+    assert blame(beats)[0].startswith("no rank is behind")
+    [line] = blame(beats, silent_beats=2)
+    assert line.startswith("rank 1 on host1 (pid 71) has given no sign of life for 5 s")
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        ([[0.0, 0.8, 0.0, 0.1]] * 7, [[], [], [1], [], [], [1], []]),
+        ([[0.0, 0.8], [0.0, 0.8], [0.0, 0.0], [0.0, 0.8]], [[], [], [], []]),
+        ([[0.9, 0.9, 0.9]] * 3, [[], [], []]),
+        ([[0.01, 0.05, 0.01]] * 3, [[], [], []]),
+    ],
+)
+def test_a_rank_whose_data_come_late_in_several_windows_is_slow(
+    windows: list[list[float]], expected: list[list[int]]
+) -> None:
+    slow = SlowRanks()
+    assert [slow.after(shares) for shares in windows] == expected
+
+
+# -------------------------------------------------------------------------------------------------- how a rank ends
+
+
+def script(text: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", text],
+        **{"env": environment(), "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        ("ZeroDivisionError('x')", 1, "Traceback"),
+        ("ConfigError('mend it')", 2, "error: mend it"),
+        ("RuntimeError('[/a/gloo/b.cc:5] Connection closed by peer. GLHF')", 86, "could not connect (Connection"),
+        ("RuntimeError('shapes differ')", 1, "Traceback"),
+    ],
+)
+def test_the_exit_code_tells_a_lost_peer_from_a_mistake_and_from_a_bug(error: str, code: int, message: str) -> None:
+    process = script(f"""
+from launch.command_line import run
+from trainer.errors import ConfigError
+def fail():
+    raise {error}
+run(fail)""")
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert message in text
+    assert ("Traceback" in text) == (code == 1)
+
+
+def test_a_second_signal_ends_at_once_but_an_echo_of_the_first_does_not() -> None:
+    process = script("""
+import time
+from trainer import loop
+loop._SAME_REQUEST_S = 1.5
+stop = loop.StopRequest()
+print("ready", flush=True)
+while True:
+    time.sleep(0.1)""")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGTERM)  # the scheduler's own and the one that the launcher passes on
+    time.sleep(2.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+    assert process.communicate()[1].count("saving after this step or the next") == 1
+
+
+def test_a_killed_rank_takes_its_loader_workers_along_even_one_that_hangs_with_the_storage(tmp_path: Path) -> None:
+    process = script(f"""
+import time
+from torch.utils.data import IterableDataset
+from trainer.data.loader import Loader
+class Hung(IterableDataset):
+    def __iter__(self):
+        print("ready {tmp_path}", flush=True)
+        time.sleep(60)
+        yield from ()
+    def expected_positions(self):
+        yield [0]
+next(iter(Loader(Hung(), num_workers=1)))""")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("ready")
+    assert len(processes_of(tmp_path)) == 2
+    process.kill()
+    process.wait()
+    assert wait_until(lambda: not processes_of(tmp_path), 10)
+    process.communicate()
+
+
+# -------------------------------------------------------------------------------------------------- whole runs
+
+
+def run_flags(shards: Path, output: Path, **changes: object) -> dict[str, str]:
+    endless = {"data": f"{shards}/*.tar", "output_dir": output, "epochs": 2000, "save_every": 5}
+    limits = {"timeout_s": TIMEOUT_S, "data_timeout_s": TIMEOUT_S}
+    return TINY | {name: str(value) for name, value in (endless | limits | changes).items()}
+
+
+def start_ranks(flags: dict[str, str], tmp_path: Path, *, port: int, program: Path) -> "list[subprocess.Popen[bytes]]":
+    """Two ranks without a launcher, which would hide their exit codes and end the second when the first ends."""
+    words = [sys.executable, str(program), *(word for name, value in flags.items() for word in (f"--{name}", value))]
+    group = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    for rank in ("0", "1"):
+        env = environment() | group | {"RANK": rank, "LOCAL_RANK": rank}
+        with (tmp_path / f"log-{rank}").open("w") as log:
+            ranks.append(subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT))
+    return ranks
+
+
+def logs_of(tmp_path: Path) -> str:
+    return "".join(path.read_text() for path in sorted(tmp_path.glob("log-*")))
+
+
+def has_trained(output: Path) -> bool:
+    return (output / "metrics.jsonl").exists() and (output / "metrics.jsonl").read_text().count("\n") >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_stopped_rank_is_named_and_the_whole_job_is_gone_in_the_stated_time(shards: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with (tmp_path / "log-0").open("w") as log:
+        launcher = subprocess.Popen(
+            command(run_flags(shards, output), ranks=2, port=29711), env=environment(), stdout=log, stderr=log
+        )
+    assert wait_until(lambda: has_trained(output)), logs_of(tmp_path)[-3000:]
+    pid = beat_of(output / "logs", 1)["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    stopped_s = time.monotonic()
+    launcher.wait(120)
+    assert time.monotonic() - stopped_s < TIMEOUT_S + grace_s(2) + LATE_S
+    assert launcher.returncode != 0
+    assert wait_until(lambda: not processes_of(output), 10), processes_of(output)
+    text = logs_of(tmp_path)
+    assert text.count("watchdog:") == 1
+    assert re.search(f"but (data_)?timeout_s is {TIMEOUT_S} s", text)  # by where the signal met it
+    assert f"rank 1 on {HOST} (pid {pid}) is stopped (SIGSTOP) in step" in verdict_in(output / "logs")
+    stacks = [(output / "logs" / "stacks" / f"rank-{rank:05d}.txt").read_text() for rank in (0, 1)]
+    assert 'trainer/training/loop.py", line' in stacks[0]
+    assert "T (stopped)" in stacks[1]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_killed_rank_ends_the_others_with_86_and_one_message_that_names_it(shards: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    flags = run_flags(shards, output, timeout_s=600, data_timeout_s=600, num_workers=2)
+    survivor, victim = start_ranks(flags, tmp_path, port=29712, program=ROOT / "launch" / "pretrain.py")
+    assert wait_until(lambda: has_trained(output)), logs_of(tmp_path)[-3000:]
+    victim.kill()
+    killed_s = time.monotonic()
+    assert survivor.wait(60) == 86
+    assert time.monotonic() - killed_s < LATE_S
+    assert wait_until(lambda: not processes_of(output), 10), processes_of(output)
+    text = logs_of(tmp_path)
+    assert text.count("watchdog:") == 1
+    assert text.count("error:") == 1
+    assert "Traceback" not in text
+    assert f"rank 1 on {HOST} (pid {victim.pid}) died in step" in text
+    victim.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_loader_that_never_delivers_is_named_and_leaves_no_worker_behind(shards: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    flags = run_flags(shards, output, timeout_s=600)
+    ranks = start_ranks(flags, tmp_path, port=29713, program=RANKS / "stuck_loader.py")
+    assert all(rank.wait(180) != 0 for rank in ranks), "both"
+    assert wait_until(lambda: not processes_of(output), 10), processes_of(output)
+    text = logs_of(tmp_path)
+    assert text.count("watchdog:") == 1
+    assert f"but data_timeout_s is {TIMEOUT_S} s" in text
+    assert f"rank 1 on {HOST} (pid {ranks[1].pid}) is alive in step 1, waiting for data for" in text
+    assert "loader.py" in (output / "logs" / "stacks" / "rank-00001.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_run_that_ends_well_leaves_no_guardian_and_blames_nobody(shards: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    flags = run_flags(shards, output, stop_at_step=6)
+    ranks = start_ranks(flags, tmp_path, port=29714, program=ROOT / "launch" / "pretrain.py")
+    assert [rank.wait(180) for rank in ranks] == [0, 0], logs_of(tmp_path)[-3000:]
+    assert wait_until(lambda: not processes_of(output), 10), processes_of(output)
+    assert not list((output / "logs").glob("*_watchdog.txt"))
+    assert [beat_of(output / "logs", rank)["doing"] for rank in (0, 1)] == ["leaving", "leaving"]

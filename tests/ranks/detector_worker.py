@@ -1,4 +1,4 @@
-"""One rank of tests/detection/test_finetuning.py: steps of a tiny LoRA detector; writes what it saw as JSON, saves and reloads."""
+"""One rank of test_finetuning.py: steps of a tiny LoRA detector; writes what it saw as JSON, saves and reloads."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""One rank of tests/fault_tolerance/test_nonfinite.py: steps with faults on the last rank; did the state move, and how did it go on?"""
+"""One rank of test_nonfinite.py: steps with faults on the last rank; did the state move, and how did it go on?"""
 
 import hashlib
 import json

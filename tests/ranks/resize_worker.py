@@ -1,4 +1,4 @@
-"""One rank of tests/distributed/test_resize.py: for every case load what the hop before left, train a step, save for the next hop.
+"""One rank of test_resize.py: for every case load what the hop before left, train a step, save for the next hop.
 
 The first hop also goes on to the end without a break, for comparison; the last one meets conversions that fail.
 """

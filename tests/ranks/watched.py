@@ -1,4 +1,4 @@
-"""A rank of tests/fault_tolerance/test_watchdog.py that only marks: ``watched.py LOGS RANK NUM_RANKS LIMIT_S PHASE[:STEP]...``.
+"""A rank of test_watchdog.py that only sets phases: ``watched.py LOGS RANK NUM_RANKS LIMIT_S PHASE[:STEP]...``.
 
 It enters the phases one after the other and stays in the last; LEAVING ends it.
 """

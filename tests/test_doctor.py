@@ -15,10 +15,10 @@ from launch import doctor
 from tests.conftest import ROOT, TINY, environment, words_of
 from trainer.config.recipes import RECIPES
 from trainer.detection.evaluation import Settings, evaluate
+from trainer.distributed import devices
 from trainer.distributed.devices import unusable_gpus
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
-from trainer.fault_tolerance import resume as resume
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +118,9 @@ def test_gpus_that_cuda_cannot_use_are_refused_unless_the_user_wants_the_cpu(
         (tmp_path / f"nvidia{number}").touch()
     said = "this host has 2 NVIDIA GPUs (nvidia0, nvidia1), but CUDA cannot use them ("
     assert unusable_gpus(tmp_path).startswith(said)
-    monkeypatch.setattr(resume.unusable_gpus, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(devices.unusable_gpus, "__defaults__", (tmp_path,))
     with pytest.raises(ConfigError, match="to compute on the CPU all the same, set DS_ACCELERATOR=cpu"):
-        resume.use_devices(World(), RECIPES["demo"]()[1])
+        devices.use_devices(World(), RECIPES["demo"]()[1])
     with pytest.raises(ConfigError, match="to compute on the CPU all the same, set DS_ACCELERATOR=cpu"):
         evaluate(Settings(models="none=nowhere", test_sets="none=nowhere"))
     for name, value in (("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1")):
@@ -131,5 +131,5 @@ def test_gpus_that_cuda_cannot_use_are_refused_unless_the_user_wants_the_cpu(
 
 def test_the_first_line_of_a_training_names_its_device(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        resume.use_devices(World(), RECIPES["demo"]()[1])
+        devices.use_devices(World(), RECIPES["demo"]()[1])
     assert re.fullmatch(r"device: \d+ x .+, for 1 ranks on this host", caplog.records[0].getMessage())

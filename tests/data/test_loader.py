@@ -53,7 +53,7 @@ def test_a_batch_of_a_worker_is_bitwise_that_of_none_with_the_same_layout(index:
 
 _READ = """
 import sys
-from trainer.data.augment import CenterView
+from trainer.data.transforms.views import CenterView
 from trainer.data.loader import Loader
 from trainer.data.shards import list_shards, open_index
 from trainer.data.stream import fixed_stream

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import TINY, launch, metrics
-from trainer.config import settings as config
+from trainer.config import record
 from trainer.config.command_line import configure
 from trainer.config.recipes import RECIPES
 from trainer.config.record import LEGACY_VALUES, complete_record, from_dict, keep_legacy_values, to_dict
@@ -69,7 +69,7 @@ def test_every_manifest_field_that_release_0_1_lacks_has_a_legacy_value() -> Non
 @pytest.fixture
 def updated(monkeypatch: pytest.MonkeyPatch) -> None:
     """An update that brought mask_ratio, and with it another behaviour by default."""
-    monkeypatch.setitem(config.LEGACY_VALUES, "mask_ratio", 0.6)
+    monkeypatch.setitem(record.LEGACY_VALUES, "mask_ratio", 0.6)
 
 
 @pytest.mark.usefixtures("updated")

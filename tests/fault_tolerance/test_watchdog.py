@@ -226,7 +226,7 @@ def script(text: str) -> "subprocess.Popen[str]":
 )
 def test_the_exit_code_tells_a_lost_peer_from_a_mistake_and_from_a_bug(error: str, code: int, message: str) -> None:
     process = script(f"""
-from launch.command_line import run
+from trainer.fault_tolerance.exit_codes import run
 from trainer.errors import ConfigError
 def fail():
     raise {error}

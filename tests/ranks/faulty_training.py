@@ -21,9 +21,15 @@ from trainer.models.mae import MaskedAutoencoder
 from trainer.training.run import Training
 
 FAULTS: dict[int, str] = {int(position): fault for position, fault in json.loads(os.environ["FAULTS"]).items()}
-script: Any = importlib.import_module(f"launch.{os.environ.get('SCRIPT', 'pretrain')}")
-model = MorphDetector if script.__name__ == "launch.finetune" else MaskedAutoencoder
-honest_training, honest_forward = script.training_of, model.forward
+SCRIPT = os.environ.get("SCRIPT", "pretrain")
+PARTS = {
+    "pretrain": ("trainer.training.pretraining", MaskedAutoencoder),
+    "finetune": ("trainer.detection.finetuning", MorphDetector),
+}
+script: Any = importlib.import_module(f"launch.{SCRIPT}")
+task: Any = importlib.import_module(PARTS[SCRIPT][0])
+model = PARTS[SCRIPT][1]
+honest_training, honest_forward = task.training_of, model.forward
 
 
 class Faulty:
@@ -51,5 +57,5 @@ def forward(self: torch.nn.Module, *inputs: torch.Tensor, **options: Any) -> tor
     return result * Faulty.factor if self.training else result
 
 
-script.training_of, model.forward = training_of, forward
+task.training_of, model.forward = training_of, forward
 run(lambda: script.main(sys.argv[1:]))

@@ -23,7 +23,7 @@ from trainer.config.settings import Recipe
 from trainer.distributed import cost_model as planning
 from trainer.distributed.cost_model import Failures, Weights, Zero
 from trainer.errors import ConfigError
-from trainer.training.model_cost import BLOCK_TENSORS, ModelCost, count_model, on_meta_device
+from trainer.training.model_cost import BLOCK_TENSORS, ModelCost, count_model, example, on_meta_device
 
 SMALL = {"model": "vit_tiny_patch16_224", "encoder_depth": "2", "image_size": "32", "patch_size": "8", "num_lanes": "4"}
 MAE = ("demo", SMALL | {"decoder_width": "64", "decoder_depth": "1", "global_batch": "12", "micro_batch": "2"})
@@ -126,7 +126,7 @@ def test_planned_activations_are_what_autograd_really_saves(
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: saved.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
         ):
-            loss = model(*plan_run.example(model, recipe, images))
+            loss = model(*example(model, recipe, images))
         assert loss.requires_grad
         return sum(t.untyped_storage().nbytes() for where, t in saved.items() if where not in parameters)
 
@@ -148,7 +148,7 @@ def test_the_real_peak_of_a_forward_and_backward_pass_lies_just_below_the_planne
     ).to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    inputs = plan_run.example(model, recipe, 2)
+    inputs = example(model, recipe, 2)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         model(*inputs).backward()
     events = profiled.profiler.kineto_results.events()
@@ -182,7 +182,7 @@ def test_planned_flops_are_those_that_torch_counts(name: str, flags: dict[str, s
         counter = FlopCounterMode(display=False)  # it does not know the fused attention of CPUs
         with FakeTensorMode(allow_non_fake_inputs=True), counter, sdpa_kernel(SDPBackend.MATH):
             model.to_empty(device="cpu")
-            model(*plan_run.example(model, recipe, images)).backward()
+            model(*example(model, recipe, images)).backward()
         return int(counter.get_total_flops())
 
     assert count(recipe, "fp32").flops == pytest.approx(counted(2) - counted(1), rel=0.02)

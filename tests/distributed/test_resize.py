@@ -19,7 +19,7 @@ from tests.distributed.test_elastic import ledger, steps_done
 from trainer.distributed import zero_state as zero_files
 from trainer.errors import CheckpointError
 from trainer.models.encoder import PatchEncoder
-from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mae import DecoderOptions, MaskedAutoencoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 WORLDS = (2, 1, 3, 2)
@@ -104,7 +104,7 @@ def tampered(state: dict[str, Any], place: str, name: str) -> None:
 
 def model_of_the_mae() -> MaskedAutoencoder:
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2, fixed_positions=True)
-    return MaskedAutoencoder(encoder, decoder_width=32, decoder_depth=2, decoder_heads=4)
+    return MaskedAutoencoder(encoder, DecoderOptions(decoder_width=32, decoder_depth=2, decoder_heads=4))
 
 
 def hostile_copy(root: Path, folder: Path, stage: int, place: str, name: str) -> None:

@@ -9,7 +9,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from trainer.errors import ConfigError
 from trainer.models.cross_block import CrossBlock
 from trainer.models.encoder import PatchEncoder, attend_from, sine_cosine_positions
-from trainer.models.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoder
+from trainer.models.mae import IMAGENET_MEAN, IMAGENET_STD, DecoderOptions, MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, patchify
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -45,7 +45,8 @@ def test_a_cross_block_is_torchs_attention_and_a_perceptron() -> None:
 
 def test_with_a_cross_decoder_a_patch_comes_out_alike_whatever_else_is_predicted() -> None:
     mae = MaskedAutoencoder(
-        PatchEncoder("test_vit", image_size=64, depth=1), decoder_width=32, decoder_heads=4, decoder_type="cross"
+        PatchEncoder("test_vit", image_size=64, depth=1),
+        DecoderOptions(decoder_width=32, decoder_heads=4, decoder_type="cross"),
     )
     patches, noise = torch.randn(3, 16, 3 * 16 * 16), torch.rand(3, 16)
     keep, every = draw_mask(noise, mask_ratio=0.75, grid=(4, 4))
@@ -70,8 +71,9 @@ def pair(*, norm_pix_loss: bool) -> tuple[MaskedAutoencoder, ViTMAEForPreTrainin
     )  # fmt: skip
     ours = MaskedAutoencoder(
         PatchEncoder("test_vit", image_size=64, depth=2, fixed_positions=True),
-        decoder_width=32, decoder_depth=3, decoder_heads=4, norm_pix_loss=norm_pix_loss,
-    )  # fmt: skip
+        DecoderOptions(decoder_width=32, decoder_depth=3, decoder_heads=4),
+        norm_pix_loss=norm_pix_loss,
+    )
     for parameter in theirs.parameters():  # also biases and norms, which start at 0 and 1
         parameter.data += 0.05 * torch.randn_like(parameter)
     ours.load_state_dict(translate(theirs.state_dict(), ours))
@@ -129,7 +131,7 @@ def test_loss_and_gradients_equal_the_published_implementation(norm_pix_loss: bo
 
 
 def test_a_step_costs_4_percent_less_than_the_published_one() -> None:
-    mae = MaskedAutoencoder(PatchEncoder("vit_base_patch16_224", image_size=224), decoder_depth=8)
+    mae = MaskedAutoencoder(PatchEncoder("vit_base_patch16_224", image_size=224), DecoderOptions(decoder_depth=8))
     assert mae.flops_per_image(49, 147) / 58.7e9 == pytest.approx(0.963, abs=0.003)
 
 
@@ -142,8 +144,10 @@ def test_every_switch_trains_what_it_says(
 ) -> None:
     mae = MaskedAutoencoder(
         PatchEncoder("test_vit", image_size=64, depth=1, fixed_positions=fixed),
-        decoder_width=32, decoder_depth=1, decoder_heads=4, decoder_type=decoder,
-        use_learned_mask_token=learned, use_separate_pos_embed=separate, fixed_pos_embed=fixed,
+        DecoderOptions(
+            decoder_width=32, decoder_depth=1, decoder_heads=4, decoder_type=decoder,
+            use_learned_mask_token=learned, use_separate_pos_embed=separate, fixed_pos_embed=fixed,
+        ),
     )  # fmt: skip
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     mae(images, *draw_mask(torch.rand(2, 16), mask_ratio=0.5, grid=(4, 4))).backward()
@@ -162,7 +166,7 @@ def test_grad_checkpointing_changes_no_number() -> None:
     for checkpointing in (False, True):
         torch.manual_seed(0)
         encoder = PatchEncoder("test_vit", image_size=64, depth=2, grad_checkpointing=checkpointing)
-        mae = MaskedAutoencoder(encoder, decoder_width=32, decoder_depth=1, decoder_heads=4)
+        mae = MaskedAutoencoder(encoder, DecoderOptions(decoder_width=32, decoder_depth=1, decoder_heads=4))
         images = torch.arange(3 * 64 * 64).view(1, 3, 64, 64).to(torch.uint8)
         mae(images, *draw_mask(torch.linspace(0, 0.9, 16)[None], mask_ratio=0.5, grid=(4, 4))).backward()
         grads.append([p.grad.clone() for p in mae.parameters() if p.grad is not None])
@@ -170,7 +174,8 @@ def test_grad_checkpointing_changes_no_number() -> None:
 
 
 def test_pictures_keep_what_was_seen_and_grey_what_was_hidden() -> None:
-    mae = MaskedAutoencoder(PatchEncoder("test_vit", image_size=64, depth=1), decoder_width=32, decoder_heads=4)
+    decoder = DecoderOptions(decoder_width=32, decoder_heads=4)
+    mae = MaskedAutoencoder(PatchEncoder("test_vit", image_size=64, depth=1), decoder)
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     keep, masked = draw_mask(torch.rand(2, 16), mask_ratio=0.75, grid=(4, 4))
     original, seen, painted = mae(images, keep, masked, want="pictures")

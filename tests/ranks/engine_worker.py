@@ -13,7 +13,7 @@ from trainer.distributed.engine import Engine, connect, disconnect
 from trainer.distributed.world import world_from_environment
 from trainer.distributed.zero_state import load_safely
 from trainer.models.encoder import PatchEncoder
-from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mae import DecoderOptions, MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask
 from trainer.seeds import Purpose, random_words, uniforms
 
@@ -57,7 +57,7 @@ def main(ds_config: str, micro_batch: str, output: str, stage: str, compile_mode
     config.setdefault("zero_optimization", {})["stage"] = int(stage)
     torch.manual_seed(0)
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2, fixed_positions=True)
-    model = MaskedAutoencoder(encoder, decoder_width=32, decoder_depth=2, decoder_heads=4)
+    model = MaskedAutoencoder(encoder, DecoderOptions(decoder_width=32, decoder_depth=2, decoder_heads=4))
     engine = Engine(model, ds_config=config, weight_decay=0.05, world=world)
     if compile_mode != "off":
         engine.compile(compile_mode)

@@ -16,7 +16,7 @@ from trainer.distributed.engine import Engine, StepResult, connect, disconnect
 from trainer.distributed.world import World, world_from_environment
 from trainer.errors import TrainerError
 from trainer.models.encoder import PatchEncoder
-from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mae import DecoderOptions, MaskedAutoencoder
 
 SAVED, STEPS, LR, MICRO_BATCH = 6, 8, 2e-3, 2
 FAULTS = {2: "loss", 3: "constant", 4: "gradient"}
@@ -42,7 +42,7 @@ class Faulty(MaskedAutoencoder):
 def build(config: dict[str, Any], world: World) -> Engine:
     torch.manual_seed(0)
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2, fixed_positions=True)
-    model = Faulty(encoder, decoder_width=32, decoder_depth=2, decoder_heads=4)
+    model = Faulty(encoder, DecoderOptions(decoder_width=32, decoder_depth=2, decoder_heads=4))
     return Engine(model, ds_config=config, weight_decay=0.05, world=world)
 
 

@@ -21,7 +21,7 @@ from trainer.distributed.engine import Engine, connect, disconnect
 from trainer.distributed.world import World, world_from_environment
 from trainer.errors import CheckpointError
 from trainer.models.encoder import PatchEncoder
-from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mae import DecoderOptions, MaskedAutoencoder
 
 GLOBAL_BATCH, MICRO_BATCH, LR = 12, 2, 2e-3
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "ds_configs"
@@ -51,7 +51,7 @@ def start(case: str, world: World) -> Engine:
         zero["sub_group_size"] = 5000  # several flat parts a parameter group
     torch.manual_seed(0)
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2, fixed_positions=True)
-    model = MaskedAutoencoder(encoder, decoder_width=32, decoder_depth=2, decoder_heads=4)
+    model = MaskedAutoencoder(encoder, DecoderOptions(decoder_width=32, decoder_depth=2, decoder_heads=4))
     return Engine(model, ds_config=config, weight_decay=0.05, world=world)
 
 

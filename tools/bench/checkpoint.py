@@ -39,7 +39,7 @@ from trainer.fault_tolerance.attempts import acquire
 from trainer.fault_tolerance.checkpoint import Identity, Progress, Saver
 from trainer.fault_tolerance.exit_codes import run
 from trainer.models.encoder import PatchEncoder
-from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mae import DecoderOptions, MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask
 
 
@@ -75,7 +75,7 @@ class Training:
         size, batch = settings.image_size, settings.global_batch
         world = connect(World(), timeout_s=600)
         encoder = PatchEncoder(settings.model, image_size=size, fixed_positions=True)
-        self.model = MaskedAutoencoder(encoder, decoder_depth=4)
+        self.model = MaskedAutoencoder(encoder, DecoderOptions(decoder_depth=4))
         recipe, runtime = PretrainRecipe(global_batch=batch), PretrainRuntime(micro_batch=batch)
         config = engine_settings(recipe, runtime, world)
         self.engine = Engine(self.model, ds_config=config, weight_decay=0.05, world=world)

@@ -53,7 +53,7 @@ from trainer.data.transforms.views import PretrainView
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.models.encoder import PatchEncoder
-from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mae import DecoderOptions, MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask
 
 BATCH, SIZE, IMAGES, BATCHES = 64, 224, 512, 8
@@ -178,7 +178,7 @@ def compare(side: int, repeats: int) -> None:
 def compare_training(index: ShardIndex, repeats: int) -> None:
     """Print the throughput of steps fed by two workers, beside steps on a batch in memory."""
     encoder = PatchEncoder("vit_tiny_patch16_224", image_size=SIZE, fixed_positions=True)
-    model = MaskedAutoencoder(encoder, decoder_width=128, decoder_depth=2, decoder_heads=4)
+    model = MaskedAutoencoder(encoder, DecoderOptions(decoder_width=128, decoder_depth=2, decoder_heads=4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     view = PretrainView(size=SIZE, crop_scale=(0.2, 1.0), flip_probability=0.5, seed=0, fast=True)
     stream = train_stream(

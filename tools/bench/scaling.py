@@ -37,7 +37,7 @@ from trainer.distributed.engine import Engine, connect, disconnect
 from trainer.distributed.world import world_from_environment
 from trainer.fault_tolerance.exit_codes import run
 from trainer.models.encoder import PatchEncoder
-from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mae import DecoderOptions, MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask
 from trainer.training.throughput import peak_resident_gib
 
@@ -84,7 +84,9 @@ def rank(settings: Settings, stage: int) -> tuple[float, float]:
         recipe = PretrainRecipe(global_batch=batch * world.size)
         runtime = PretrainRuntime(micro_batch=batch, ds_config=str(path))
         settings_of_engine = engine_settings(recipe, runtime, world)
-    engine = Engine(MaskedAutoencoder(encoder), ds_config=settings_of_engine, weight_decay=0.05, world=world)
+    engine = Engine(
+        MaskedAutoencoder(encoder, DecoderOptions()), ds_config=settings_of_engine, weight_decay=0.05, world=world
+    )
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
     inputs = images, *draw_mask(torch.rand(batch, encoder.num_patches), mask_ratio=0.75, grid=encoder.grid)
     times = []

@@ -45,7 +45,7 @@ from trainer.config.settings import check_types
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.models.encoder import PatchEncoder
-from trainer.models.mae import IMAGENET_MEAN, IMAGENET_STD, MaskedAutoencoder
+from trainer.models.mae import IMAGENET_MEAN, IMAGENET_STD, DecoderOptions, MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
 from trainer.training.throughput import peak_flops, peak_resident_gib
 from trainer.weights.export import write_vitmae
@@ -117,7 +117,8 @@ class Contender:
             settings.model, image_size=settings.image_size, fixed_positions=True,
             grad_checkpointing=variant.grad_checkpointing,
         )  # fmt: skip
-        mae = MaskedAutoencoder(encoder, decoder_depth=variant.depth, decoder_type=variant.decoder_type)
+        decoder = DecoderOptions(decoder_depth=variant.depth, decoder_type=variant.decoder_type)
+        mae = MaskedAutoencoder(encoder, decoder)
         keep = num_kept(encoder.num_patches, variant.mask_ratio)
         self.width = encoder.width
         self.flops = mae.flops_per_image(keep, num_predicted(encoder.num_patches - keep, variant.predict_share))

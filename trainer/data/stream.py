@@ -153,38 +153,38 @@ class Stream(torch.utils.data.IterableDataset[Batch]):
         return (position_B.tolist() for position_B in self._requests.expected_positions())
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadOptions:
+    """How a `BatchLoader` reads: the difference between a stream for training and one over chosen samples."""
+
+    noise_per_sample: int
+    """Uniform numbers a sample, for its mask."""
+    purpose: Purpose
+    """Of those numbers."""
+    whole_blocks: bool = False
+    """Read a sample's whole block, because the others of it are wanted soon as well."""
+    repeats: int = 1
+    """So many places in a row are one sample, which is read and decoded once."""
+    substitute: bool = True
+    """Put another sample in the place of a bad one; otherwise it stays, black, and its failure is noted."""
+
+
 class BatchLoader:
-    """Turns the places of a batch into pixels. A bad sample gives way to another, the same one for every world size.
+    """Turns the places of a batch into pixels. Another sample replaces a bad one, the same for every world size.
 
     Args:
         index: where samples lie.
         order: says which samples stand in for bad ones.
         view: what of an image is seen.
         spans: reads the bytes.
-        whole_blocks: read a sample's whole block, because the others of it are wanted soon as well.
-        noise_per_sample: uniform numbers a sample, for its mask.
-        purpose: of those numbers.
-        repeats: so many places in a row are one sample, which is read and decoded once.
-        substitute: put another sample in the place of a bad one; otherwise it stays, black, and its failure is noted.
+        options: see there.
     """
 
     def __init__(
-        self,
-        index: ShardIndex,
-        order: Order,
-        view: View,
-        *,
-        spans: ByteRangeReader,
-        whole_blocks: bool,
-        noise_per_sample: int,
-        purpose: Purpose,
-        repeats: int = 1,
-        substitute: bool = True,
+        self, index: ShardIndex, order: Order, view: View, spans: ByteRangeReader, options: LoadOptions
     ) -> None:
-        self._substitutes, self._repeats = substitute, repeats
         self._index, self._order, self._view = index, order, view
-        self._reader, self._whole_blocks = ShardReader(spans), whole_blocks
-        self._noise_per_sample, self._purpose = noise_per_sample, purpose
+        self._reader, self._options = ShardReader(spans), options
 
     def __call__(self, request: Request) -> Batch:
         """Load one batch.
@@ -192,11 +192,11 @@ class BatchLoader:
         Raises:
             DataError: storage failed for good, or a hundred substitutes were bad as well.
         """
-        size, position_B, repeats = self._view.size, request.position_B, self._repeats
+        size, position_B, repeats = self._view.size, request.position_B, self._options.repeats
         images_BSSC = torch.empty((len(position_B), size, size, 3), dtype=torch.uint8)
         located = Located(*(array[::repeats] for array in request.located))
         read = self._index.samples(located.sample_N)
-        payloads = self._reader.read_all(read, self._index.blocks(*located) if self._whole_blocks else None)
+        payloads = self._reader.read_all(read, self._index.blocks(*located) if self._options.whole_blocks else None)
         bad: list[tuple[str, str]] = []
         draws_BK, rows_BSSC = self._view.draw(position_B), images_BSSC.numpy()
         marks = self._landmarks(read, draws_BK)
@@ -208,15 +208,16 @@ class BatchLoader:
                 seen = self._view(photo, draws_BK[mine], rows_BSSC[mine])
             except SampleError as error:
                 bad += [(error.reason, ref.key)] * repeats
-                if self._substitutes:
+                if self._options.substitute:
                     ref, seen = self._substitute(int(position_B[mine.start]), bad, draws_BK[mine], rows_BSSC[mine])
                 else:
                     failures[mine], rows_BSSC[mine], seen = [error.reason] * repeats, 0, [ref.label] * repeats
             keys += [ref.key] * repeats
             labels += seen
+        noise_BN = uniforms(self._order.seed, self._options.purpose, position_B, self._options.noise_per_sample)
         return Batch(
             images_BCHW=images_BSSC.permute(0, 3, 1, 2),
-            noise_BN=torch.from_numpy(uniforms(self._order.seed, self._purpose, position_B, self._noise_per_sample)),
+            noise_BN=torch.from_numpy(noise_BN),
             positions=position_B.tolist(),
             keys=keys,
             labels=labels,
@@ -241,7 +242,7 @@ class BatchLoader:
             try:
                 return ref, self._view(Photo(self._reader.read(ref), ref.label), draws_RK, out_RSSC)
             except SampleError as error:
-                bad += [(error.reason, ref.key)] * self._repeats
+                bad += [(error.reason, ref.key)] * self._options.repeats
         raise DataError(
             f"position {position}: {_MAX_SUBSTITUTES} samples in a row could not be decoded, the last one {ref.key} "
             f"in {ref.shard} ({bad[-1][0]}): verify the shards with tools/check_shards.py and mend them"
@@ -259,16 +260,13 @@ def train_stream(
     spans: ByteRangeReader | None = None,
 ) -> Stream:
     """Compose the endless stream of one rank's micro batches from ``first_step`` on."""
-    load = BatchLoader(
-        index,
-        order,
-        view,
-        spans=spans or ByteRangeReader(),
-        whole_blocks=order.reads_blocks(share.num_ranks),
+    options = LoadOptions(
         noise_per_sample=noise_per_sample,
         purpose=Purpose.MASK,
+        whole_blocks=order.reads_blocks(share.num_ranks),
         repeats=share.repeats,
     )
+    load = BatchLoader(index, order, view, spans or ByteRangeReader(), options)
     return Stream(PlannedRequests(order, share, first_step), load)
 
 
@@ -286,16 +284,8 @@ def fixed_stream(
 
     The seed of masks and substitutes is 0 whatever the run's seed, so that validation figures of runs compare.
     """
-    load = BatchLoader(
-        index,
-        Plan(len(index), seed=0),
-        view,
-        spans=spans or ByteRangeReader(),
-        whole_blocks=False,
-        noise_per_sample=noise_per_sample,
-        purpose=Purpose.HELD_OUT_MASK,
-        substitute=substitute,
-    )
+    options = LoadOptions(noise_per_sample=noise_per_sample, purpose=Purpose.HELD_OUT_MASK, substitute=substitute)
+    load = BatchLoader(index, Plan(len(index), seed=0), view, spans or ByteRangeReader(), options)
     return Stream(ChosenRequests(samples, batch), load)
 
 

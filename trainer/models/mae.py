@@ -13,6 +13,7 @@ Source: He et al. 2021, arXiv 2111.06377, section 3.
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -37,43 +38,47 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _HIDDEN_GREY = 0.5
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderOptions:
+    """The decoder's settings, under the names that `trainer.config.settings.PretrainRecipe` documents."""
+
+    decoder_width: int = 512
+    decoder_depth: int = 4
+    decoder_heads: int = 16
+    decoder_type: Literal["self", "cross"] = "self"
+    use_learned_mask_token: bool = True
+    use_separate_pos_embed: bool = True
+    fixed_pos_embed: bool = True
+
+
 class MaskedAutoencoder(nn.Module):
     """Encoder, decoder and loss in one forward, because an engine must be called and not its parts."""
 
-    def __init__(
-        self,
-        encoder: PatchEncoder,
-        *,
-        decoder_width: int = 512,
-        decoder_depth: int = 4,
-        decoder_heads: int = 16,
-        decoder_type: Literal["self", "cross"] = "self",
-        use_learned_mask_token: bool = True,
-        use_separate_pos_embed: bool = True,
-        fixed_pos_embed: bool = True,
-        norm_pix_loss: bool = True,
-    ) -> None:
+    def __init__(self, encoder: PatchEncoder, decoder: DecoderOptions, *, norm_pix_loss: bool = True) -> None:
         """Build the decoder and draw all weights from torch's generator; see `initialise`."""
         super().__init__()
+        width, depth, heads = decoder.decoder_width, decoder.decoder_depth, decoder.decoder_heads
         self.encoder = encoder
         self.norm_pix_loss = norm_pix_loss
-        self.decoder_embed = nn.Linear(encoder.width, decoder_width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width), requires_grad=use_learned_mask_token)
+        self.decoder_embed = nn.Linear(encoder.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width), requires_grad=decoder.use_learned_mask_token)
         self.decoder_pos_embed, self.position_embed = None, None
-        if use_separate_pos_embed:
-            positions_1NE = sine_cosine_positions(encoder.grid, decoder_width)
-            self.decoder_pos_embed = nn.Parameter(positions_1NE, requires_grad=not fixed_pos_embed)
+        if decoder.use_separate_pos_embed:
+            positions_1NE = sine_cosine_positions(encoder.grid, width)
+            self.decoder_pos_embed = nn.Parameter(positions_1NE, requires_grad=not decoder.fixed_pos_embed)
         else:
-            self.position_embed = nn.Linear(encoder.width, decoder_width, bias=False)
-        self.decoder_type = decoder_type
-        if decoder_type == "cross":
-            self.decoder_blocks = nn.ModuleList(CrossBlock(decoder_width, decoder_heads) for _ in range(decoder_depth))
+            self.position_embed = nn.Linear(encoder.width, width, bias=False)
+        self.decoder_type = decoder.decoder_type
+        if self.decoder_type == "cross":
+            self.decoder_blocks = nn.ModuleList(CrossBlock(width, heads) for _ in range(depth))
         else:
-            self.decoder_blocks = make_blocks(decoder_depth, width=decoder_width, heads=decoder_heads)
-        self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_width, 3 * encoder.patch**2)
+            self.decoder_blocks = make_blocks(depth, width=width, heads=heads)
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_pred = nn.Linear(width, 3 * encoder.patch**2)
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        initialise(self, use_learned_mask_token=use_learned_mask_token, learned_positions=not fixed_pos_embed)
+        initialise(
+            self, use_learned_mask_token=decoder.use_learned_mask_token, learned_positions=not decoder.fixed_pos_embed
+        )
 
     def forward(
         self,

@@ -38,7 +38,7 @@ from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.log import print_and_log, start_console, start_logging
 from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import backbone_sha256
-from trainer.models.mae import MaskedAutoencoder
+from trainer.models.mae import DecoderOptions, MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept
 from trainer.progress import say
 from trainer.training import reconstruction
@@ -122,17 +122,8 @@ def build_model(recipe: PretrainRecipe, *, grad_checkpointing: bool = False) -> 
             grad_checkpointing=grad_checkpointing,
         )
         num_kept(encoder.num_patches, recipe.mask_ratio)  # refuses one that leaves no patch
-        return MaskedAutoencoder(
-            encoder,
-            decoder_width=recipe.decoder_width,
-            decoder_depth=recipe.decoder_depth,
-            decoder_heads=recipe.decoder_heads,
-            decoder_type=recipe.decoder_type,
-            use_learned_mask_token=recipe.use_learned_mask_token,
-            use_separate_pos_embed=recipe.use_separate_pos_embed,
-            fixed_pos_embed=recipe.fixed_pos_embed,
-            norm_pix_loss=recipe.norm_pix_loss,
-        )
+        decoder = DecoderOptions(**{name: getattr(recipe, name) for name in DecoderOptions.__slots__})
+        return MaskedAutoencoder(encoder, decoder, norm_pix_loss=recipe.norm_pix_loss)
 
 
 def load_init_weights(model: MaskedAutoencoder, recipe: PretrainRecipe, runtime: PretrainRuntime) -> str:

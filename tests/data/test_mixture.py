@@ -27,21 +27,21 @@ def test_every_batch_is_full_and_no_share_is_lost(parts: list[Fraction], batch: 
     steps = np.arange(first, first + 50)
     quotas = Quotas(parts, batch)
     before = quotas.before(steps)
-    dealt = quotas.before(steps + 1) - before
-    assert (dealt.sum(axis=1) == batch).all()
-    assert (dealt >= 0).all()
+    quota_NG = quotas.before(steps + 1) - before
+    assert (quota_NG.sum(axis=1) == batch).all()
+    assert (quota_NG >= 0).all()
     exact = [[part / sum(parts) * batch * int(step) for part in parts] for step in steps]
     assert all(
         abs(e - int(b)) < 2 for row, have in zip(exact, before, strict=True) for e, b in zip(row, have, strict=True)
     )
     if all((part / sum(parts) * batch).denominator == 1 for part in parts):
-        assert (dealt == [int(part / sum(parts) * batch) for part in parts]).all()
+        assert (quota_NG == [int(part / sum(parts) * batch) for part in parts]).all()
 
 
 def test_remainders_are_carried_over() -> None:
     quotas = Quotas([Fraction(1), Fraction(1), Fraction(1)], 10)
-    dealt = np.diff(quotas.before(np.arange(7)), axis=0)
-    assert dealt.tolist() == [[4, 3, 3], [3, 4, 3], [3, 3, 4]] * 2
+    quota_NG = np.diff(quotas.before(np.arange(7)), axis=0)
+    assert quota_NG.tolist() == [[4, 3, 3], [3, 4, 3], [3, 3, 4]] * 2
 
 
 @given(
@@ -61,10 +61,10 @@ def test_a_mixture_keeps_quotas_and_each_groups_own_epochs(
     mixture = Mixture(groups, parts, batch=batch, seed=seed, num_lanes=4, block_samples=8)
     positions = np.arange(batch * 30)
     samples, chosen = mixture.locate(positions).sample_N, mixture.group_at(positions)
-    dealt = np.diff(Quotas(parts, batch).before(np.arange(31)), axis=0)
+    quota_NG = np.diff(Quotas(parts, batch).before(np.arange(31)), axis=0)
     for number, (start, (size, _)) in enumerate(zip(starts, sizes, strict=False)):
         assert ((samples[chosen == number] >= start) & (samples[chosen == number] < start + size)).all()
-        assert (np.bincount(positions[chosen == number] // batch, minlength=30) == dealt[:, number]).all()
+        assert (np.bincount(positions[chosen == number] // batch, minlength=30) == quota_NG[:, number]).all()
         visits = np.bincount(samples[chosen == number] - start, minlength=size)
         assert visits.max() - visits.min() <= 1  # every sample of the group once before any twice
     alone = [mixture.locate([p + first_step * batch]).sample_N[0] for p in range(batch)]
@@ -144,7 +144,7 @@ def test_shares_that_never_repeat_are_refused() -> None:
 
 @pytest.mark.parametrize("batch", [8, 16, 24, 32, 256, 384, 512, 768, 1536, 3072, 4096])
 @pytest.mark.parametrize("meeting", [4, 8])
-def test_evenly_spread_seats_that_are_mixed_hold_both_classes(batch: int, meeting: int) -> None:
+def test_evenly_spaced_slots_that_are_mixed_hold_both_classes(batch: int, meeting: int) -> None:
     mixture = Mixture(
         [group(0, 5000), group(5000, 900)], [Fraction(1)] * 2, batch=batch, seed=1, num_meeting=meeting, num_lanes=4
     )

@@ -113,7 +113,7 @@ def order_of(recipe: Recipe, index: ShardIndex, sources: list[Source], *, num_me
         num_meeting: so many samples of a batch are mixed with each other.
 
     Raises:
-        ConfigError: shares cannot be dealt.
+        ConfigError: a batch cannot hold these shares.
         DataError: samples lack the label or field to balance by.
     """
     lanes = {

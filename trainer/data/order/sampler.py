@@ -1,8 +1,11 @@
-"""Weighted draws that every world size sees alike, without state and without torch.multinomial's limit of 2**24.
+"""Weighted draws, the same for every world size: no state, and no limit of 2**24 samples as in torch.multinomial.
 
-Draw p is the inverse of the cumulative weights at a uniform number that is a function of (seed, p). Nothing is
-shuffled, consumed or shared, so rank r of W computes its own draws, a resume costs nothing, and any other world size
-continues the same sequence.
+Draw p inverts the cumulative weights at a uniform number that is a function of (seed, p). Nothing is shuffled, consumed
+or shared. So rank r of W computes its own draws, a resume costs nothing, and any other world size continues the same
+sequence.
+
+Example: weights 1, 0, 3 have cumulative weights 1, 1, 4. A uniform number 0.12 points at 0.48 and draws sample 0;
+0.49 points at 1.96 and draws sample 2. Sample 1 has no width and is never drawn.
 
 Shapes: N samples or positions.
 """
@@ -21,8 +24,8 @@ from trainer.errors import ConfigError, DataError
 from trainer.seeds import Purpose, uniform_doubles
 
 _EPOCH_STRIDE = 1 << 40
-"""Positions of an epoch start at its number times this, so that they do not depend on how long epochs are."""
-_DRAWN_AT_ONCE = 4096
+"""Epoch e draws from position e * 2**40 on, so that its draws do not depend on the length of epochs."""
+_DRAWS_A_CHUNK = 4096
 
 
 class WeightedOrder:
@@ -36,7 +39,7 @@ class WeightedOrder:
         """
         weights_N = np.asarray(weights, dtype=np.float64)
         if weights_N.ndim != 1 or not len(weights_N) or not np.isfinite(weights_N).all() or (weights_N < 0).any():
-            raise DataError("sampling weights must be one finite number >= 0 for each sample: mend the weights")
+            raise DataError("sampling weights must be one finite number >= 0 for each sample: fix the weights")
         if not weights_N.any():
             raise DataError("all sampling weights are zero: at least one sample must have a weight above zero")
         self.seed = seed
@@ -44,22 +47,22 @@ class WeightedOrder:
         self._last = int(np.flatnonzero(weights_N)[-1])
 
     def draw(self, position_N: ArrayLike, purpose: Purpose = Purpose.WEIGHTED_DRAW) -> NDArray[np.int64]:
-        """Return the sample drawn at each position >= 0; those of weight zero never are."""
+        """Return the sample drawn at each position >= 0; a sample of weight zero is never drawn."""
         target_N = uniform_doubles(self.seed, purpose, position_N) * self._cumulative_N[-1]
         found_N: NDArray[np.int64] = np.searchsorted(self._cumulative_N, target_N, side="right").astype(np.int64)
-        return np.minimum(found_N, self._last)
+        return np.minimum(found_N, self._last)  # rounding may put a target on the total itself, past the last sample
 
     def locate(self, position: ArrayLike) -> Located:
-        """Return the draw at each position; draws have no neighbours, so each is its own block."""
+        """Return the draw at each position; a draw has no neighbours, so it is its own block."""
         sample_N = self.draw(position)
         return Located(sample_N, sample_N, sample_N)
 
     def substitutes(self, position: int, count: int) -> NDArray[np.int64]:
-        """Return other draws for a position whose sample is bad."""
+        """Return ``count`` other draws for a position whose sample is bad."""
         return self.draw(np.arange(position * count, (position + 1) * count), Purpose.SUBSTITUTE)
 
     def reads_blocks(self, num_ranks: int) -> bool:
-        """Say no: draws come from all over the set."""
+        """Return False: draws come from all over the set."""
         del num_ranks
         return False
 
@@ -67,22 +70,22 @@ class WeightedOrder:
 class DistributedWeightedSampler(Sampler[int]):
     """Weighted sampling for several ranks, with the interface of torch's samplers.
 
-    Every rank takes each ``num_replicas``-th draw of one global sequence; the draws of an epoch are the same for every
-    world size. Without replacement an epoch is an order of all samples in which heavier ones tend to come first
-    (Efraimidis and Spirakis 2006: ascending -ln(u) / w); it costs a sort of N numbers an epoch.
+    Rank r takes draws r, r + num_replicas, r + 2 * num_replicas, ... of one global sequence, so the draws of an epoch
+    are the same for every world size. Without replacement, an epoch is an order of all samples in which heavier ones
+    tend to come first (Efraimidis and Spirakis 2006: ascending -ln(u) / w); it costs a sort of N numbers an epoch.
 
     Args:
-        weights: one number >= 0 a sample; they need not add up to one.
-        num_samples: draws an epoch over all ranks; None takes as many as there are samples, less the remainder by
-            the world size.
+        weights: one number >= 0 for each sample; they need not add up to one.
+        num_samples: draws an epoch over all ranks; None means one for each sample, rounded down to a multiple of the
+            world size.
         num_replicas: world size; None asks torch.distributed.
         rank: this rank; None asks torch.distributed.
         replacement: whether a sample may be drawn twice in an epoch.
         seed: root of the sequence.
 
     Raises:
-        ConfigError: num_samples, rank or world size do not fit together.
-        DataError: the weights are no weights.
+        ConfigError: num_samples, rank and world size contradict each other.
+        DataError: a weight is negative or not finite, or all are zero.
     """
 
     def __init__(
@@ -97,9 +100,9 @@ class DistributedWeightedSampler(Sampler[int]):
     ) -> None:
         self._weights_N = np.asarray(weights, dtype=np.float64)
         self._order = WeightedOrder(self._weights_N, seed=seed)
-        together = dist.is_available() and dist.is_initialized()
-        self.num_replicas = num_replicas if num_replicas is not None else (dist.get_world_size() if together else 1)
-        self.rank = rank if rank is not None else (dist.get_rank() if together else 0)
+        has_ranks = dist.is_available() and dist.is_initialized()
+        self.num_replicas = num_replicas if num_replicas is not None else (dist.get_world_size() if has_ranks else 1)
+        self.rank = rank if rank is not None else (dist.get_rank() if has_ranks else 0)
         self.replacement, self.seed, self.epoch = replacement, seed, 0
         available = len(self._weights_N) if replacement else int(np.count_nonzero(self._weights_N))
         self.num_samples = available - available % self.num_replicas if num_samples is None else num_samples
@@ -121,11 +124,11 @@ class DistributedWeightedSampler(Sampler[int]):
         return self.num_samples // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
-        """Yield this rank's draws of the epoch, from where `load_state_dict` put it."""
+        """Yield this rank's draws of the epoch, from the position that `load_state_dict` set."""
         permuted_N = None if self.replacement else self._permutation()
         start, self._consumed = self._consumed, 0
-        for begin in range(start + self.rank, self.num_samples, self.num_replicas * _DRAWN_AT_ONCE):
-            end = min(self.num_samples, begin + self.num_replicas * _DRAWN_AT_ONCE)
+        for begin in range(start + self.rank, self.num_samples, self.num_replicas * _DRAWS_A_CHUNK):
+            end = min(self.num_samples, begin + self.num_replicas * _DRAWS_A_CHUNK)
             place_N = np.arange(begin, end, self.num_replicas)
             if permuted_N is None:
                 drawn_N = self._order.draw(self.epoch * _EPOCH_STRIDE + place_N)
@@ -134,15 +137,18 @@ class DistributedWeightedSampler(Sampler[int]):
             yield from drawn_N.tolist()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next `__iter__` yields, from its beginning."""
+        """Choose the epoch that the next `__iter__` yields, from its start."""
         self.epoch, self._consumed = epoch, 0
 
     def state_dict(self, *, num_consumed: int = 0) -> dict[str, Any]:
-        """Return what another sampler needs to go on, with any number of ranks.
+        """Return what another sampler needs to continue, with any number of ranks.
 
         Args:
-            num_consumed: draws of this epoch that training has used, over all ranks. Only the caller knows: what
-                loader workers have fetched ahead was not used.
+            num_consumed: draws of this epoch that training has used, over all ranks. Only the caller knows it: loader
+                workers fetch ahead.
+
+        Raises:
+            ConfigError: num_consumed is no multiple of the ranks, or above num_samples.
         """
         if num_consumed % self.num_replicas or not 0 <= num_consumed <= self.num_samples:
             raise ConfigError(
@@ -152,14 +158,16 @@ class DistributedWeightedSampler(Sampler[int]):
         return {"epoch": self.epoch, "num_consumed": num_consumed} | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` stood; takes no time, whatever the position.
+        """Continue from a `state_dict`; takes no time, whatever the position.
 
         Raises:
-            ConfigError: the state is of other weights, another seed or another length, or does not fit the ranks.
+            ConfigError: the state has other weights, another seed or another length, or does not fit the ranks.
         """
-        for name, ours in self._identity().items():
-            if state.get(name) != ours:
-                raise ConfigError(f"the sampler's {name} is {ours}, but the state has {state.get(name)}: restore it")
+        for name, expected in self._identity().items():
+            if state.get(name) != expected:
+                raise ConfigError(
+                    f"the sampler's {name} is {expected}, but the state has {state.get(name)}: restore it"
+                )
         if state["num_consumed"] % self.num_replicas:
             raise ConfigError(
                 f"{state['num_consumed']} draws were consumed, which {self.num_replicas} ranks cannot share"
@@ -178,7 +186,7 @@ class DistributedWeightedSampler(Sampler[int]):
     def _permutation(self) -> NDArray[np.int64]:
         count = len(self._weights_N)
         draw_N = uniform_doubles(self.seed, Purpose.WEIGHTED_ORDER, self.epoch * _EPOCH_STRIDE + np.arange(count))
-        with np.errstate(divide="ignore"):  # weight zero: infinitely late
+        with np.errstate(divide="ignore"):  # weight zero: an infinite arrival time, so it comes last
             arrival_N = -np.log1p(-draw_N) / self._weights_N
         return np.argsort(arrival_N, kind="stable")[: self.num_samples]
 
@@ -192,6 +200,8 @@ def class_weights(labels: ArrayLike, *, num_classes: int | None = None) -> NDArr
 
     Raises:
         DataError: a sample has no class, or a class has no sample.
+
+    Example: labels 0, 0, 0, 1 give weights 1/3, 1/3, 1/3, 1.
     """
     labels_N = np.asarray(labels, dtype=np.int64)
     if not len(labels_N) or labels_N.min() < 0:
@@ -199,7 +209,7 @@ def class_weights(labels: ArrayLike, *, num_classes: int | None = None) -> NDArr
         raise DataError(f"sample {number} has no label: balancing by class needs a label 0, 1, ... for each sample")
     counts = np.bincount(labels_N, minlength=num_classes or 0)
     if num_classes is not None and len(counts) > num_classes:
-        raise DataError(f"a sample has label {len(counts) - 1}, but labels go from 0 to {num_classes - 1}: mend it")
+        raise DataError(f"a sample has label {len(counts) - 1}, but labels go from 0 to {num_classes - 1}: fix it")
     empty = np.flatnonzero(counts == 0)
     if len(empty):
         raise DataError(

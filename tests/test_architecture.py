@@ -1,4 +1,7 @@
-"""The order of the packages: each imports only what stands before it, and one module owns each library."""
+"""The order of the packages: each imports only what stands before it, and one module owns each library.
+
+Tests share code through tests/helpers.
+"""
 
 import ast
 from graphlib import TopologicalSorter
@@ -91,3 +94,11 @@ def test_random_numbers_come_from_seeds_and_never_from_a_generator_of_numpys_or_
         drawn = {name for name in names if name.startswith(("np.random", "numpy.random", "random."))}
         drawn |= imports_of(path) & {"random", "numpy.random"}
         assert not drawn, f"{path} draws from {drawn}: see trainer/seeds.py"
+
+
+def test_tests_share_code_only_through_helpers() -> None:
+    """A test file can be read, moved and run alone; tests/ranks holds scripts that are started, never imported."""
+    for path in sources("tests"):
+        shared = {name for name in imports_of(path) if name.startswith("tests.")}
+        strangers = {name for name in shared if not name.startswith("tests.helpers.")}
+        assert not strangers, f"{path} imports {strangers}: move what it needs to tests/helpers"

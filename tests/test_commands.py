@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT, TINY, launch, metrics
+from tests.helpers.runs import ROOT, TINY, launch, metrics
 
 _STARTS = ("python ", "deepspeed ", "make ", "sbatch ", "ssh ")
 _COMMANDS = sorted([*ROOT.glob("launch/*.py"), *ROOT.glob("tools/*.py")])

@@ -12,7 +12,7 @@ import torch
 from deepspeed.launcher.runner import fetch_hostfile
 
 from launch import doctor
-from tests.conftest import ROOT, TINY, environment, words_of
+from tests.helpers.runs import ROOT, TINY, argv_of, environment
 from trainer.config.recipes import RECIPES
 from trainer.detection.evaluation import Settings, evaluate
 from trainer.distributed import devices
@@ -90,7 +90,7 @@ def test_hosts_and_slots_are_read_as_deepspeed_reads_them(tmp_path: Path) -> Non
 def test_a_machine_is_examined_and_left_as_it_was(shards: Path, tmp_path: Path) -> None:
     def ask(**changes: str) -> subprocess.CompletedProcess[str]:
         flags = TINY | {"data": str(shards), "output_dir": str(tmp_path / "out")} | changes
-        start = [sys.executable, str(ROOT / "launch" / "doctor.py"), *words_of(flags)]
+        start = [sys.executable, str(ROOT / "launch" / "doctor.py"), *argv_of(flags)]
         return subprocess.run(start, env=environment(), capture_output=True, text=True, timeout=120)
 
     done = ask()

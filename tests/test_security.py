@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import jpeg, write_tar
+from tests.helpers.shards import jpeg, write_tar
 from trainer.data.order.plan import Plan
 from trainer.data.shards.index import open_index
 from trainer.data.stream import Slice, train_stream

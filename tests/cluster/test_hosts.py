@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Lab, consumed, flags_of, num_steps, wait_for
-from tests.conftest import ROOT, metrics, words_of
+from tests.helpers.cluster import Lab, consumed, flags_of, num_steps, wait_for
+from tests.helpers.runs import ROOT, argv_of, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.hosts]
 TIMEOUT_S = 15
@@ -33,7 +33,7 @@ class Run:
         self._port += 1
         self.log.write_text("")
         start = ["python", "-c", "from deepspeed.launcher.runner import main; main()", "--hostfile", str(self.hostfile)]
-        start += ["--master_port", str(self._port), *words, str(ROOT / "launch" / script), *words_of(flags)]
+        start += ["--master_port", str(self._port), *words, str(ROOT / "launch" / script), *argv_of(flags)]
         return self.lab.start("head", ["-C", str(self.folder), *start], self.log)
 
     def wait(self, process: subprocess.Popen[bytes], timeout_s: float) -> int:
@@ -55,7 +55,7 @@ def test_the_doctor_names_hosts_that_are_not_ready(hosts: Lab, run: Run, shards:
 
     def ask(hostfile: str, code: int) -> str:
         (run.folder / "asked").write_text(hostfile)
-        words = ["python", str(ROOT / "launch" / "doctor.py"), "--hostfile", "asked", *words_of(flags)]
+        words = ["python", str(ROOT / "launch" / "doctor.py"), "--hostfile", "asked", *argv_of(flags)]
         return hosts.on("head", "-C", str(run.folder), *words, code=code)
 
     told = ask("hosta slots=1\nhostb slots=1\n", 0)

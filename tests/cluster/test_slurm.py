@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Lab, consumed, flags_of, num_steps, wait_for
-from tests.conftest import metrics, words_of
+from tests.helpers.cluster import Lab, consumed, flags_of, num_steps, wait_for
+from tests.helpers.runs import argv_of, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.slurm]
 
 
 def submit(cluster: Lab, flags: dict[str, str], *, nodes: int, **more: str) -> str:
     """Submit with tools/submit.py from the login node; returns the job's number."""
-    words = ["--nodes", str(nodes), "--gpus", "1", "--cpus", "1", "--time", "00:30:00", *words_of(flags)]
+    words = ["--nodes", str(nodes), "--gpus", "1", "--cpus", "1", "--time", "00:30:00", *argv_of(flags)]
     told = cluster.slurm("python", "tools/submit.py", *words, **more)
     return told.splitlines()[-1].split()[0]
 
@@ -141,7 +141,7 @@ def test_a_node_that_is_cut_off_is_replaced_and_its_rank_ends_itself(
 def test_a_sweep_is_a_job_array_with_a_run_for_each_value(cluster: Lab, shards: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     flags = flags_of(shards, output, 2)
-    words = ["--nodes", "1", "--gpus", "1", "--cpus", "1", "--sweep", "mask_ratio 0.5 0.75", *words_of(flags)]
+    words = ["--nodes", "1", "--gpus", "1", "--cpus", "1", "--sweep", "mask_ratio 0.5 0.75", *argv_of(flags)]
     del words[words.index("--sample_ledger") : words.index("--sample_ledger") + 2]
     job = cluster.slurm("python", "tools/submit.py", *words, TRAINER_DOCTOR="0").splitlines()[-1].split()[0]
     wait_for(lambda: not cluster.slurm("squeue", "-h", "-j", job), lambda: cluster.slurm("squeue"))
@@ -161,7 +161,7 @@ def test_what_cannot_run_is_refused_before_the_queue_or_in_the_first_minute(
         (2, 2, {}, "global_batch is 8, but must be divisible by ranks x micro_batch = 4 x 4: start 1 or 2 ranks"),
         (1, 1, {"mask_ratoi": "0.5"}, "unknown setting --mask_ratoi: did you mean --mask_ratio"),
     ):
-        words = ["--nodes", str(nodes), "--gpus", str(gpus), "--cpus", "1", *words_of(flags | more)]
+        words = ["--nodes", str(nodes), "--gpus", str(gpus), "--cpus", "1", *argv_of(flags | more)]
         assert message in cluster.slurm("python", "tools/submit.py", *words, code=2)
     job = submit(cluster, flags | {"data": str(tmp_path / "nowhere" / "*.tar")}, nodes=1)
     wait_for(lambda: state(cluster, job)["JobState"] == "FAILED", lambda: log_of(tmp_path / "out"), 60)

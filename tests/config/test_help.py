@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.early import slice_of
-from tests.conftest import ROOT, environment
+from tests.helpers.runs import ROOT, environment
 
 COMMANDS = sorted(
     path.relative_to(ROOT).as_posix()

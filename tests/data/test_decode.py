@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from tests.conftest import display_p3, grey_profile, jpeg
+from tests.helpers.shards import display_p3, grey_profile, jpeg
 from trainer.data.transforms.decode import colour_profile, decode_image, suffix_of
 from trainer.errors import SampleError
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import RandAugment as RandAugmentOfTorchvision
 
-from tests.conftest import jpeg
+from tests.helpers.shards import jpeg
 from tools.demo.orl_faces import find_faces
 from trainer.data.transforms.passport import PassportChain, jpeg2000, jpeg_to_budget, print_scan
 from trainer.data.transforms.randaugment import _RANGES, BasicAugment, RandAugment, rand_augment_ops

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from tests.conftest import display_p3, jpeg
+from tests.helpers.shards import display_p3, jpeg
 from trainer.data.transforms.decode import decode_image
 from trainer.data.writing.image_files import Storing, as_trainable, describe_damage, size_of, stored_image
 from trainer.errors import SampleError

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, environment, members_of, write_tar
+from tests.helpers.runs import ROOT, environment
+from tests.helpers.shards import members_of, write_tar
 from trainer.data import loader
 from trainer.data.loader import Loader
 from trainer.data.shards.index import ShardIndex, list_shards, open_index

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import jpeg
+from tests.helpers.shards import jpeg
 from trainer.data.writing.manifest import KNOWN_COLUMNS, near_misses, read_table
 from trainer.errors import ConfigError
 

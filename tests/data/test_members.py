@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.conftest import jpeg, write_tar
+from tests.helpers.shards import jpeg, write_tar
 from trainer.config.record import to_dict
 from trainer.config.settings import PretrainRecipe, PretrainRuntime
 from trainer.data.order.mixture import Source

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import members_of, write_tar
+from tests.helpers.shards import members_of, write_tar
 from trainer.data.order.mixture import Group, Mixture, Quotas, groups_by_value, groups_of_sources, read_sources
 from trainer.data.order.plan import positions_of
 from trainer.data.shards.index import open_index

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import webdataset as wds
 
-from tests.conftest import jpeg, members_of, write_tar
+from tests.helpers.shards import jpeg, members_of, write_tar
 from trainer.data.shards.index import ShardIndex, describe_index, list_shards, open_index
 from trainer.data.shards.reader import ShardReader
 from trainer.data.shards.tar import walk_tar

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import jpeg, write_tar
+from tests.helpers.shards import jpeg, write_tar
 from trainer.data.writing.class_labels import SORTED, class_numbers
 from trainer.data.writing.source_images import read_manifest, read_source, read_tars, walk_folder
 from trainer.errors import ConfigError, DataError

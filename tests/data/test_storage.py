@@ -17,7 +17,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from RangeHTTPServer import RangeRequestHandler
 
-from tests.conftest import jpeg, members_of, write_tar
+from tests.helpers.shards import jpeg, members_of, write_tar
 from trainer.data.loader import Loader
 from trainer.data.order.plan import Plan
 from trainer.data.shards import contents

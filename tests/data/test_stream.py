@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import members_of, write_tar
+from tests.helpers.shards import members_of, write_tar
 from trainer.data.loader import Loader
 from trainer.data.order.plan import Order, Plan, Repeated
 from trainer.data.shards.index import ShardIndex, list_shards, open_index

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from tests.conftest import display_p3, jpeg
+from tests.helpers.shards import display_p3, jpeg
 from trainer.config.record import from_dict
 from trainer.config.settings import DetectorRecipe
 from trainer.data.transforms.decode import decode_image

@@ -13,7 +13,7 @@ from pyeer.eer_stats import calculate_roc, get_eer_values
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-from tests.conftest import run_worker
+from tests.helpers.workers import run_worker
 from trainer.detection.error_rates import (
     Calibration,
     auc,

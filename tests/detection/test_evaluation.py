@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import jpeg, write_tar
+from tests.helpers.shards import jpeg, write_tar
 from trainer.data.shards.index import ShardIndex, open_index
 from trainer.data.stream import Batch
 from trainer.detection.error_rates import Calibration, threshold_for_bscer, threshold_for_macer

@@ -1,7 +1,6 @@
 """Whole runs of launch/finetune.py and launch/evaluate.py, and LoRA under every ZeRO stage."""
 
 import csv
-import io
 import json
 import math
 import subprocess
@@ -14,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import ROOT, TINY, environment, forks, launch, metrics, run_worker, words_of, write_tar
+from tests.helpers.runs import ROOT, TINY, TINY_DETECTOR, argv_of, environment, forks, launch, metrics
+from tests.helpers.shards import faces, picture, write_tar
+from tests.helpers.workers import run_worker
 from trainer.config.settings import DetectorRecipe
 from trainer.detection.build import build_detector, load_trained
 from trainer.detection.evaluation import Settings, evaluate
@@ -26,44 +26,6 @@ from trainer.detection.saved_detector import load_detector
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.models.encoder import PatchEncoder
 from trainer.weights.load import read_init
-
-SMALL = {name: TINY[name] for name in ("encoder_depth", "image_size", "patch_size", "global_batch", "micro_batch")}
-QUICK = SMALL | {
-    "recipe": "detector_demo",
-    "epochs": "6",
-    "num_lanes": "4",
-    "learning_rate": "3e-3",
-    "log_every": "5",
-    "val_every": "10",
-    "progress_bar": "false",
-    "oversubscribe": "true",
-    "num_workers": "0",
-    "num_threads": "1",
-}
-
-
-def picture(number: int, label: int) -> bytes:
-    """A bona fide is smooth, a morph carries stripes."""
-    generator = np.random.default_rng(number)
-    small = generator.integers(60, 200, (4, 4, 3), dtype=np.uint8)
-    image = np.asarray(Image.fromarray(small).resize((36, 36), Image.Resampling.BICUBIC)).astype(int)
-    image[::2] += 30 * label
-    file = io.BytesIO()
-    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-def faces(path: Path, numbers: range, *, labels: tuple[int, ...] = (0, 1), **fields: Any) -> Path:
-    members = []
-    for number in numbers:
-        label = labels[number % len(labels)]
-        values = {"label": label, "identity": f"p{number // 4}"} | fields
-        values |= {"attack": ("stripes", "lines")[number % 4 // 2]} if label == 1 else {}
-        members += [
-            (f"f{number:04d}.png", picture(number, label)),
-            (f"f{number:04d}.json", json.dumps(values).encode()),
-        ]
-    return write_tar(path, members)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +40,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finetune(sets: Path, output: Path, **flags: str) -> subprocess.CompletedProcess[str]:
     data = {"data": str(sets / "train" / "*.tar"), "val_data": str(sets / "val" / "*.tar"), "output_dir": str(output)}
     ranks = int(flags.pop("ranks", "0"))
-    return launch(QUICK | data | flags, ranks=ranks, script="finetune.py")
+    return launch(TINY_DETECTOR | data | flags, ranks=ranks, script="finetune.py")
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +64,14 @@ def lora(sets: Path, mae: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.ranks
 def test_a_spike_of_a_fine_tuning_is_left_behind_with_its_data(sets: Path, mae: Path, tmp_path: Path) -> None:
     output, log = tmp_path / "out", tmp_path / "log"
-    flags = QUICK | {
+    flags = TINY_DETECTOR | {
         "data": str(sets / "train" / "*.tar"), "output_dir": str(output), "init": str(mae), "use_lora": "true",
         "sample_ledger": str(tmp_path / "ledger"), "log_every": "1", "save_every": "8", "spike_threshold": "20",
         "on_spike": "rollback",
     }  # fmt: skip
     spikes = {8 * step + step % 8: "1000" for step in (37, 38, 39)}
     faulty = ROOT / "tests" / "ranks" / "faulty_training.py"
-    run = forks().start(faulty, words_of(flags), log, ranks=2, FAULTS=json.dumps(spikes), SCRIPT="finetune")
+    run = forks().start(faulty, argv_of(flags), log, ranks=2, FAULTS=json.dumps(spikes), SCRIPT="finetune")
     run.wait()
     assert list(run.codes.values()) == [0, 0], log.read_text()[-3000:]
     assert log.read_text().count("are left out") == 1
@@ -225,13 +187,13 @@ LORA_ONLY = "use_lora=True freeze_backbone=True learning_rate=1e-4"
 @pytest.mark.slow
 @pytest.mark.parametrize("features", [ALL_FEATURES, LORA_ONLY])
 def test_the_seeds_command_lines_run(sets: Path, mae: Path, tmp_path: Path, features: str) -> None:
-    flags = {n: v for n, v in QUICK.items() if n != "learning_rate"} | {"balance_by": "none", "init": str(mae)}
+    flags = {n: v for n, v in TINY_DETECTOR.items() if n != "learning_rate"} | {"balance_by": "none", "init": str(mae)}
     flags |= {
         "data": str(sets / "train" / "*.tar"),
         "val_data": str(sets / "val" / "*.tar"),
         "output_dir": str(tmp_path / "r"),
     }
-    words = words_of(flags) + [word for feature in features.split() for word in ("--override", feature)]
+    words = argv_of(flags) + [word for feature in features.split() for word in ("--override", feature)]
     started = forks().start(ROOT / "launch" / "finetune.py", words, tmp_path / "log")
     assert started.wait() == 0, (tmp_path / "log").read_text()[-3000:]
     recipe = load_detector(tmp_path / "r").description["recipe"]

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import environment, jpeg, write_tar
+from tests.helpers.runs import environment
+from tests.helpers.shards import jpeg, write_tar
 from trainer.data.shards.index import open_index
 from trainer.detection.error_rates import summarise
 from trainer.detection.evaluation import Settings, read_baselines

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import jpeg, members_of, write_tar
+from tests.helpers.shards import jpeg, members_of, write_tar
 from tools.shortcut_baselines import Settings, read_set
 from trainer.errors import DataError
 

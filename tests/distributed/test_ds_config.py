@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from torch import nn
 
-from tests.conftest import ROOT
+from tests.helpers.runs import ROOT
 from trainer.distributed.ds_config import HONOURED, REFUSED, fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.distributed.engine import Engine, connect, disconnect
 from trainer.distributed.world import World

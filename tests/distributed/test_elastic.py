@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, TINY, forks, launch, members_of, metrics, words_of, write_tar
+from tests.helpers.runs import ROOT, TINY, argv_of, forks, launch, ledger, metrics, steps_done
+from tests.helpers.shards import members_of, write_tar
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 BATCH, STEPS = 12, 40
@@ -21,27 +22,9 @@ FLAGS = TINY | {
 }
 
 
-def ledger(folder: Path) -> dict[int, list[tuple[int, str]]]:
-    """Step -> its (position, key) pairs over all ranks."""
-    found: dict[int, list[tuple[int, str]]] = {}
-    for path in folder.iterdir():
-        for row in map(json.loads, path.read_text().splitlines()):
-            found.setdefault(row["step"], []).append((row["position"], row["key"]))
-    return {step: sorted(pairs) for step, pairs in found.items()}
-
-
-def steps_done(output: Path) -> int:
-    """Last step whose metrics stand on disk whole."""
-    try:
-        lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return 0
-    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
-
-
 def run_until(step: int, flags: dict[str, str], *, ranks: int, log: Path) -> None:
     """Start a run and SIGKILL every process of it as soon as it has done that step."""
-    run = forks().start(ROOT / "launch" / "pretrain.py", words_of(flags), log, ranks=ranks)
+    run = forks().start(ROOT / "launch" / "pretrain.py", argv_of(flags), log, ranks=ranks)
     deadline = time.monotonic() + 200
     while steps_done(Path(flags["output_dir"])) < step and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, run_worker
+from tests.helpers.runs import ROOT
+from tests.helpers.workers import run_worker
 from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.errors import ConfigError
 from trainer.training.schedule import learning_rate_at

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY, Run, forks, metrics, run_worker, words_of
-from tests.detection.test_finetuning import QUICK, faces
-from tests.distributed.test_elastic import ledger, steps_done
+from tests.helpers.runs import ROOT, TINY, TINY_DETECTOR, Run, argv_of, forks, ledger, metrics, steps_done
+from tests.helpers.shards import faces
+from tests.helpers.workers import run_worker
 from trainer.distributed import zero_state as zero_files
 from trainer.errors import CheckpointError
 from trainer.models.encoder import PatchEncoder
@@ -187,7 +187,7 @@ def test_pre_training_killed_in_a_step_and_in_a_conversion_goes_on_with_other_ra
 
     def start(name: str, ranks: int, **changes: str) -> Run:
         where = {"output_dir": str(tmp_path / name), "sample_ledger": str(tmp_path / f"{name}-ledger")}
-        words = words_of(common | where | changes)
+        words = argv_of(common | where | changes)
         return forks().start(ROOT / "launch" / "pretrain.py", words, tmp_path / f"log-{time.monotonic()}", ranks=ranks)
 
     finish(start("whole", 0))
@@ -214,7 +214,7 @@ def test_fine_tuning_killed_on_one_rank_goes_on_with_two(tmp_path: Path) -> None
     config = json.loads((ROOT / "ds_configs" / "cpu_fp32.json").read_text())
     config["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
     (tmp_path / "zero3.json").write_text(json.dumps(config))
-    common = QUICK | {
+    common = TINY_DETECTOR | {
         "data": f"{tmp_path}/train/*.tar",
         "val_data": f"{tmp_path}/val/*.tar",
         "ds_config": str(tmp_path / "zero3.json"),
@@ -228,7 +228,7 @@ def test_fine_tuning_killed_on_one_rank_goes_on_with_two(tmp_path: Path) -> None
 
     def start(name: str, ranks: int) -> Run:
         where = {"output_dir": str(tmp_path / name), "sample_ledger": str(tmp_path / f"{name}-ledger")}
-        words = words_of(common | where)
+        words = argv_of(common | where)
         return forks().start(ROOT / "launch" / "finetune.py", words, tmp_path / f"log-{time.monotonic()}", ranks=ranks)
 
     finish(start("whole", 0))

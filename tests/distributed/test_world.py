@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import free_port
+from tests.helpers.runs import free_port
 from trainer.distributed.devices import check_devices
 from trainer.distributed.rendezvous import meet
 from trainer.distributed.world import World, world_from_environment

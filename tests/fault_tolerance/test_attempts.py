@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import environment
+from tests.helpers.runs import environment
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError, ConfigError, SupersededError
 from trainer.fault_tolerance.attempts import Lease, acquire, check_crash_loop

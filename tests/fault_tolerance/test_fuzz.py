@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import display_p3
-from tests.fault_tolerance.test_faults import (
+from tests.helpers.formats import (
     BLOCK,
     END,
     MIB,
@@ -37,6 +36,7 @@ from tests.fault_tolerance.test_faults import (
     with_checksum,
     with_segments,
 )
+from tests.helpers.shards import display_p3
 from trainer.data.shards.members import samples_of
 from trainer.data.shards.tar import Member, walk_tar
 from trainer.data.transforms.decode import colour_profile, decode_image, upright_jpeg_size

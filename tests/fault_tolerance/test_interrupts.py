@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import ROOT, TINY, environment, forks, metrics, words_of, write_tar
+from tests.helpers.runs import ROOT, TINY, argv_of, environment, forks, metrics
+from tests.helpers.shards import write_tar
 from trainer.fault_tolerance.exit_codes import _Interrupt
 from trainer.fault_tolerance.guards import StopRequest
 from trainer.training.run import Ending
@@ -58,7 +59,7 @@ def started(*argv: str) -> Iterator["subprocess.Popen[str]"]:
 def test_ctrl_c_saves_says_how_to_go_on_and_asks_no_scheduler_to_start_again(shards: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     flags = TINY | {"data": f"{shards}/*.tar", "output_dir": str(output), "epochs": "200", "save_every": "100000"}
-    run = forks().start(ROOT / "launch" / "pretrain.py", words_of(flags), tmp_path / "log")
+    run = forks().start(ROOT / "launch" / "pretrain.py", argv_of(flags), tmp_path / "log")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (output / "metrics.jsonl").exists():
         time.sleep(0.05)
@@ -75,7 +76,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_asks_no_scheduler_to_start_again(sha
 
 def test_ctrl_c_before_the_first_step_is_one_line(shards: Path, tmp_path: Path) -> None:
     flags = TINY | {"data": f"{shards}/*.tar", "output_dir": str(tmp_path / "out")}
-    run = forks().start(ROOT / "launch" / "pretrain.py", words_of(flags), tmp_path / "log")
+    run = forks().start(ROOT / "launch" / "pretrain.py", argv_of(flags), tmp_path / "log")
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (tmp_path / "out" / "logs").exists():
         time.sleep(0.01)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from tests.conftest import ROOT, TINY, Run, forks, metrics, words_of
+from tests.helpers.runs import ROOT, TINY, Run, argv_of, forks, metrics
 from trainer.distributed.zero_state import load_safely
 from trainer.fault_tolerance import checkpoint
 
@@ -31,7 +31,7 @@ FLAGS = TINY | {"save_every": "2", "keep_checkpoints": "2", "max_restarts": "0",
 
 
 def start(flags: dict[str, str], log: Path, *, ranks: int = 2, fault: dict[str, Any] | None = None) -> Run:
-    return forks().start(KILLED, words_of(flags), log, ranks=ranks, FAULT=json.dumps(fault))
+    return forks().start(KILLED, argv_of(flags), log, ranks=ranks, FAULT=json.dumps(fault))
 
 
 def run(flags: dict[str, str], log: Path, **more: Any) -> list[int | None]:

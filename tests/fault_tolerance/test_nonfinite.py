@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import ROOT, TINY, Run, forks, metrics, run_worker, words_of
+from tests.helpers.runs import ROOT, TINY, Run, argv_of, forks, metrics
+from tests.helpers.workers import run_worker
 from trainer.distributed.ds_config import read_ds_config
 from trainer.distributed.engine import StepResult
 from trainer.distributed.world import World
@@ -48,7 +49,7 @@ def log_of(folder: Path) -> str:
 
 def pretrain(script: Path, **changes: Any) -> list[str]:
     flags = TINY | {name: str(value) for name, value in changes.items()}
-    return [str(script), *words_of(flags)]
+    return [str(script), *argv_of(flags)]
 
 
 def faults(found: Mapping[int, str]) -> str:

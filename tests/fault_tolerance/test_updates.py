@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import TINY, launch, metrics
+from tests.helpers.runs import TINY, launch, metrics
 from trainer.config import record
 from trainer.config.command_line import configure
 from trainer.config.recipes import RECIPES

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, TINY, command, environment
+from tests.helpers.runs import ROOT, TINY, command, environment
 from trainer.fault_tolerance.watchdog import SlowRanks
 from trainer.fault_tolerance.watchdog_process import Phase, blame, grace_s
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.conftest import display_p3, jpeg, members_of, write_tar
+from tests.helpers.shards import display_p3, jpeg, members_of, write_tar
 from tools.check_shards import main
 from trainer.data.shards.index import ShardIndex, open_index
 from trainer.data.shards.reader import ShardReader

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.conftest import jpeg, members_of, write_tar
+from tests.helpers.shards import jpeg, members_of, write_tar
 from tools.contact_sheet import (
     Contents,
     Tile,

@@ -10,7 +10,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from tests.conftest import display_p3, jpeg, write_tar
+from tests.helpers.shards import display_p3, jpeg, write_tar
 from tools import make_shards as make_shards_module
 from tools.make_shards import Settings, main, make_shards
 from trainer.data.shards.index import list_shards, open_index

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.conftest import ROOT, environment
+from tests.helpers.runs import ROOT, environment
 from tools import plan_run
 from trainer.config.parse import with_flags
 from trainer.config.recipes import DETECTOR_RECIPES, RECIPES

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import ROOT, TINY, forks, launch, metrics, words_of
+from tests.helpers.runs import ROOT, TINY, argv_of, forks, launch, metrics
 from tools import run_status
 from trainer.fault_tolerance.attempts import Lease, acquire, attempts_of
 
@@ -60,7 +60,7 @@ def test_a_run_is_running_then_killed_then_finished_and_its_records_say_what_ran
 ) -> None:
     output = tmp_path / "out"
     words = TINY | {"data": f"{shards}/*.tar", "output_dir": str(output), "epochs": "12", "save_every": "2"}
-    run = forks().start(ROOT / "launch" / "pretrain.py", words_of(words), tmp_path / "log")
+    run = forks().start(ROOT / "launch" / "pretrain.py", argv_of(words), tmp_path / "log")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(output.glob("checkpoints/step-*")):
         time.sleep(0.02)

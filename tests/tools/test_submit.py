@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers.runs import ROOT
 from tools import submit
 from trainer.errors import ConfigError
 

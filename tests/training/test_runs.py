@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import ROOT, TINY, command, environment, forks, launch, members_of, metrics, words_of, write_tar
+from tests.helpers.runs import ROOT, TINY, argv_of, command, environment, forks, launch, metrics
+from tests.helpers.shards import members_of, write_tar
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 
@@ -190,7 +191,7 @@ def _check_what_is_on_disk(output: Path) -> None:
 
 def test_sigterm_saves_and_asks_to_be_queued_again(shards: Path, tmp_path: Path) -> None:
     words = flags(shards, tmp_path / "out", epochs=200, save_every=100000)
-    run = forks().start(ROOT / "launch" / "pretrain.py", words_of(words), tmp_path / "log")
+    run = forks().start(ROOT / "launch" / "pretrain.py", argv_of(words), tmp_path / "log")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (tmp_path / "out" / "metrics.jsonl").exists():
         time.sleep(0.05)

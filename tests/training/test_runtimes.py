@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, TINY, Run, forks, jpeg, metrics, words_of, write_tar
+from tests.helpers.runs import ROOT, TINY, Run, argv_of, forks, metrics
+from tests.helpers.shards import jpeg, write_tar
 from trainer.config.settings import DetectorRuntime, PretrainRuntime, Runtime
 
 pytestmark = pytest.mark.ranks
@@ -115,7 +116,7 @@ def variant(fields: dict[str, list[str]], number: int, runtime: type[Runtime]) -
 
 
 def start(script: str, flags: dict[str, str], folder: Path, train: Path, *, ranks: int = 0) -> Run:
-    words = [word.replace("TRAIN", str(train)).replace("OUT", str(folder)) for word in words_of(flags)]
+    words = [word.replace("TRAIN", str(train)).replace("OUT", str(folder)) for word in argv_of(flags)]
     log = folder / f"log-{flags['output_dir'].removeprefix('OUT/')}"
     return forks().start(ROOT / "launch" / f"{script}.py", words, log, ranks=ranks)
 

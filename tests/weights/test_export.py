@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from scipy.special import logit
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from tests.conftest import ROOT, TINY, forks, launch, words_of
+from tests.helpers.runs import ROOT, TINY, argv_of, forks, launch
 from tools.export import main
 from trainer.config.record import to_dict
 from trainer.config.settings import DetectorRecipe, PretrainRecipe
@@ -51,7 +51,7 @@ PIXELS = (IMAGES.float() / 255 - MEAN) / STD
 
 
 def export(source: Path | str, to: str, output: Path, **flags: str) -> Path:
-    assert main(words_of({"source": str(source), "format": to, "output": str(output)} | flags)) == 0
+    assert main(argv_of({"source": str(source), "format": to, "output": str(output)} | flags)) == 0
     return output
 
 
@@ -557,13 +557,13 @@ def test_what_cannot_be_exported_is_one_clear_message_and_leaves_nothing(
     chosen = {name: made[value]() if value in made else value for name, value in chosen.items()}
     before = sorted(tmp_path.iterdir())
     with pytest.raises(TrainerError, match=re.escape(message)):
-        main(words_of(chosen))
+        main(argv_of(chosen))
     assert sorted(tmp_path.iterdir()) == before
     assert "the payload ran" not in capfd.readouterr().out
 
 
 def test_a_mistake_ends_the_command_with_code_2_and_one_message(tmp_path: Path) -> None:
-    words = words_of({"source": str(tmp_path / "gone"), "output": str(tmp_path / "out")})
+    words = argv_of({"source": str(tmp_path / "gone"), "output": str(tmp_path / "out")})
     started = forks().start(ROOT / "tools" / "export.py", words, tmp_path / "log")
     assert started.wait() == 2
     assert "error: source is" in (tmp_path / "log").read_text()
@@ -598,4 +598,4 @@ def test_a_missing_library_is_named_before_any_work(to: str, package: str, monke
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
     with pytest.raises(ConfigError, match=rf"needs {package}: pip install 'face-mae-trainer\[export\]'"):
-        main(words_of({"source": "/nowhere", "format": to, "output": "/nowhere/else"}))
+        main(argv_of({"source": "/nowhere", "format": to, "output": "/nowhere/else"}))

@@ -13,7 +13,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tests.conftest import TINY, launch, metrics
+from tests.helpers.runs import TINY, launch, metrics
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime
 from trainer.detection.build import build_detector
 from trainer.errors import ConfigError

@@ -56,7 +56,7 @@ _READ = """
 import sys
 from trainer.data.transforms.views import CenterView
 from trainer.data.loader import Loader
-from trainer.data.shards import list_shards, open_index
+from trainer.data.shards.index import list_shards, open_index
 from trainer.data.stream import fixed_stream
 
 index = open_index(list_shards(sys.argv[1], setting="--data"))

@@ -1,13 +1,51 @@
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+VERSION = re.findall(r'^__version__ = "(.+)"$', (HERE / "trainer" / "__init__.py").read_text(), re.MULTILINE)[0]
+# launch/ and tools/ are too common as names of packages: they are installed as trainer.launch and trainer.tools.
+MOVED = {f"trainer.{folder}": folder for folder in ("launch", "tools", "ds_configs")}
+COMMANDS = [
+    f"face-mae-{path.stem.replace('_', '-')} = trainer.{path.parent.name}.{path.stem}:command"
+    for path in sorted([*HERE.glob("launch/*.py"), *HERE.glob("tools/*.py")])
+    if "\ndef command() " in path.read_text()
+]
 
 setup(
     name="face-mae-trainer",
-    version="0.2.0",
+    version=VERSION,
     description="Distributed MAE pre-training on DeepSpeed from WebDataset shards, for face morphing attack detection",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    platforms=["linux"],
     python_requires=">=3.11",
-    package_data={"trainer.detection": ["report.html.jinja"]},
-    packages=find_packages(include=["trainer", "trainer.*", "launch", "tools"]),
+    packages=[*find_packages(include=["trainer", "trainer.*"]), *MOVED],
+    package_dir=MOVED,
+    package_data={
+        "trainer": ["py.typed"],
+        "trainer.detection": ["report.html.jinja"],
+        "trainer.ds_configs": ["*.json"],
+        "trainer.launch": ["slurm/*.sh"],
+        "trainer.tools": ["demo/data/*"],
+    },
+    zip_safe=False,  # trainer/files.py finds files by their paths
+    entry_points={"console_scripts": COMMANDS},
     install_requires=[
         "torch>=2.14",
         "torchvision>=0.29",  # timm imports it; its version must match torch's

@@ -40,6 +40,7 @@ from trainer.distributed.ds_config import engine_settings
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
+from trainer.files import data_file
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -49,7 +50,6 @@ from trainer.training.model_cost import BuildModel, ModelCost, count_model
 from trainer.training.pretraining import build_model
 
 GB, GIB, HOUR, DAY = 1e9, 2**30, 3600, 86400
-DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 LINK_SHARE = 0.7
 SAVE_OVERHEAD_S = 0.1
 REPEATS, SEED = 64, 0
@@ -224,7 +224,7 @@ def make_plan(settings: Settings, recipe: Recipe, runtime: Runtime) -> Plan:
         ConfigError: the ds_config or the batch does not do, as the launchers would say.
     """
     ranks, hardware = settings.nodes * settings.gpus, HARDWARE[settings.hardware]
-    runtime = dataclasses.replace(runtime, ds_config=runtime.ds_config or str(DS_CONFIGS / "zero1_bf16.json"))
+    runtime = dataclasses.replace(runtime, ds_config=runtime.ds_config or str(data_file("ds_configs/zero1_bf16.json")))
     config = engine_settings(recipe, runtime, World(size=ranks, local_size=settings.gpus))
     zero = planning.zero_of(config)
     if zero.stage == 0 and zero.accum != zero.precision:

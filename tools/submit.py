@@ -42,8 +42,8 @@ from trainer.distributed.ds_config import engine_settings
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
+from trainer.files import checkout, data_file
 
-_HOME = Path(__file__).resolve().parent.parent
 _TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
 _SETTINGS = {"partition": None, "account": None, "qos": None, "constraint": None, "job_name": None, "log": None}
 
@@ -189,11 +189,20 @@ def as_sbatch(job: Job) -> str:
     if job.sweep:
         asked["array"] = f"0-{len(job.sweep) - 2}"
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{name.replace('_', '-')}={value}" for name, value in asked.items())]
-    lines += ["#SBATCH --requeue", "set -euo pipefail", f"export TRAINER_HOME={shlex.quote(str(_HOME))}"]
+    lines += ["#SBATCH --requeue", "set -euo pipefail", *_project()]
     if job.sweep:
         lines.append(f"export TRAINER_SWEEP={shlex.quote(' '.join(job.sweep))}")
-    lines += ['source "$TRAINER_HOME/launch/slurm/common.sh"', "prepare", f"train {job.script} {shlex.join(job.words)}"]
+    lines += [f"source {shlex.quote(str(data_file('launch/slurm/common.sh')))}", "prepare"]
+    lines.append(f"train {job.script} {shlex.join(job.words)}")
     return "\n".join(lines) + "\n"
+
+
+def _project() -> list[str]:
+    """Export the folder that the job runs in: the checkout, or this folder and this Python for an installed wheel."""
+    if folder := checkout():
+        return [f"export TRAINER_HOME={shlex.quote(str(folder))}"]
+    python = f"export TRAINER_PYTHON=${{TRAINER_PYTHON:-{shlex.quote(sys.executable)}}}"
+    return [f"export TRAINER_HOME={shlex.quote(str(Path.cwd()))}", python]
 
 
 def _sbatch(*words: str) -> str:

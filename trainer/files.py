@@ -17,6 +17,24 @@ _HASHERS = 4
 _PRIVATE = 0o600
 
 
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def data_file(name: str) -> Path:
+    """Return the path of a file or folder that comes with the project.
+
+    Args:
+        name: its path in a checkout, for example ``ds_configs/cpu_fp32.json``. A checkout holds it beside the package
+            ``trainer``, an installed wheel inside the package.
+    """
+    return (checkout() or _PACKAGE) / name
+
+
+def checkout() -> Path | None:
+    """Return the project's folder where this is a checkout; None where it is an installed wheel."""
+    return None if (_PACKAGE / "ds_configs").is_dir() else _PACKAGE.parent
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; an empty one where the file is absent, cut or something else."""
     try:

@@ -1,13 +1,18 @@
 # What every job here does; the sbatch scripts source it. Bash, no ssh, nothing to install on the nodes but this project.
 # shellcheck shell=bash
 #
-#   TRAINER_HOME         the project on the shared file system; default: where sbatch was called
+#   TRAINER_HOME         the folder of the job on the shared file system: the project, or where tools/submit.py of an
+#                        installed wheel was called; default: where sbatch was called
 #   TRAINER_ENVIRONMENT  a script that sets modules, CUDA and the like; sourced if given
-#   TRAINER_PYTHON       default: TRAINER_HOME/.venv/bin/python if that exists, else python
+#   TRAINER_PYTHON       default: TRAINER_HOME/.venv/bin/python if that exists, else python; for a wheel the Python of
+#                        tools/submit.py
 #   TRAINER_INTERFACE    network interface between the nodes; default: the one that leads to the first node
 #   TRAINER_DOCTOR       0 leaves out launch/doctor.py before the training
 #   TRAINER_MAX_REQUEUES how often one job may go on; default 200
 #   TRAINER_SWEEP        "mask_ratio 0.6 0.75 0.9": element i of a job array takes value i, in its own output_dir
+
+# launch/ of a checkout, or trainer/launch/ of an installed wheel
+commands=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 refuse() {
   echo "error: $*" >&2
@@ -65,13 +70,15 @@ take_sweep() {
   words+=("--$setting" "${values[index]}")
 }
 
-# Runs a script of launch/ as one task a GPU and waits; bash runs its traps only between commands, so srun stands behind.
+# Runs a command of launch/ as one task a GPU and waits; bash runs its traps only between commands, so srun stands behind.
 on_all_ranks() {
-  local code=0 step
+  local code=0 step program=("launch/$1.py")
+  [[ ! -f $commands/../__init__.py ]] || program=(-P -m "trainer.launch.$1") # an installed wheel
+  shift
   # All GPUs of a node are shown to all its tasks; each takes the one of its number. Since SLURM 22.05 a step must be
   # told the cores of a task again.
   SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} srun --kill-on-bad-exit=1 --unbuffered --gpu-bind=none \
-    "$TRAINER_HOME/launch/slurm/rank.sh" "$@" &
+    bash "$commands/slurm/rank.sh" "${program[@]}" "$@" &
   step=$!
   while true; do
     interrupted=''
@@ -97,12 +104,12 @@ train() {
   trap on_usr1 USR1
   trap on_term TERM
   if [[ ${TRAINER_DOCTOR:-1} != 0 ]]; then
-    on_all_ranks launch/doctor.py --script "$script" "${words[@]}" || code=$?
+    on_all_ranks doctor --script "$script" "${words[@]}" || code=$?
     ((code == 0)) || [[ -n $asked_to_stop$told_to_end ]] || { echo "not started: see the lines above"; exit "$code"; }
   fi
   if [[ -z $asked_to_stop$told_to_end ]]; then
     code=0
-    on_all_ranks "launch/$script.py" "${words[@]}" || code=$?
+    on_all_ranks "$script" "${words[@]}" || code=$?
   fi
   echo "=== $(date '+%F %T') job $SLURM_JOB_ID ends with $code"
   case $code in

@@ -29,8 +29,9 @@ from tools.demo.orl_faces import IMAGES_A_PERSON, NUM_PEOPLE, TRAIN_PEOPLE, VALI
 from tools.make_morphs import Settings, make_morphs
 from trainer.config.command_line import read_folder
 from trainer.fault_tolerance.exit_codes import run
+from trainer.files import data_file
 
-LANDMARKS = Path(__file__).resolve().parent / "data" / "orl_landmarks_468.npz"
+LANDMARKS = data_file("tools/demo/data/orl_landmarks_468.npz")
 _COLUMNS = ("path", "key", "label", "identity", "identity_2", "attack", "control")
 _PEOPLE = {
     "train": [p for p in TRAIN_PEOPLE if p not in VALIDATION_PEOPLE],

@@ -21,6 +21,7 @@ from trainer.config.settings import Recipe, Runtime
 from trainer.distributed.devices import default_device
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
+from trainer.files import data_file
 
 _STAGE3_NAMES = (
     *("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters"),
@@ -230,6 +231,14 @@ def _value_at(config: Mapping[str, Any], path: str) -> Any:
     return value
 
 
+def find_ds_config(name: str) -> Path:
+    """Find a DeepSpeed JSON: an existing path, or else a file of the project's ds_configs/ by its name."""
+    path = Path(name)
+    known = data_file(f"ds_configs/{path.name}")
+    by_name = path.parent in (Path(), Path("ds_configs"))
+    return known if by_name and not path.exists() and known.exists() else path
+
+
 def read_ds_config(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file.
 
@@ -377,13 +386,10 @@ def _either(numbers: list[int], wanted: int) -> str:
     return " or ".join(filter(None, (", ".join(map(str, near[:-1])), str(near[-1]))))
 
 
-_DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
-
-
 def engine_settings(recipe: Recipe, runtime: Runtime, world: World) -> dict[str, Any]:
     """Read the DeepSpeed JSON and fill in what the recipe owns."""
     fallback = "cpu_fp32.json" if default_device().type == "cpu" else "zero1_bf16.json"
-    path = Path(runtime.ds_config) if runtime.ds_config else _DS_CONFIGS / fallback
+    path = find_ds_config(runtime.ds_config) if runtime.ds_config else data_file(f"ds_configs/{fallback}")
     return fill_ds_config(
         read_ds_config(path),
         owned_by_recipe(

@@ -1,7 +1,11 @@
+import contextlib
+import io
 import multiprocessing
 import os
 import re
+import signal
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from trainer.distributed.devices import check_devices
 from trainer.distributed.rendezvous import meet
 from trainer.distributed.world import World, world_from_environment
 from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.fault_tolerance.exit_codes import EXIT_USER_ERROR, explain
 
 
 def test_the_launchers_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +128,34 @@ def test_who_did_not_come_is_named_to_all_who_did(here: list[int], heard: str) -
     assert all(re.match(heard, text) for text in told.values()), told
 
 
+def _refuse(rank: int, port: int, with_main: bool, answers: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    meet(World(rank, 2), timeout_s=30)
+    began = time.monotonic()
+    if rank == 0 and not with_main:
+        time.sleep(1)  # while the other waits
+        os.kill(os.getpid(), signal.SIGKILL)
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        code = explain(ConfigError("no such recipe"))
+    answers.put((code, time.monotonic() - began, shown.getvalue()))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("with_main", [True, False])
+def test_a_refusal_of_all_ranks_is_shown_once_and_nobody_waits_for_a_main_rank_that_has_left(with_main: bool) -> None:
+    context = multiprocessing.get_context("fork")
+    answers, port = context.Queue(), free_port()
+    ranks = [context.Process(target=_refuse, args=(rank, port, with_main, answers)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    ends = [answers.get(timeout=60) for _ in range(1 + with_main)]
+    assert {code for code, _, _ in ends} == {EXIT_USER_ERROR}
+    assert max(seconds for _, seconds, _ in ends) < 5
+    assert "".join(shown for _, _, shown in ends) == "\nerror: no such recipe\n"
+    for process in ranks:
+        process.join(60)
+
+
 def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as other:
         other.bind(("", 0))
@@ -141,8 +174,8 @@ def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.ranks
 def test_decisions_and_errors_of_one_rank_are_everyones() -> None:
     context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    ranks = [context.Process(target=_talk, args=(rank, 29750, answers)) for rank in range(2)]
+    answers, port = context.Queue(), free_port()
+    ranks = [context.Process(target=_talk, args=(rank, port, answers)) for rank in range(2)]
     for process in ranks:
         process.start()
     heard = dict(answers.get(timeout=120) for _ in ranks)

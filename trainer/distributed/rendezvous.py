@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
+from trainer.distributed.refusal import know_ranks
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
 
@@ -33,6 +34,7 @@ def meet(world: World, *, timeout_s: float) -> Store:
     if not os.environ["MASTER_PORT"].isdecimal():
         raise ConfigError(f"environment variable MASTER_PORT is {os.environ['MASTER_PORT']!r}, but must be a number")
     store = _open_store(world, timeout_s)
+    know_ranks(store, world.rank, world.size)
     host = socket.gethostname()
     store.set(f"here/{world.rank}", host)
     if world.is_main:

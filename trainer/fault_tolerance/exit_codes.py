@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NoReturn
 
 from trainer.config.command_line import flag_pairs
 from trainer.config.parse import expand_home
+from trainer.distributed.refusal import report_to_ranks, wait_for_main
 from trainer.errors import SupersededError, TrainerError
 from trainer.fault_tolerance.watchdog import explain_loss, set_phase
 from trainer.fault_tolerance.watchdog_process import Phase
@@ -68,8 +68,10 @@ def explain(error: Exception) -> int:
     if isinstance(error, TrainerError):
         set_phase(Phase.FAILED)
         code = EXIT_SUPERSEDED if isinstance(error, SupersededError) else EXIT_USER_ERROR
-        _let_main_speak_first(code)
-        print(f"\nerror: {error}", file=sys.stderr)
+        if is_main() or not _main_speaks_first(code):
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        if is_main():
+            report_to_ranks()
         return code
     if isinstance(error, OSError) and (place := _place_of(error)):
         set_phase(Phase.FAILED)
@@ -128,11 +130,11 @@ def say_interrupted() -> None:
         os.write(2, b"\ninterrupted: nothing half written stays; the same command starts it again\n")
 
 
-def _let_main_speak_first(code: int) -> None:
-    """Wait on other ranks: the launcher ends all of them when the first leaves, and rank 0 has the better message.
+def _main_speaks_first(code: int) -> bool:
+    """Wait on another rank until rank 0 has shown the refusal; False if it has not within the time limit.
 
-    Who is ended while it waits leaves with the same code, so that nobody takes a mistake for a lost rank.
+    The launcher ends all ranks when the first leaves, and rank 0 has the better message. A rank that is ended while it
+    waits leaves with the same code, so that nobody takes a mistake for a lost rank.
     """
-    if not is_main():
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-        time.sleep(_MAIN_SPEAKS_FIRST_S)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+    return wait_for_main(_MAIN_SPEAKS_FIRST_S)

@@ -119,9 +119,9 @@ def test_gpus_that_cuda_cannot_use_are_refused_unless_the_user_wants_the_cpu(
     said = "this host has 2 NVIDIA GPUs (nvidia0, nvidia1), but CUDA cannot use them ("
     assert unusable_gpus(tmp_path).startswith(said)
     monkeypatch.setattr(devices.unusable_gpus, "__defaults__", (tmp_path,))
-    with pytest.raises(ConfigError, match="to compute on the CPU all the same, set DS_ACCELERATOR=cpu"):
+    with pytest.raises(ConfigError, match="to compute on the CPU anyway, set DS_ACCELERATOR=cpu"):
         devices.use_devices(World(), RECIPES["demo"]()[1])
-    with pytest.raises(ConfigError, match="to compute on the CPU all the same, set DS_ACCELERATOR=cpu"):
+    with pytest.raises(ConfigError, match="to compute on the CPU anyway, set DS_ACCELERATOR=cpu"):
         evaluate(Settings(models="none=nowhere", test_sets="none=nowhere"))
     for name, value in (("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1")):
         with monkeypatch.context() as told:

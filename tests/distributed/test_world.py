@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.runs import free_port
 from trainer.distributed.devices import check_devices
-from trainer.distributed.rendezvous import meet
+from trainer.distributed.rendezvous import rendezvous
 from trainer.distributed.world import World, world_from_environment
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.fault_tolerance.exit_codes import EXIT_USER_ERROR, explain
@@ -94,12 +94,12 @@ def _talk(rank: int, port: int, answers: Any) -> None:
     disconnect()
 
 
-def _come(rank: int, size: int, port: int, answers: Any) -> None:
+def _join(rank: int, size: int, port: int, answers: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        store = meet(World(rank, size), timeout_s=6)
-        answers.put((rank, "met"))
-        store.wait([f"heard/{other}" for other in range(size)])
+        store = rendezvous(World(rank, size), timeout_s=6)
+        answers.put((rank, "joined"))
+        store.wait([f"read/{other}" for other in range(size)])
     except ConfigError as error:
         answers.put((rank, str(error)))
 
@@ -107,25 +107,25 @@ def _come(rank: int, size: int, port: int, answers: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("here", "heard"),
+    ("started", "expected"),
     [
-        ([0, 1, 2], "met"),
-        ([0, 2], r"rank 1, 3-4 of 5 did not come to 127.0.0.1:\d+ within 6 s; here are .* \(rank 0, 2\)"),
+        ([0, 1, 2], "joined"),
+        ([0, 2], r"rank 1, 3-4 of 5 did not join at 127.0.0.1:\d+ within 6 s; joined: .* \(rank 0, 2\)"),
         ([1], r"rank 1 on .* cannot reach rank 0 at 127.0.0.1:\d+ within 6 s"),
     ],
 )
-def test_who_did_not_come_is_named_to_all_who_did(here: list[int], heard: str) -> None:
+def test_missing_ranks_are_named_on_every_rank_that_joined(started: list[int], expected: str) -> None:
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    size, port = (3 if heard == "met" else 5), free_port()
-    ranks = [context.Process(target=_come, args=(rank, size, port, answers)) for rank in here]
+    size, port = (3 if expected == "joined" else 5), free_port()
+    ranks = [context.Process(target=_join, args=(rank, size, port, answers)) for rank in started]
     for process in ranks:
         process.start()
-    told = dict(answers.get(timeout=60) for _ in ranks)
+    outcomes = dict(answers.get(timeout=60) for _ in ranks)
     for process in ranks:
         process.join(60)
-    assert sorted(told) == here
-    assert all(re.match(heard, text) for text in told.values()), told
+    assert sorted(outcomes) == started
+    assert all(re.match(expected, text) for text in outcomes.values()), outcomes
 
 
 def _refuse(rank: int, port: int, with_main: bool, answers: Any) -> None:
@@ -164,10 +164,10 @@ def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(ConfigError, match=f"port {port} is taken on .* --master_port {port + 1}"):
-            meet(World(0, 2), timeout_s=5)
+            rendezvous(World(0, 2), timeout_s=5)
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(ConfigError, match="MASTER_ADDR is empty"):
-        meet(World(0, 2), timeout_s=5)
+        rendezvous(World(0, 2), timeout_s=5)
 
 
 @pytest.mark.slow

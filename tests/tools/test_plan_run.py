@@ -92,7 +92,7 @@ def test_planned_bytes_are_those_of_real_ranks_at_every_stage(measured: Measured
         whole = element * planning.gathered(weights, zero)
         held = memory.total - memory.buffers + (memory.buffers - whole) * (stage == 3)
         assert held == pytest.approx(max(rank["before_step"] for rank in seen), rel=0.02), said
-        if stage != 3 and not zero.accumulates_whole:
+        if stage != 3 and not zero.accumulates_full:
             assert held - memory.gradients == pytest.approx(seen[0]["after_step"], rel=0.02), said
         if stage == 3:
             assert 0.5 * whole < max(rank["gathered"] for rank in seen) <= whole, said

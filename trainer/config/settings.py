@@ -372,7 +372,7 @@ class Runtime:
     max_bad_sample_share: float = 0.001
     """Stop when more than this share of the samples read was undecodable and had to be substituted."""
     start_timeout_s: int = 600
-    """How long the ranks wait at the start for the last of them; the message names who did not come [seconds]."""
+    """How long the ranks wait at the start for the last of them; the message names the missing ranks [seconds]."""
     timeout_s: int = 1800
     """A step and its collectives that take longer end the job, naming the rank that hangs; 0 for ever [seconds]."""
     data_timeout_s: int = 1200

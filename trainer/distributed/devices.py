@@ -1,4 +1,4 @@
-"""Which device a rank may use."""
+"""Which device a rank uses, and whether the host has enough of them."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_devices(world: World, num_devices: int, kind: str, *, oversubscribe: bool) -> None:
-    """Refuse more ranks on this host than it has devices.
+    """Raise `ConfigError` if this host has fewer devices than ranks.
 
     Args:
         world: this process.
@@ -38,15 +38,15 @@ def check_devices(world: World, num_devices: int, kind: str, *, oversubscribe: b
 
 
 def use_devices(world: World, runtime: Runtime, *, refuse_unusable: bool = True) -> None:
-    """Say which devices will compute, refuse more ranks than devices, and share the cores of the host among its ranks.
+    """Log the devices, check that there are enough for the ranks, and divide the host's cores among its ranks.
 
     Args:
-        world: who this process is.
-        runtime: of the command.
+        world: this process.
+        runtime: settings of the command.
         refuse_unusable: refuse a host whose GPUs cannot be used; otherwise it computes on the CPU.
 
     Raises:
-        ConfigError: see above.
+        ConfigError: there are more ranks than devices, or the GPUs cannot be used.
     """
     if refuse_unusable:
         refuse_unusable_gpus()
@@ -60,17 +60,13 @@ def use_devices(world: World, runtime: Runtime, *, refuse_unusable: bool = True)
 
 
 def refuse_unusable_gpus() -> None:
-    """Refuse a host whose GPUs would stay idle in silence.
-
-    Raises:
-        ConfigError: naming why, and how to compute on the CPU all the same.
-    """
+    """Raise `ConfigError` if this host has GPUs that CUDA cannot use: the run would compute on the CPU unnoticed."""
     if problem := unusable_gpus():
-        raise ConfigError(f"{problem}; to compute on the CPU all the same, set DS_ACCELERATOR=cpu")
+        raise ConfigError(f"{problem}; to compute on the CPU anyway, set DS_ACCELERATOR=cpu")
 
 
 def unusable_gpus(devices: Path = Path("/dev")) -> str:
-    """Say why the NVIDIA GPUs of this host would stay idle; empty where there are none, they work, or are not wanted.
+    """Return why CUDA cannot use this host's NVIDIA GPUs; empty if it can, there are none, or they are not wanted.
 
     Args:
         devices: folder of the device files.
@@ -83,7 +79,7 @@ def unusable_gpus(devices: Path = Path("/dev")) -> str:
     if torch.version.cuda:
         try:
             torch.cuda.init()  # type: ignore[no-untyped-call]
-            reason = "torch finds no device: check the driver with nvidia-smi, and what this job may use"
+            reason = "torch finds no device: check the driver with nvidia-smi, and which devices this job may use"
         except (RuntimeError, AssertionError) as error:
             reason = " ".join(str(error).split())
     return f"this host has {len(files)} NVIDIA GPUs ({', '.join(files[:8])}), but CUDA cannot use them ({reason})"

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 from trainer.distributed import zero_state as zero_files
 from trainer.distributed.devices import default_device
 from trainer.distributed.ds_config import compiled_optimizer, one_line_reason
-from trainer.distributed.rendezvous import join, meet
+from trainer.distributed.rendezvous import add_decision_groups, rendezvous
 from trainer.distributed.world import World
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.models.parameter_groups import parameter_groups
@@ -47,7 +47,7 @@ def connect(world: World, *, timeout_s: int, start_timeout_s: int = 600) -> Worl
         start_timeout_s: how long the ranks wait for each other here.
 
     Raises:
-        ConfigError: ranks did not come, or the rendezvous cannot be used; names them.
+        ConfigError: ranks are missing (the message names them), or the rendezvous cannot be used.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls names that torch 2.14 is about to rename; delete with the next DeepSpeed.
@@ -58,13 +58,13 @@ def connect(world: World, *, timeout_s: int, start_timeout_s: int = 600) -> Worl
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = meet(world, timeout_s=start_timeout_s)
+    store = rendezvous(world, timeout_s=start_timeout_s)
     dist.init_process_group(
         backend, store=store, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s)
     )
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it even where it is told the rest
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), auto_mpi_discovery=False)
-    return join(world)
+    return add_decision_groups(world)
 
 
 def disconnect() -> None:
@@ -303,7 +303,7 @@ class Engine:
         module, world, frozen = self._engine.module, self.world, self._save_frozen
         folder, saved = world.on_main(lambda: zero_files.convert(directory, module, with_frozen=frozen))
         try:
-            world.together(lambda: zero_files.place(self._engine, Path(folder), saved["steps"][0]))
+            world.together(lambda: zero_files.load_converted(self._engine, Path(folder), saved["steps"][0]))
         finally:
             if world.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -321,7 +321,7 @@ class Engine:
         state = {}
         for name, parameter in self._engine.module.named_parameters():
             if parameter.requires_grad:
-                state[name] = zero_files.whole(parameter).float().cpu().clone()
+                state[name] = zero_files.gather_full_param(parameter).float().cpu().clone()
         return state
 
 

@@ -1,4 +1,14 @@
-"""How ranks find each other, and which are missing."""
+"""How ranks find each other at the start, and which of them are missing.
+
+Every rank opens the store at MASTER_ADDR:MASTER_PORT and writes its host there. Rank 0 waits for all of them and writes
+the outcome, which every rank reads::
+
+    joined/0 = hosta, joined/1 = hosta, joined/3 = hostb      rank 2 has not joined within the time-out
+    outcome = "rank 2 of 4 did not join ..."                  empty where all have joined
+    read/0, read/1, read/3                                    who has read the outcome
+
+Without this torch raises a time-out on each rank that names no rank and no host.
+"""
 
 import contextlib
 import os
@@ -13,18 +23,21 @@ from trainer.distributed.refusal import know_ranks
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
 
-_PATIENCE = timedelta(days=2)
+_DECISION_TIMEOUT = timedelta(days=2)
+_OUTCOME_TIMEOUT_S = 30
+_READ_TIMEOUT_S = 5
 
 
-def meet(world: World, *, timeout_s: float) -> Store:
-    """Call the roll at MASTER_ADDR:MASTER_PORT and return the store through which the ranks know each other.
+def rendezvous(world: World, *, timeout_s: float) -> Store:
+    """Wait at MASTER_ADDR:MASTER_PORT until all ranks have joined; return the store that connects them.
 
     Args:
         world: this process.
         timeout_s: how long the first rank waits for the last one.
 
     Raises:
-        ConfigError: the port is taken, rank 0 cannot be reached, or ranks did not come; all who came hear who did not.
+        ConfigError: the port is taken, rank 0 cannot be reached, or ranks are missing; every rank that joined names
+            the missing ones.
     """
     if world.size == 1:
         return HashStore()
@@ -36,24 +49,26 @@ def meet(world: World, *, timeout_s: float) -> Store:
     store = _open_store(world, timeout_s)
     know_ranks(store, world.rank, world.size)
     host = socket.gethostname()
-    store.set(f"here/{world.rank}", host)
+    store.set(f"joined/{world.rank}", host)
     if world.is_main:
-        store.set("verdict", _call_roll(store, world, timeout_s))
+        store.set("outcome", _missing_ranks(store, world, timeout_s))
     try:
-        store.wait(["verdict"], timedelta(seconds=timeout_s + 30))
-        verdict = store.get("verdict").decode()
-        store.set(f"heard/{world.rank}", "")
+        store.wait(["outcome"], timedelta(seconds=timeout_s + _OUTCOME_TIMEOUT_S))
+        outcome = store.get("outcome").decode()
+        store.set(f"read/{world.rank}", "")
     except (dist.DistError, RuntimeError) as error:
-        raise ConfigError(f"rank {world.rank} on {host} lost rank 0 while it waited for others: see its log") from error
-    if verdict:
-        if world.is_main:  # the store ends with this process
-            _wait_until_heard(store, world)
-        raise ConfigError(verdict)
+        raise ConfigError(
+            f"rank {world.rank} on {host} lost rank 0 while it waited for other ranks: see the log of rank 0"
+        ) from error
+    if outcome:
+        if world.is_main:  # the store ends with this process, so the others must have read it first
+            _wait_for_readers(store, world)
+        raise ConfigError(outcome)
     return store
 
 
 def _open_store(world: World, timeout_s: float) -> Store:
-    """Listen at the rendezvous (rank 0; under torchrun its agent does), or reach who listens."""
+    """Open the store: rank 0 listens (under torchrun its agent does), all others connect."""
     address, port, host = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), socket.gethostname()
     listens = world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
@@ -61,19 +76,20 @@ def _open_store(world: World, timeout_s: float) -> Store:
     except (dist.DistError, RuntimeError, ValueError) as error:
         if listens:
             raise ConfigError(
-                f"port {port} is taken on {host}, where the ranks would meet: free it, or choose another "
+                f"port {port} is taken on {host}, but the rendezvous of the ranks needs it: free it, or choose another "
                 f"(deepspeed --master_port {port + 1}, or MASTER_PORT)"
             ) from error
         raise ConfigError(
             f"rank {world.rank} on {host} cannot reach rank 0 at {address}:{port} within {timeout_s:g} s: check that "
             "rank 0 runs there, the network between the hosts and its firewall"
         ) from error
+    # torchrun keeps one store over its restarts; the prefix hides the keys of the restart before.
     return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _call_roll(store: Store, world: World, timeout_s: float) -> str:
-    """Return who is missing and what to do about it, or nothing where all are here."""
-    keys = [f"here/{rank}" for rank in range(world.size)]
+def _missing_ranks(store: Store, world: World, timeout_s: float) -> str:
+    """Wait for all ranks; return a message that names the missing ones, empty where all have joined."""
+    keys = [f"joined/{rank}" for rank in range(world.size)]
     with contextlib.suppress(dist.DistError, RuntimeError):
         store.wait(keys, timedelta(seconds=timeout_s))
         return ""
@@ -84,17 +100,17 @@ def _call_roll(store: Store, world: World, timeout_s: float) -> str:
             hosts.setdefault(store.get(key).decode(), []).append(rank)
         else:
             missing.append(rank)
-    here = ", ".join(f"{host} (rank {_ranges(ranks)})" for host, ranks in hosts.items())
+    joined = ", ".join(f"{host} (rank {_ranges(ranks)})" for host, ranks in hosts.items())
     return (
-        f"rank {_ranges(missing)} of {world.size} did not come to {os.environ['MASTER_ADDR']}:"
-        f"{os.environ['MASTER_PORT']} within {timeout_s:g} s; here are {here}: look at the hosts that are not named"
+        f"rank {_ranges(missing)} of {world.size} did not join at {os.environ['MASTER_ADDR']}:"
+        f"{os.environ['MASTER_PORT']} within {timeout_s:g} s; joined: {joined}; check the hosts that are not named"
     )
 
 
-def _wait_until_heard(store: Store, world: World) -> None:
-    here = [rank for rank in range(world.size) if store.check([f"here/{rank}"])]
+def _wait_for_readers(store: Store, world: World) -> None:
+    joined = [rank for rank in range(world.size) if store.check([f"joined/{rank}"])]
     with contextlib.suppress(dist.DistError, RuntimeError):
-        store.wait([f"heard/{rank}" for rank in here], timedelta(seconds=5))
+        store.wait([f"read/{rank}" for rank in joined], timedelta(seconds=_READ_TIMEOUT_S))
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -108,9 +124,9 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
-def join(world: World) -> World:
-    """Return the same world with its groups for decisions; the default process group must exist."""
+def add_decision_groups(world: World) -> World:
+    """Return the same world with its process groups for decisions; the default process group must exist."""
     if world.size == 1:
         return world
-    groups = [dist.new_group(backend="gloo", timeout=_PATIENCE) for _ in range(2)]
+    groups = [dist.new_group(backend="gloo", timeout=_DECISION_TIMEOUT) for _ in range(2)]
     return replace(world, decisions=groups[0], background=groups[1])

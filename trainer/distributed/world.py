@@ -1,8 +1,14 @@
-"""Who we are among the ranks, as a plain value, and the few decisions that all ranks take together.
+"""The rank and world size of this process, and the few decisions that all ranks take together.
 
-Only host-side words travel here: flags, verdicts, short texts, as JSON and never as pickles. Gradients are the
-engine's business. Decisions use a process group of their own (gloo, on the CPU, with a long time-out), because rank 0
+Only small host-side payloads travel here: flags, results, short texts. They are JSON, never pickles. Gradients are the
+engine's business. Decisions have a process group of their own (gloo, on the CPU, with a long time-out), because rank 0
 may index terabytes while the others wait.
+
+Why decisions are common: a rank that raises alone leaves the others waiting in their next collective until it times
+out. So a rank that fails sends its error as a value, and then every rank raises the same error::
+
+    rank 0: work() returns 7       -> sends null                      -> raises DataError("shard 3 is cut")
+    rank 1: work() raises          -> sends {"kind", "error": "..."}  -> raises DataError("shard 3 is cut")
 """
 
 import json
@@ -29,12 +35,13 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     decisions: Any = field(default=None, repr=False, compare=False)
-    """Process group for host-side words; None in a world of one."""
+    """Process group for host-side payloads; None in a world of one."""
     background: Any = field(default=None, repr=False, compare=False)
-    """A second such group, for one thread beside the main one: words of two threads must not meet in one group."""
+    """A second such group, for one background thread. Collectives of one group must come in the same order on every
+    rank, and two threads keep no common order."""
 
     def in_background(self) -> "World":
-        """Return this world for use by a background thread."""
+        """Return this world with the process group of the background thread."""
         return replace(self, decisions=self.background)
 
     @property
@@ -43,71 +50,84 @@ class World:
         return self.rank == 0
 
     def any_over_ranks(self, flag: bool) -> bool:
-        """Tell every rank whether the flag is up on any of them."""
+        """Return, on every rank, whether the flag is true on any of them."""
         return any(self.gather_over_ranks(flag))
 
     def gather_over_ranks(self, value: Any) -> list[Any]:
         """Give every rank the JSON-able value of each rank, in rank order."""
         if self.size == 1:
             return [value]
-        word = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        # An all-gather wants tensors of one size, so the lengths travel first. With payloads b"true" and b"false" the
+        # lengths are [4, 5], both are sent as 5 bytes, and the receivers cut the first one back to 4.
+        payload = _payload(value)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(word)]), group=self.decisions)
-        longest = max(int(length) for length in lengths)
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(word)] = word
-        words = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(words, padded, group=self.decisions)
-        return [json.loads(w[: int(n)].numpy().tobytes()) for w, n in zip(words, lengths, strict=True)]
+        dist.all_gather(lengths, torch.tensor([len(payload)]), group=self.decisions)
+        padded = torch.zeros(max(int(length) for length in lengths), dtype=torch.uint8)
+        padded[: len(payload)] = payload
+        payloads = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(payloads, padded, group=self.decisions)
+        return [json.loads(p[: int(n)].numpy().tobytes()) for p, n in zip(payloads, lengths, strict=True)]
 
     def _from_main(self, value: Any) -> Any:
         """Give every rank the JSON-able value of rank 0."""
         if self.size == 1:
             return value
-        word = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        length = torch.tensor([len(word)])
+        payload = _payload(value)
+        length = torch.tensor([len(payload)])
         dist.broadcast(length, src=0, group=self.decisions)
-        received = word.clone() if self.is_main else torch.zeros(int(length), dtype=torch.uint8)
+        received = payload.clone() if self.is_main else torch.zeros(int(length), dtype=torch.uint8)
         dist.broadcast(received, src=0, group=self.decisions)
         return json.loads(received.numpy().tobytes())
 
     def on_main(self, decide: Callable[[], T]) -> T:
         """Run ``decide`` on rank 0 and give its JSON-able result to all; its `TrainerError` is raised on all."""
-        verdict: dict[str, Any] = {}
+        outcome: dict[str, Any] = {}
         if self.is_main:
             try:
-                verdict = {"value": decide()}
+                outcome = {"value": decide()}
             except TrainerError as error:
-                verdict = {"error": str(error), "kind": type(error).__name__}
-        verdict = self._from_main(verdict)
-        if "error" in verdict:
-            raise _KINDS.get(verdict["kind"], DataError)(verdict["error"])
-        value: T = verdict["value"]
+                outcome = _to_dict(error)
+        outcome = self._from_main(outcome)
+        if "error" in outcome:
+            raise _to_error(outcome)
+        value: T = outcome["value"]
         return value
 
     def together(self, work: Callable[[], T]) -> T:
         """Run ``work`` on every rank; if it fails anywhere with `TrainerError`, that error is raised everywhere."""
-        result, problem = None, None
+        result, failure = None, None
         try:
             result = work()
         except TrainerError as error:
-            problem = {"error": str(error), "kind": type(error).__name__}
-        for found in self.gather_over_ranks(problem):
-            if found:
-                raise _KINDS.get(found["kind"], DataError)(found["error"])
+            failure = _to_dict(error)
+        for failure_of_rank in self.gather_over_ranks(failure):
+            if failure_of_rank:  # of several, all ranks raise that of the lowest rank
+                raise _to_error(failure_of_rank)
         return result  # type: ignore[return-value]  # no rank failed, so work() returned
 
     def wait_for_all(self) -> None:
-        """Return when every rank has come here."""
+        """Return when every rank has called this: a barrier."""
         self.gather_over_ranks(None)
+
+
+def _payload(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _to_dict(error: TrainerError) -> dict[str, str]:
+    return {"error": str(error), "kind": type(error).__name__}
+
+
+def _to_error(outcome: dict[str, str]) -> TrainerError:
+    return _KINDS.get(outcome["kind"], DataError)(outcome["error"])
 
 
 def world_from_environment() -> World:
     """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE as the deepspeed launcher and torchrun set them.
 
     Raises:
-        ConfigError: a variable is not an integer, the set of them is incomplete, or this is one of several processes
-            that know nothing of each other.
+        ConfigError: a variable is not an integer, some of them are missing, or srun or mpirun started several processes
+            without them.
     """
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         _refuse_lone_tasks()
@@ -122,20 +142,20 @@ def world_from_environment() -> World:
 
 
 def _refuse_lone_tasks() -> None:
-    """Refuse one of several processes of srun or mpirun: each would train alone, all into one output_dir.
+    """Refuse to start when srun or mpirun started several processes without RANK: each would train alone.
 
-    The script of a batch job and the shell of salloc see the number of tasks of their job too, but are one process:
-    they have a job id and no step id.
+    The script of a batch job and the shell of salloc also see the number of tasks of their job, but they are one
+    process. They have a job id and no step id.
     """
-    alone = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ and not _number("SLURM_PROCID")
+    is_batch_shell = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ and not _number("SLURM_PROCID")
     slurm_tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
     for name, starter in (
-        *([] if alone else [(slurm_tasks, "srun")]),
+        *([] if is_batch_shell else [(slurm_tasks, "srun")]),
         *((name, "mpirun") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")),
     ):
         if _number(name) > 1:
             raise ConfigError(
-                f"{starter} has started {_number(name)} of these processes ({name}), but RANK is not set, so that each "
+                f"{starter} has started {_number(name)} of these processes ({name}), but RANK is not set, so each "
                 "would train alone and write into one output_dir: start with deepspeed or torchrun, or submit with "
                 "tools/submit.py or the scripts of launch/slurm, which set RANK for every task"
             )

@@ -129,8 +129,8 @@ def convert(directory: Path, model: nn.Module, *, with_frozen: bool) -> tuple[st
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"checkpoint {directory} cannot be converted to another number of ranks ({error!r}): free three times its "
-            "size on that storage, or resume it with the number of ranks that wrote it"
+            f"checkpoint {directory} cannot be converted to another number of ranks ({error!r}): free space of three "
+            "times its size on that storage, or resume it with the number of ranks that wrote it"
         ) from error
     return str(draft), saved
 

@@ -130,7 +130,7 @@ def test_missing_ranks_are_named_on_every_rank_that_joined(started: list[int], e
 
 def _refuse(rank: int, port: int, with_main: bool, answers: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
-    meet(World(rank, 2), timeout_s=30)
+    rendezvous(World(rank, 2), timeout_s=30)
     began = time.monotonic()
     if rank == 0 and not with_main:
         time.sleep(1)  # while the other waits

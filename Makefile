@@ -1,5 +1,5 @@
 # demo: train on real faces in minutes.  test, lint: what CI runs.  bench: paired timings.  faults: 100 kills.
-# curves: the fast recipe beside the published form, each on a core for 20 minutes.
+# docs: the settings reference.  curves: the fast recipe beside the published form, each on a core for 20 minutes.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -14,7 +14,7 @@ ALONE = OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/python
 LAUNCH = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/deepspeed --quiet --num_gpus 2
 TWO_AT_A_TIME = $(MAKE) --no-print-directory --output-sync -j2
 
-.PHONY: install demo test lint bench curves faults
+.PHONY: install demo docs test lint bench curves faults
 
 install: $(INSTALLED)
 	@echo 'Installed into .venv; next: source .venv/bin/activate'
@@ -63,10 +63,14 @@ demo: $(INSTALLED)
 	$(NOTHING_NATIVE) $(BIN)/python launch/evaluate.py --test_sets $(TEST_SETS) --output_dir demo/results --markdown demo/results/table.md \
 		--models '$(subst $(SPACE),;,$(foreach name,$(DETECTORS),$(name)=demo/detect/$(name)))' \
 		--baselines demo/detect/baselines.json
+	$(BIN)/python tools/demo/picture.py demo
 
 # Two files at a time, in their order: tests/cluster comes first and mostly waits.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+docs: $(INSTALLED)
+	$(BIN)/python -m trainer.config.reference launch/SETTINGS.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -27,8 +27,9 @@ from PIL import Image
 
 from tests.helpers.runs import ROOT, TINY, launch, metrics
 
-_STARTS = ("python ", "deepspeed ", "make ", "sbatch ", "ssh ")
-_COMMANDS = sorted([*ROOT.glob("launch/*.py"), *ROOT.glob("tools/*.py")])
+_STARTS = ("python ", "deepspeed ", "make ", "sbatch ", "ssh ", "for part in ", "pip install ", "source .venv")
+_HIDDEN = {".git", ".venv", "demo", "runs", "build", "dist", ".pytest_cache"}
+_COMMANDS = sorted([*ROOT.glob("launch/*.py"), *ROOT.glob("tools/**/*.py")])
 SCRIPTS = [path for path in _COMMANDS if "__main__" in path.read_text()]
 PEOPLE, PHOTOGRAPHS = 20, 2
 
@@ -62,8 +63,8 @@ def _commands_of(text: str) -> list[str]:
 def documented() -> dict[str, str]:
     """Command -> the document that shows it."""
     found: dict[str, str] = {}
-    for path in sorted(ROOT.rglob("README.md")):
-        if not {".venv", "demo", ".git"} & set(path.relative_to(ROOT).parts):
+    for path in sorted(ROOT.rglob("*.md")):
+        if path.relative_to(ROOT).parts[0] not in _HIDDEN:
             found |= {command: str(path.relative_to(ROOT)) for command in _commands_of(path.read_text())}
     for script in SCRIPTS:
         _, _, examples = help_of(script).partition("Examples:\n")
@@ -155,6 +156,11 @@ def packed(folder: str, images: int | None = None) -> Callable[[Path, str], None
     return look
 
 
+def packed_parts(place: Path, out: str) -> None:
+    for part in ("train", "dev", "test"):
+        packed(f"detect/{part}")(place, out)
+
+
 def says(*texts: str) -> Callable[[Path, str], None]:
     def look(place: Path, out: str) -> None:
         for text in texts:
@@ -229,12 +235,14 @@ EXPECTED: dict[str, Expected] = {
     ),
     "python tools/contact_sheet.py --data 'shards/train/*.tar' --output sheet.png": Expected(holds("sheet.png")),
     "python launch/doctor.py --recipe mae_vit_base --data 'shards/train/*.tar'": Expected(says("ok ")),
+    "deepspeed launch/pretrain.py --version": Expected(says("face-mae-trainer", "Python")),
     "deepspeed launch/pretrain.py --help": Expected(says("mae_vit_base", "mask_ratio")),
     "deepspeed launch/pretrain.py --recipe mae_vit_base --data 'shards/train/*.tar' "
     "--val_data 'shards/val/*.tar' --output_dir runs/base": Expected(stop_after=STARTED),
     "python tools/export.py --source runs/base --format timm --output exported/encoder": Expected(
         holds("exported/encoder/model.safetensors", "exported/encoder/README.md"), before=pretrained
     ),
+    "python tools/run_status.py --run runs/base": Expected(says("runs/base: interrupted at step 2 of"), code=3),
     "python tools/compare_runs.py --runs exact=runs/exact,fast=runs/fast --plot curves.png": Expected(
         holds("curves.png"), before=pretrained
     ),
@@ -245,15 +253,15 @@ EXPECTED: dict[str, Expected] = {
         holds("splits/train.csv", "splits/dev.csv", "splits/test.csv")
     ),
     "python tools/make_shards.py --source splits/train.csv --output_dir detect/train": Expected(packed("detect/train")),
-    "python tools/make_shards.py --source splits/dev.csv --output_dir detect/val": Expected(packed("detect/val")),
-    "python tools/make_shards.py --source splits/test.csv --output_dir detect/test": Expected(packed("detect/test")),
+    "for part in train dev test; do python tools/make_shards.py --source splits/$part.csv --output_dir detect/$part; "
+    "done": Expected(packed_parts),
     "python tools/make_morphs.py --source bona_fides.csv --landmarks landmarks.npz --output_dir morphs": Expected(
         morphed
     ),
     "python tools/shortcut_baselines.py --data 'detect/train/*.tar' --test_sets 'test=detect/test/*.tar' "
     "--output baselines.json": Expected(holds("baselines.json")),
     "deepspeed launch/finetune.py --recipe lora --init runs/base --data 'detect/train/*.tar' "
-    "--val_data 'detect/val/*.tar'": Expected(trained, before=pretrained),
+    "--val_data 'detect/dev/*.tar'": Expected(trained, before=pretrained),
     "python launch/evaluate.py --models 'lora=runs/detector' --test_sets 'test=detect/test/*.tar'": Expected(judged),
     "python tools/export.py --source runs/detector --format merged --output exported/merged": Expected(
         holds("exported/merged/model.safetensors", "exported/merged/README.md")
@@ -267,7 +275,7 @@ EXPECTED: dict[str, Expected] = {
     "python tools/submit.py --nodes 1 --gpus 8 --sweep 'mask_ratio 0.6 0.75 0.9' --recipe mae_vit_base "
     "--data shards/train --output_dir runs/sweep --dry_run": DRY,
     "python tools/submit.py --script finetune --nodes 1 --gpus 1 --recipe lora --init runs/base --data detect/train "
-    "--val_data detect/val --output_dir runs/lora --dry_run": DRY,
+    "--val_data detect/dev --output_dir runs/lora --dry_run": DRY,
     "python tools/submit.py --nodes 8 --gpus 8 --recipe mae_vit_large --micro_batch 64 --data shards/train "
     "--output_dir runs/large": NO_SLURM,
     "python tools/submit.py --nodes 8 --gpus 8 --time 48:00:00 --recipe mae_vit_large --micro_batch 64 "
@@ -279,7 +287,12 @@ ELSEWHERE = {
     "make install": "every run of CI begins with it",
     "make demo": "eight minutes; its tools and commands are here",
     "make test": "this",
-    "make bench": "its tools answer --help in tests/test_command_line.py; an hour of timings",
+    "make lint": "CI",
+    "make docs": "tests/config/test_reference.py compares what it writes",
+    "make bench": "its tools answer --help in tests/config/test_help.py; an hour of timings",
+    "source .venv/bin/activate": "the environment of every command here",
+    "pip install -e": "the extras of setup.py; make install brings all of them for the tests",
+    "python tools/demo/picture.py demo": "tests/tools/test_picture.py, and the end of make demo",
     "make curves": "twenty minutes of training",
     "python tools/demo/orl_morphs.py demo/detect": "tests/tools/test_make_morphs.py, and a minute of blending",
     "sbatch ": "tests/cluster/test_slurm.py",

@@ -9,7 +9,7 @@ Examples:
     python tools/submit.py --nodes 1 --gpus 8 --sweep 'mask_ratio 0.6 0.75 0.9' --recipe mae_vit_base \
         --data shards/train --output_dir runs/sweep --dry_run
     python tools/submit.py --script finetune --nodes 1 --gpus 1 --recipe lora --init runs/base --data detect/train \
-        --val_data detect/val --output_dir runs/lora --dry_run
+        --val_data detect/dev --output_dir runs/lora --dry_run
 
 The job is kept as OUTPUT/logs/[time]_submit.sbatch; it calls launch/slurm/ and holds every word, so it can be submitted
 again as it is: a run goes on where it stands.

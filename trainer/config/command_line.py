@@ -289,7 +289,7 @@ Examples:
     deepspeed launch/pretrain.py --recipe mae_vit_base --data 'shards/train/*.tar' \
         --val_data 'shards/val/*.tar' --output_dir runs/base
     deepspeed launch/finetune.py --recipe lora --init runs/base --data 'detect/train/*.tar' \
-        --val_data 'detect/val/*.tar'
+        --val_data 'detect/dev/*.tar'
 """
 
 

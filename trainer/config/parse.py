@@ -51,7 +51,7 @@ def with_flags(config: C, flags: Mapping[str, str]) -> C:
 def help_text(config: Any, title: str) -> str:
     """Describe every setting with its meaning, unit and default; of a configuration instead of a class, its value."""
     is_class = isinstance(config, type)
-    lines, docs = [f"\n{title}:"], _field_docs(config if is_class else type(config))
+    lines, docs = [f"\n{title}:"], field_docs(config if is_class else type(config))
     for entry in dataclasses.fields(config):
         shown = f"Default: {as_text(entry.default)}" if is_class else f"Value: {as_text(getattr(config, entry.name))}"
         lines.append(f"  --{entry.name} {_type_name(entry)}\n        {docs[entry.name]} {shown}")
@@ -119,7 +119,7 @@ def _type_name(entry: "dataclasses.Field[Any]") -> str:
     return type_text(entry.type)
 
 
-def _field_docs(config: type) -> dict[str, str]:
+def field_docs(config: type) -> dict[str, str]:
     """Read the docstring that stands under each field, which Python itself does not keep."""
     docs = {}
     for owner in reversed(config.__mro__[:-1]):

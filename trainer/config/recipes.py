@@ -72,7 +72,7 @@ def mae_vit_base_fast() -> tuple[PretrainRecipe, PretrainRuntime]:
     last tokens, brought to the decoder's width and given its positions; there each asks a learned sum of the outputs of
     all encoder blocks, at the encoder's width and without positions. There are 4 decoder blocks, not 12. 0.8 of the
     patches are hidden, not 0.75. As there, the learning rate is MAE's times the share of the hidden patches that is
-    predicted, 0.33. The choice is this project's, see Measured in README.md. Hardware: 8 GPUs of 80 GB.
+    predicted, 0.33. The choice is this project's, see Measured in tools/bench/README.md. Hardware: 8 GPUs of 80 GB.
     Cost: 25 GFLOP an image and step, 2.5e19 FLOP for 800 epochs of 1.28 M images.
     Expected: at the demo's size a lower validation error than the published form in the same time; unmeasured at this.
     """

@@ -1,0 +1,150 @@
+"""One picture of what the demo did: reconstructions beside DET curves, for README.md.
+
+Left, validation photographs in three rows: original, masked, reconstructed. Right, the DET curves of the LoRA detector
+and of the best shortcut baseline on whole morphs. Both come from the files of the demo's own run.
+
+Usage: python tools/demo/picture.py FOLDER   (reads FOLDER/run and FOLDER/results, writes FOLDER/results/overview.png)
+
+Examples:
+    python tools/demo/picture.py demo
+
+Shapes: HWC uint8 RGB; T points of a curve.
+"""
+
+if __name__ == "__main__":
+    import sys
+
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
+    from launch.early import read_early
+
+    read_early(__file__)
+
+import csv
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.special import ndtri
+
+from trainer.config.command_line import read_folder
+from trainer.detection.figures import det_points, percent
+from trainer.errors import DataError
+from trainer.fault_tolerance.exit_codes import run
+from trainer.files import atomic_draft
+
+DETECTOR, TEST_SET = "lora", "whole"
+_NUM_FACES = 6
+_ROWS = ("original", "masked", "reconstructed")
+_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98)
+_ENDS = (0.01, 0.98)
+_STYLE: Any = ["default", {"font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False}]
+
+
+def read(argv: list[str]) -> Path | None:
+    """Read the command line; None where it asked for help."""
+    return read_folder(argv, __doc__)
+
+
+def main(argv: list[str]) -> int:
+    """Draw the picture; returns the exit code."""
+    folder = read(argv)
+    if folder is None:
+        return 0
+    figure = draw(reconstructions(folder / "run"), curves(folder / "results"))
+    output = folder / "results" / "overview.png"
+    with atomic_draft(output) as draft:
+        figure.savefig(draft, format="png", dpi=110, metadata={"Software": None})
+    print(output)
+    return 0
+
+
+def reconstructions(run_folder: Path) -> NDArray[np.uint8]:
+    """Read the newest reconstructions: three rows of square faces.
+
+    Raises:
+        DataError: the run has drawn none.
+    """
+    with Image.open(newest(run_folder / "pictures", "step-*.png")) as picture:
+        rows_HWC = np.asarray(picture.convert("RGB"))
+    side = rows_HWC.shape[0] // len(_ROWS)
+    return rows_HWC[:, : _NUM_FACES * side]
+
+
+def curves(results: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Read the detector's curve and that of the best shortcut from the newest evaluation: (name, {macer, bscer}).
+
+    Raises:
+        DataError: no evaluation is there, or it lacks the detector or the shortcuts.
+    """
+    path = newest(results, "*_eval.json")
+    evaluation = json.loads(path.read_text())
+    found = [r["summary"] for r in evaluation["results"] if (r["model"], r["test_set"]) == (DETECTOR, TEST_SET)]
+    shortcuts = [row for row in evaluation["baselines"] if row["test_set"] == TEST_SET]
+    if not found or not shortcuts:
+        raise DataError(f"{path} lacks the detector {DETECTOR!r} or the shortcuts on {TEST_SET!r}: run 'make demo' again")
+    best = min(shortcuts, key=lambda row: d_eer_of(row["summary"]))
+    with path.with_name(path.name.replace("_eval.json", "_scores.csv")).open(encoding="utf-8", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if (r["model"], r["test_set"]) == (DETECTOR, TEST_SET) and r["score"]]
+    detector = det_points([float(row["score"]) for row in rows], [int(row["label"]) for row in rows])
+    return [
+        (f"detector, LoRA: D-EER {percent(d_eer_of(found[0]))}", detector),
+        (f"best shortcut, {best['name']}: D-EER {percent(d_eer_of(best['summary']))}", best["det"]),
+    ]
+
+
+def d_eer_of(summary: Mapping[str, Any]) -> float:
+    """Return the D-EER over all attack tools."""
+    return float(summary["pooled"]["d_eer"]["value"])
+
+
+def newest(folder: Path, pattern: str) -> Path:
+    """Return the last file by name; names hold the step or the time.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = sorted(folder.glob(pattern))
+    if not found:
+        raise DataError(f"{folder} holds no {pattern}: run 'make demo' first")
+    return found[-1]
+
+
+def draw(rows_HWC: NDArray[np.uint8], found: list[tuple[str, dict[str, Any]]]) -> Figure:
+    """Draw faces left and curves right; sizes are inches."""
+    side = rows_HWC.shape[0] // len(_ROWS)
+    with style.context(_STYLE):
+        figure = Figure(figsize=(10.0, 4.3), facecolor="white")
+        left = figure.add_axes((0.035, 0.11, 0.545, 0.76))
+        left.imshow(rows_HWC, aspect="equal", interpolation="nearest")
+        left.set_anchor("N")
+        left.set_xticks([])
+        left.set_yticks([side * (number + 0.5) for number in range(len(_ROWS))], _ROWS, rotation=90, va="center")
+        left.tick_params(length=0)
+        left.set_title("Validation photographs, 75 % of the patches masked", loc="left", fontsize=10)
+        _draw_curves(figure.add_axes((0.665, 0.11, 0.32, 0.76)), found)
+    return figure
+
+
+def _draw_curves(axis: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
+    ends, places, texts = ndtri(_ENDS), ndtri(_TICKS), [f"{100 * tick:g}" for tick in _TICKS]
+    axis.plot(ends, ends, color="#767676", linewidth=0.8, linestyle=(0, (6, 3)))
+    for (name, rates), colour, dash in zip(found, ("#0072b2", "#d55e00"), ("-", (0, (5, 2))), strict=True):
+        x_T, y_T = (ndtri(np.clip(rates[rate], *_ENDS)) for rate in ("macer", "bscer"))
+        axis.plot(x_T, y_T, color=colour, linestyle=dash, linewidth=1.6, drawstyle="steps-post", label=name)
+    axis.set(xticks=places, xticklabels=texts, yticks=places, yticklabels=texts, xlim=ends, ylim=ends)
+    axis.set(xlabel="MACER: morphs accepted [%]", ylabel="BSCER: bona fides rejected [%]")
+    axis.set_title("Whole morphs of 8 unseen people", loc="left", fontsize=10)
+    axis.grid(visible=True, color="#e4e4e4", linewidth=0.6)
+    axis.legend(loc="upper right", fontsize=8)
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

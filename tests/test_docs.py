@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from trainer import __version__
 
 _HIDDEN = {".git", ".venv", "demo", "runs", "build", "dist", ".pytest_cache"}
 DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if path.relative_to(ROOT).parts[0] not in _HIDDEN)
@@ -67,3 +68,8 @@ def test_the_readme_is_short_and_shows_a_light_picture() -> None:
     assert 900 <= len(text.split()) <= 1200
     [picture] = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
     assert (ROOT / picture).stat().st_size < _MAX_PICTURE_BYTES
+
+
+def test_the_citation_names_the_version_that_the_package_has() -> None:
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {__version__}" in (ROOT / "CHANGELOG.md").read_text()

@@ -47,7 +47,9 @@ def demo(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_picture_is_drawn_from_the_newest_step_and_evaluation(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_picture_is_drawn_from_the_newest_step_and_evaluation(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(demo)]) == 0
     path = demo / "results" / "overview.png"
     assert str(path) in capsys.readouterr().out

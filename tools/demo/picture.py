@@ -41,7 +41,7 @@ from trainer.fault_tolerance.exit_codes import run
 from trainer.files import atomic_draft
 
 DETECTOR, TEST_SET = "lora", "whole"
-_NUM_FACES = 6
+_NUM_FACES = 5
 _ROWS = ("original", "masked", "reconstructed")
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98)
 _ENDS = (0.01, 0.98)
@@ -89,7 +89,9 @@ def curves(results: Path) -> list[tuple[str, dict[str, Any]]]:
     found = [r["summary"] for r in evaluation["results"] if (r["model"], r["test_set"]) == (DETECTOR, TEST_SET)]
     shortcuts = [row for row in evaluation["baselines"] if row["test_set"] == TEST_SET]
     if not found or not shortcuts:
-        raise DataError(f"{path} lacks the detector {DETECTOR!r} or the shortcuts on {TEST_SET!r}: run 'make demo' again")
+        raise DataError(
+            f"{path} lacks the detector {DETECTOR!r} or the shortcuts on {TEST_SET!r}: run 'make demo' again"
+        )
     best = min(shortcuts, key=lambda row: d_eer_of(row["summary"]))
     with path.with_name(path.name.replace("_eval.json", "_scores.csv")).open(encoding="utf-8", newline="") as file:
         rows = [r for r in csv.DictReader(file) if (r["model"], r["test_set"]) == (DETECTOR, TEST_SET) and r["score"]]
@@ -121,15 +123,19 @@ def draw(rows_HWC: NDArray[np.uint8], found: list[tuple[str, dict[str, Any]]]) -
     """Draw faces left and curves right; sizes are inches."""
     side = rows_HWC.shape[0] // len(_ROWS)
     with style.context(_STYLE):
-        figure = Figure(figsize=(10.0, 4.3), facecolor="white")
-        left = figure.add_axes((0.035, 0.11, 0.545, 0.76))
+        figure = Figure(figsize=(10.0, 4.1), facecolor="white")
+        left = figure.add_axes((0.035, 0.12, 0.545, 0.80))
         left.imshow(rows_HWC, aspect="equal", interpolation="nearest")
         left.set_anchor("N")
         left.set_xticks([])
         left.set_yticks([side * (number + 0.5) for number in range(len(_ROWS))], _ROWS, rotation=90, va="center")
         left.tick_params(length=0)
+        left.spines[:].set_visible(False)
+        for line, count in ((left.axhline, len(_ROWS)), (left.axvline, rows_HWC.shape[1] // side)):
+            for number in range(1, count):
+                line(side * number - 0.5, color="white", linewidth=2)
         left.set_title("Validation photographs, 75 % of the patches masked", loc="left", fontsize=10)
-        _draw_curves(figure.add_axes((0.665, 0.11, 0.32, 0.76)), found)
+        _draw_curves(figure.add_axes((0.665, 0.12, 0.32, 0.80)), found)
     return figure
 
 

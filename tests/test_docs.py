@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers.runs import ROOT
 from trainer import __version__
 
 _HIDDEN = {".git", ".venv", "demo", "runs", "build", "dist", ".pytest_cache"}

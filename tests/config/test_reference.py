@@ -1,4 +1,4 @@
-from tests.conftest import ROOT
+from tests.helpers.runs import ROOT
 from trainer.config.reference import reference
 
 

@@ -50,10 +50,10 @@ import webdataset as wds
 
 from trainer.config.command_line import configure_tool
 from trainer.config.settings import check_types
+from trainer.data.byte_ranges import ByteRangeReader
 from trainer.data.landmarks import landmarks_of, read_landmarks
 from trainer.data.shards.members import LANDMARKS, NO_LABEL, Sample, Tally, samples_of
 from trainer.data.shards.tar import MAX_MEMBER_BYTES, Member, walk_tar
-from trainer.data.storage import ByteRangeReader
 from trainer.data.transforms.decode import MIN_SIDE, colour_profile, suffix_of
 from trainer.data.writing.image_files import DAMAGE, Storing, describe_damage, stored_bytes_bound, stored_image
 from trainer.data.writing.source_images import (
@@ -515,7 +515,7 @@ def _read_back(name: Path, path: Path, entries: list[Entry], written: Counter[tu
 
 def _is_as_stored(sample: Sample, entry: Entry) -> bool:
     label = NO_LABEL if entry.label is None else entry.label
-    has_landmarks = entry.packed is not None or bool(sample.marks[1]) == bool(entry.metadata.get(LANDMARKS))
+    has_landmarks = entry.packed is not None or bool(sample.landmarks_span[1]) == bool(entry.metadata.get(LANDMARKS))
     return sample.label == label and sample.groups == group_values(entry) and has_landmarks
 
 

@@ -108,7 +108,7 @@ def test_the_fingerprint_follows_the_bytes_and_not_the_place(shards: Path, tmp_p
     assert open_index(paths).fingerprint != before
 
 
-def test_a_changed_or_damaged_index_is_built_anew(shards: Path) -> None:
+def test_a_changed_or_damaged_index_is_rebuilt(shards: Path) -> None:
     paths = list_shards(str(shards), setting="--data")
     index = open_index(paths)
     (index.folder / "offset.i64").write_bytes(b"\0" * 8)
@@ -175,17 +175,17 @@ def test_a_shard_that_was_replaced_with_all_its_dates_is_noticed(tmp_path: Path)
     assert open_index([path]).labels.tolist() == [1]
 
 
-def test_an_open_index_stays_what_it_was_when_another_job_builds_it_anew(tmp_path: Path) -> None:
+def test_an_open_index_stays_what_it_was_when_another_job_rebuilds_it(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "s.tar", [("a.jpg", jpeg(1)), ("a.json", b'{"identity": "ann"}')])
     index = open_index([path])
     write_tar(path, [("b.jpg", jpeg(2)), ("b.json", b'{"identity": "bob"}')])
     assert open_index([path]).groups("identity")[0] == ["bob"]
     assert (index.sample(0).key, index.groups("identity")[0]) == ("a", ["ann"])
-    with pytest.raises(DataError, match="built anew while"):
+    with pytest.raises(DataError, match="was rebuilt for changed shards while"):
         pickle.loads(pickle.dumps(index))
 
 
-def test_a_folder_that_moved_with_its_index_is_indexed_anew(shards: Path, tmp_path: Path) -> None:
+def test_a_folder_that_moved_with_its_index_is_indexed_again(shards: Path, tmp_path: Path) -> None:
     paths = list_shards(str(shards), setting="--data")
     open_index(paths)
     copy = tmp_path / "copy"

@@ -18,12 +18,13 @@ from moto.server import ThreadedMotoServer
 from RangeHTTPServer import RangeRequestHandler
 
 from tests.helpers.shards import jpeg, members_of, write_tar
+from trainer.data.byte_ranges import ByteRangeReader
 from trainer.data.loader import Loader
 from trainer.data.order.plan import Plan
 from trainer.data.shards import contents
 from trainer.data.shards.index import ShardIndex, list_shards, open_index
 from trainer.data.shards.reader import ShardReader
-from trainer.data.storage import ByteRangeReader, Span
+from trainer.data.storage import Span
 from trainer.data.stream import Slice, train_stream
 from trainer.data.transforms.views import CenterView
 from trainer.errors import ConfigError, DataError, without_secrets
@@ -303,7 +304,7 @@ def test_a_damaged_part_is_read_again(web: str, tmp_path: Path, monkeypatch: pyt
     assert len(open_index(found, index_dir=tmp_path)) == 64
 
 
-def test_a_failure_to_look_at_a_shard_does_not_build_its_index_anew(
+def test_a_failure_to_look_at_a_shard_does_not_rebuild_its_index(
     web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(contents, "FIRST_WAIT_S", 0.01)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.settings import Recipe, Runtime
+from trainer.data.byte_ranges import ByteRangeReader
 from trainer.data.order.mixture import Mixture, Source, groups_by_value, groups_of_sources, read_sources
 from trainer.data.order.plan import Order, Plan
 from trainer.data.order.sampler import WeightedOrder, class_weights
 from trainer.data.shards.index import ShardIndex, describe_index, list_shards, missing_labels, open_index
-from trainer.data.storage import ByteRangeReader
 from trainer.data.transforms.views import Pixels
 from trainer.distributed.world import World
 from trainer.errors import ConfigError, DataError

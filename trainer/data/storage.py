@@ -1,10 +1,10 @@
-"""Where bytes lie: local files, and objects behind a few URL schemes through fsspec.
+"""Files of shards: local paths, and objects behind a few URL schemes through fsspec.
 
-A *location* is a path or a URL. Nothing here retries or judges: every failure of a library becomes an `OSError` whose
+A *location* is a path or a URL. Nothing here retries: every failure of a library becomes an `OSError` whose
 ``filename`` is the location, and `trainer.data.shards.contents` and `trainer.data.shards.index` decide what it means.
 
 Commands (``pipe:``), standard input, chained file systems (``::``) and environment variables in URLs are refused: a
-list of shards is data, and data must not run programs or give secrets away.
+list of shards is data, and data must not run programs or reveal secrets.
 """
 
 import asyncio
@@ -13,9 +13,6 @@ import hashlib
 import logging
 import os
 import re
-import time
-import uuid
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,24 +29,21 @@ _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 _URL = re.compile(r"([A-Za-z][\w+.-]*):")
 _COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _WEB = ("http://", "https://")
-# Names of parameters that say who may read and how long, not what (S3, Google, Azure, CloudFront, OSS).
+# Parameters of signed URLs: who may read and how long, not which file (S3, Google, Azure, CloudFront, OSS).
 _SIGNATURE = re.compile(
     r"(x-(amz|goog|ms|oss|cos)-|x-signature|(x-)?expires|signature|sig|se|sp|sv|sr|st|spr|sip|sk[a-z]+|token|policy"
     r"|key-pair-id|awsaccesskeyid|googleaccessid|ossaccesskeyid|security-token)[^=]*=",
     re.IGNORECASE,
 )
-_WHOLE_FILE, _RANGE_OF_NOTHING = 200, 416
-_NO_RANGES = "the server ignores Range requests and sends whole files"
+_HTTP_WHOLE_FILE, _HTTP_EMPTY_RANGE = 200, 416
+NO_RANGES = "the server ignores Range requests and sends whole files"
 _STATUS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT}
-"""Answers of web servers that asking again does not change; also 403 for a signature that has expired."""
-LASTING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EOPNOTSUPP)
-"""Failures that asking again does not change."""
+"""Answers of web servers that a retry does not change; 403 is also an expired signature."""
+PERMANENT_ERRNOS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EOPNOTSUPP)
+"""Failures that a retry does not change."""
 _VERSIONS = ("ETag", "etag", "LastModified", "updated", "Last-Modified", "Content-MD5", "Digest")
-"""What file systems call that which changes with the content."""
+"""Names that file systems give to the version of an object."""
 _READ_AHEAD_BYTES = 8 << 20
-_REMEMBERED_BLOCKS = 4096
-_CACHE_REST_S = 60.0
-"""How long a cache that failed is left alone."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +56,7 @@ class Span:
     offset: int
     size: int
     tag: int = 0
-    """Tells contents at the same location apart: the start of the file's sha256, 0 where it is not known."""
+    """Version of the file: the start of its sha256, 0 if unknown."""
 
 
 def is_url(location: str) -> bool:
@@ -71,9 +65,12 @@ def is_url(location: str) -> bool:
 
 
 def place_of(location: str) -> str:
-    """Name where a file lies: the same for every way to write its path, and for every signature of its address.
+    """Return one name for a file, whatever way its path is written and its URL is signed.
 
-    What else stands behind the ``?`` of an address may choose the file, so its hash is part of the name.
+    Other parameters behind the ``?`` of a URL may choose the file, so their hash is part of the name.
+
+    Example: ``http://h/a.tar?X-Amz-Signature=1`` and ``http://h/a.tar?X-Amz-Signature=2`` are ``http://h/a.tar``;
+    ``http://h/get?file=a.tar`` is ``http://h/get?`` and a hash.
     """
     if not is_url(location):
         return os.path.realpath(location)
@@ -86,17 +83,17 @@ def place_of(location: str) -> str:
 
 
 def find(pattern: str, *, setting: str, suffix: str) -> list[str]:
-    """List what a path, folder, glob or URL with optional ``{000..099}`` ranges stands for, sorted, not empty.
+    """List the files of a path, folder, glob or URL with optional ``{000..099}`` ranges, sorted, at least one.
 
     Args:
-        pattern: what the user wrote.
+        pattern: the user's text.
         setting: the flag it came from, for messages.
-        suffix: how the names in a folder end that count.
+        suffix: suffix of the files to list in a folder.
 
     Raises:
-        ConfigError: it matches nothing, is a command, or has a scheme that is not read.
+        ConfigError: it matches nothing, is a command, or has an unsupported scheme.
     """
-    _refuse_what_runs(pattern, setting)
+    _refuse_commands(pattern, setting)
     found: list[str] = []
     for name in _braces(pattern):
         matches = _find_url(name, setting) if is_url(name) else _find_path(name, setting, suffix)
@@ -113,7 +110,7 @@ def find(pattern: str, *, setting: str, suffix: str) -> list[str]:
     return found
 
 
-def _refuse_what_runs(pattern: str, setting: str) -> None:
+def _refuse_commands(pattern: str, setting: str) -> None:
     scheme = _URL.match(pattern)
     if pattern == "-" or "::" in pattern or "${" in pattern or (scheme and scheme[1] not in _PACKAGES):
         raise ConfigError(
@@ -134,19 +131,19 @@ _PACK = "pack images into shards first: python tools/make_shards.py --source {} 
 
 
 def _remedy(name: str) -> str:
-    """Say what to do about a path without shards; images in a folder want to be packed."""
+    """Return the remedy for a path without shards: images in a folder must be packed first."""
     folder = Path(name)
     if folder.is_dir():
         for number, path in enumerate(folder.rglob("*")):
             if path.suffix.lower() in _IMAGE_SUFFIXES:
                 return f"it holds images such as {path.name}; {_PACK.format(name)}"
-            if number > _LOOKED_AT:
+            if number > _MAX_FILES_INSPECTED:
                 break
     return f"check the path (from {Path.cwd()})"
 
 
-_LOOKED_AT = 10_000
-"""Files of a folder: enough to find out what it holds."""
+_MAX_FILES_INSPECTED = 10_000
+"""Files of a folder that are searched for images."""
 
 
 def _find_path(name: str, setting: str, suffix: str) -> list[str]:
@@ -163,7 +160,7 @@ def _find_path(name: str, setting: str, suffix: str) -> list[str]:
 
 
 def _passed_over(folder: Path, suffix: str) -> str:
-    """Say what in a folder looks like shards and is not read; empty for nothing, and for what is no folder."""
+    """Describe files of a folder that look like shards but are not read; empty for none, or if it is no folder."""
     if not folder.is_dir():
         return ""
     packed = sorted(path.name for path in folder.iterdir() if _COMPRESSED.search(path.name))
@@ -184,49 +181,49 @@ def _find_url(pattern: str, setting: str) -> list[str]:
     if is_web:
         raise ConfigError(f"{setting} is {pattern!r}, but web servers list no files: write shard-{{000..099}}.tar")
     try:
-        return sorted(f"{scheme}://{name}" for name in _file_system(pattern).glob(pattern))
+        return sorted(f"{scheme}://{name}" for name in file_system(pattern).glob(pattern))
     except Exception as error:  # each scheme has exceptions of its own
         raise ConfigError(f"{setting}: {pattern!r} cannot be listed ({error!r}): check address and access") from error
 
 
 def check_ranges(locations: Sequence[str]) -> None:
-    """Look whether each web server among the locations answers a request for a part of a file with that part.
+    """Check that each web server among the locations supports Range requests.
 
     Raises:
-        OSError: one sends whole files, or cannot be reached.
+        OSError: a server sends whole files, or cannot be reached.
     """
     hosts = {location.split("/")[2]: location for location in reversed(locations) if location.startswith(_WEB)}
     for location in hosts.values():
-        with _AsOSError(location):
-            fs = _file_system(location)
+        with AsOSError(location):
+            fs = file_system(location)
             sends_parts = fsspec.asyn.sync(fs.loop, _sends_parts, fs, location)
         if not sends_parts:
-            raise OSError(errno.EOPNOTSUPP, _NO_RANGES, location)
+            raise OSError(errno.EOPNOTSUPP, NO_RANGES, location)
 
 
 async def _sends_parts(fs: Any, location: str) -> bool:
-    """Ask for the first block; the answer's content is not read, because it may be the whole file."""
+    """Request the first block, but do not read the content: it may be the whole file."""
     session = await fs.set_session()
     headers = {"Range": "bytes=0-511", "Accept-Encoding": "identity"}
     async with session.get(fs.encode_url(location), **(fs.kwargs | {"headers": headers})) as answer:
-        if answer.status != _RANGE_OF_NOTHING:
+        if answer.status != _HTTP_EMPTY_RANGE:
             answer.raise_for_status()
-        return bool(answer.status != _WHOLE_FILE)
+        return bool(answer.status != _HTTP_WHOLE_FILE)
 
 
 def stamp(location: str) -> dict[str, Any]:
-    """Describe the present state of a file: its name, length, and what changes when its content does.
+    """Return name, length [bytes] and version of a file; the version changes with the content.
 
     Raises:
-        OSError: it cannot be looked at.
+        OSError: the file cannot be reached.
     """
     if not is_url(location):
         status = Path(location).stat()
-        # A copy may bring the old time of change along (cp -p, rsync -t); the system's own time betrays it.
+        # A copy may keep the old mtime (cp -p, rsync -t), but it always gets a new ctime.
         version = f"{status.st_mtime_ns}-{status.st_ctime_ns}"
         return {"name": Path(location).name, "num_bytes": status.st_size, "version": version}
-    with _AsOSError(location):
-        info = _file_system(location).info(location)
+    with AsOSError(location):
+        info = file_system(location).info(location)
         version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
         name = place_of(location).partition("?")[0].rpartition("/")[2]
         return {"name": name, "num_bytes": int(info["size"]), "version": version}
@@ -237,9 +234,9 @@ def reading(location: str) -> Iterator["ReadOnly"]:
     """Open a file for one pass from beginning to end.
 
     Raises:
-        OSError: it cannot be opened or, inside the block, be read. Whatever else the block raises stays what it is.
+        OSError: it cannot be opened, or read inside the block. Other errors of the block pass unchanged.
     """
-    with _AsOSError(location):
+    with AsOSError(location):
         file = _open(location)
     with file:
         yield ReadOnly(file, location)
@@ -248,238 +245,28 @@ def reading(location: str) -> Iterator["ReadOnly"]:
 def _open(location: str) -> BinaryIO:
     if not is_url(location):
         return Path(location).open("rb")
-    file: BinaryIO = _file_system(location).open(location, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead")
+    file: BinaryIO = file_system(location).open(location, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead")
     return file
 
 
 class ReadOnly:
-    """A file of which every failure to read is an `OSError` about its location."""
+    """A file whose read failures are all `OSError` with its location as ``filename``."""
 
     def __init__(self, file: BinaryIO, location: str) -> None:
         self._file, self._location = file, location
 
     def read(self, size: int) -> bytes:
-        """Return so many bytes, fewer at the end."""
-        with _AsOSError(self._location):
+        """Return ``size`` bytes, fewer at the end."""
+        with AsOSError(self._location):
             return self._file.read(size)
 
 
-class ByteRangeReader:
-    """Reads spans of many files. Safe to fork and to pickle: open files stay behind.
+def file_system(location: str) -> Any:
+    """Return fsspec's file system for a URL.
 
-    Each span may come with its *block*, the longer stretch around it that the same rank will read soon. Of a local
-    file the kernel is told to fetch the block; of a remote one the block is brought over in one request and kept in
-    ``cache_dir``, which all workers of a host share. Without a cache each remote span is a request of its own.
+    Raises:
+        ConfigError: the package for its scheme is not installed.
     """
-
-    def __init__(self, *, cache_dir: Path | None = None, cache_bytes: int = 0, max_open_files: int = 64) -> None:
-        self._cache = (cache_dir, cache_bytes)
-        self._cache_rests_until_s = 0.0
-        self._files = _OpenFiles(max_open_files)
-        self._asked_for: OrderedDict[Span, None] = OrderedDict()
-
-    def read(self, spans: Sequence[Span], blocks: Sequence[Span] | None = None) -> list[bytes]:
-        """Return the bytes of each span; fewer where the file is shorter.
-
-        Raises:
-            OSError: a file cannot be read; its ``filename`` is the location.
-        """
-        payloads = [b""] * len(spans)
-        remote = [i for i, span in enumerate(spans) if is_url(span.location)]
-        for i in sorted(set(range(len(spans))) - set(remote)):
-            if blocks is not None:
-                self._announce(blocks[i])
-            payloads[i] = self._files.pread(spans[i])
-        if remote:
-            theirs = None if blocks is None else [blocks[i] for i in remote]
-            for i, payload in zip(remote, self._read_remote([spans[i] for i in remote], theirs), strict=True):
-                payloads[i] = payload
-        return payloads
-
-    def _announce(self, block: Span) -> None:
-        if block in self._asked_for:
-            return
-        self._asked_for[block] = None
-        if len(self._asked_for) > _REMEMBERED_BLOCKS:
-            self._asked_for.popitem(last=False)
-        self._files.will_need(block)
-
-    def _read_remote(self, spans: list[Span], blocks: list[Span] | None) -> list[bytes]:
-        folder, max_bytes = self._cache
-        if folder is None or blocks is None or time.monotonic() < self._cache_rests_until_s:
-            return _fetch(spans)
-        cache = _BlockCache(folder, max_bytes)
-        try:
-            cache.fill(dict.fromkeys(blocks))
-            payloads = [cache.read(span, block) for span, block in zip(spans, blocks, strict=True)]
-        except _CacheError as error:
-            logger.warning(
-                "cache_dir %s cannot be used (%s): shards are read past it; free space, lower cache_bytes, or name "
-                "another folder",
-                *(folder, error),
-            )
-            self._cache_rests_until_s = time.monotonic() + _CACHE_REST_S
-            return _fetch(spans)
-        lost = [i for i, payload in enumerate(payloads) if payload is None]  # evicted in between by another process
-        for i, payload in zip(lost, _fetch([spans[i] for i in lost]), strict=True):
-            payloads[i] = payload
-        return [payload for payload in payloads if payload is not None]
-
-    def forget(self, location: str) -> None:
-        """Close a file, so that the next read opens it anew."""
-        self._files.forget(location)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _byte_range_reader, (*self._cache, self._files.max_open)
-
-
-def _byte_range_reader(cache_dir: Path | None, cache_bytes: int, max_open_files: int) -> ByteRangeReader:
-    return ByteRangeReader(cache_dir=cache_dir, cache_bytes=cache_bytes, max_open_files=max_open_files)
-
-
-class _OpenFiles:
-    """The most recently used descriptors."""
-
-    def __init__(self, max_open: int) -> None:
-        self.max_open = max_open
-        self._descriptors: OrderedDict[str, int] = OrderedDict()
-
-    def pread(self, span: Span) -> bytes:
-        try:
-            return os.pread(self._descriptor(span.location), span.size, span.offset)
-        except OSError as error:
-            error.filename = span.location
-            raise
-
-    def will_need(self, block: Span) -> None:
-        os.posix_fadvise(self._descriptor(block.location), block.offset, block.size, os.POSIX_FADV_WILLNEED)
-
-    def forget(self, location: str) -> None:
-        descriptor = self._descriptors.pop(location, None)
-        if descriptor is not None:
-            os.close(descriptor)
-
-    def _descriptor(self, location: str) -> int:
-        if location in self._descriptors:
-            self._descriptors.move_to_end(location)
-        else:
-            self._descriptors[location] = os.open(location, os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._descriptors) > self.max_open:
-                self.forget(next(iter(self._descriptors)))
-        return self._descriptors[location]
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-
-
-class _CacheError(Exception):
-    """The folder of the block cache cannot be used; nothing is wrong with the remote storage."""
-
-
-class _AsCacheError:
-    """Turns failures of the cache's own folder into `_CacheError`."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise _CacheError(error.strerror or repr(error)) from error
-
-
-class _BlockCache:
-    """Blocks of remote files in a local folder that processes share; the longest unused ones make room.
-
-    A block is whole or absent (written aside and renamed), and nothing has to be cleaned up after a kill but the
-    drafts, which the next eviction removes like any old file.
-    """
-
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder, self._max_bytes = folder, max_bytes
-
-    def fill(self, blocks: "dict[Span, None]") -> None:
-        """Bring the blocks that are not here.
-
-        Raises:
-            _CacheError: the folder cannot be used.
-            OSError: the remote storage fails.
-        """
-        with _AsCacheError():
-            missing = [block for block in blocks if not self._touch(self._path(block))]
-            if not missing:
-                return
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(sum(block.size for block in missing))
-        for block, payload in zip(missing, _fetch(missing), strict=True):
-            draft = self._folder / f".{uuid.uuid4().hex}.tmp"
-            with _AsCacheError():
-                try:
-                    draft.write_bytes(payload)
-                    draft.replace(self._path(block))
-                finally:
-                    draft.unlink(missing_ok=True)
-
-    def read(self, span: Span, block: Span) -> bytes | None:
-        with _AsCacheError():
-            try:
-                with self._path(block).open("rb") as file:
-                    return os.pread(file.fileno(), span.size, span.offset - block.offset)
-            except FileNotFoundError:
-                return None
-
-    def _path(self, block: Span) -> Path:
-        name = f"{place_of(block.location)}\0{block.tag}\0{block.offset}\0{block.size}"
-        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.block"
-
-    def _touch(self, path: Path) -> bool:
-        try:
-            os.utime(path)
-        except FileNotFoundError:
-            return False
-        return True
-
-    def _make_room(self, num_bytes: int) -> None:
-        files = []
-        for entry in os.scandir(self._folder):
-            if entry.name.endswith((".block", ".tmp")):
-                try:
-                    status = entry.stat()
-                except FileNotFoundError:
-                    continue
-                files.append((status.st_mtime_ns, status.st_size, entry.path))
-        excess = sum(size for _, size, _ in files) + num_bytes - self._max_bytes
-        for _, size, path in sorted(files):
-            if excess <= 0:
-                return
-            Path(path).unlink(missing_ok=True)
-            excess -= size
-
-
-def _fetch(spans: Sequence[Span]) -> list[bytes]:
-    """Bring remote spans over, all at the same time."""
-    payloads: list[bytes] = []
-    if not spans:
-        return payloads
-    locations = [span.location for span in spans]
-    with _AsOSError(locations[0]):
-        found = _file_system(locations[0]).cat_ranges(
-            locations,
-            [span.offset for span in spans],
-            [span.offset + span.size for span in spans],
-            on_error="return",
-        )
-    for span, payload in zip(spans, found, strict=True):
-        with _AsOSError(span.location):
-            if isinstance(payload, BaseException):
-                raise payload
-        if len(payload) > span.size:
-            raise OSError(errno.EOPNOTSUPP, _NO_RANGES, span.location)
-        payloads.append(bytes(payload))
-    return payloads
-
-
-def _file_system(location: str) -> Any:
     scheme = location.partition(":")[0]
     try:
         return fsspec.filesystem(scheme)
@@ -489,8 +276,8 @@ def _file_system(location: str) -> Any:
         ) from error
 
 
-class _AsOSError:
-    """Turns what fsspec's many back ends raise into an `OSError` about the location."""
+class AsOSError:
+    """Turns the errors of fsspec's back ends into an `OSError` with the location as ``filename``."""
 
     def __init__(self, location: str) -> None:
         self._location = location
@@ -503,12 +290,12 @@ class _AsOSError:
             return
         if isinstance(error, OSError) and error.errno and error.filename == self._location:
             return
-        cause = error.__cause__ if hasattr(error.__cause__, "status") else error  # fsspec calls every failure a 404
+        cause = error.__cause__ if hasattr(error.__cause__, "status") else error  # fsspec makes every failure a 404
         raise OSError(_number_of(cause), without_secrets(f"{type(cause).__name__}: {cause}"), self._location) from error
 
 
 def _number_of(error: BaseException | None) -> int:
-    """Return the number of the system's error that is nearest."""
+    """Return the errno that is closest to an error."""
     if isinstance(error, FileNotFoundError):
         return errno.ENOENT
     if isinstance(error, PermissionError):

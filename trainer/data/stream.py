@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from trainer.data.byte_ranges import ByteRangeReader
 from trainer.data.order.plan import Located, Order, Plan, positions_of
 from trainer.data.shards.index import SampleRef, ShardIndex
 from trainer.data.shards.reader import ShardReader
-from trainer.data.storage import ByteRangeReader
 from trainer.data.transforms.views import Photo, View
 from trainer.errors import DataError, SampleError, TrainerError
 from trainer.seeds import Purpose, uniforms

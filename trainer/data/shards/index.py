@@ -1,23 +1,25 @@
 """Shards: which files, which samples, and how one sample's bytes are read back.
 
-A shard is a plain tar in webdataset's layout (see `members`). The first use of a set of shards walks every byte
-once, strictly, and keeps what it found in an *index*: flat arrays that are memory-mapped, so a billion samples
-cost no memory and open at once.
+A shard is a plain tar in webdataset's layout (see `members`). The first use of a set of shards reads every byte
+once, strictly, and writes an *index*: flat arrays that are memory-mapped, so a billion samples cost no memory and
+open at once.
 
-An index belongs to its shards where they lie, and to the choice of the image member: its folder is named by them, and
-it holds their lengths and versions. Sets with equal file names may share one ``--index_dir``.
+The name of an index folder is a hash of the shards' locations and of the choice of the image member, so sets with
+equal file names may share one ``--index_dir``. The index holds the lengths and versions of its shards.
 
 Layout of an index folder::
 
     index.json      version, fingerprint, counts (samples, labels, people, left out), and the group fields that occur
-    shards.json     name, length, version and sha256 of every shard; read only where the index is checked
-    shard_end.i64 shard_tag.u64   one entry a shard: how many samples stand up to its end, and the start of its sha256
+    shards.json     name, length, version and sha256 of every shard; read only to check the index
+    shard_end.i64 shard_tag.u64   one entry a shard: number of samples up to its end, and the start of its sha256
     offset.i64 size.i64 crc32.u32 label.i32 key_end.i64 keys.utf8         one entry a sample, in shard order
-    marks_offset.i64 marks_size.i32                                       its json, where that holds landmarks
+    marks_offset.i64 marks_size.i32                                       its json, if that holds landmarks
     group-FIELD.i32 group-FIELD.json                                       code of the field's value, and the values
 
-The fingerprint depends on the bytes of the shards, their order and the choice of the image member, not on where they
-lie.
+Example: shards of 3 and 2 samples have shard_end 3, 5; keys "a", "bc", "d" have key_end 1, 3, 4 in "abcd".
+
+The fingerprint depends on the bytes of the shards, their order and the choice of the image member, but not on their
+location.
 """
 
 import errno
@@ -40,8 +42,8 @@ from numpy.typing import NDArray
 
 from trainer.data.shards.contents import NO_GROUP as NO_GROUP
 from trainer.data.shards.contents import SHARD_COLUMNS as SHARD_COLUMNS
-from trainer.data.shards.contents import ShardContents, patiently, read_contents, stamp_of
-from trainer.data.shards.members import GROUP_FIELDS, NO_LABEL, Tally, check_image_member
+from trainer.data.shards.contents import ShardContents, read_contents, stamp_of, with_retries
+from trainer.data.shards.members import GROUP_FIELDS, IDENTITY_FIELDS, NO_LABEL, Tally, check_image_member
 from trainer.data.storage import Span, check_ranges, find, is_url, place_of
 from trainer.errors import ConfigError, DataError
 from trainer.files import sync_files
@@ -51,12 +53,9 @@ logger = logging.getLogger(__name__)
 
 INDEX_VERSION = 4
 
-_BYTES_WORTH_A_PROCESS = 1 << 30
-_LABELS_NAMED = 20
+_MIN_BYTES_A_PROCESS = 1 << 30
+_MAX_LABELS_SHOWN = 20
 _KEYS = "keys.utf8"
-
-
-# ---------------------------------------------------------------------------------------------- which files
 
 
 def list_shards(patterns: str, *, setting: str) -> list[str]:
@@ -79,12 +78,9 @@ def list_shards(patterns: str, *, setting: str) -> list[str]:
     return sorted(found)
 
 
-# ---------------------------------------------------------------------------------------------- the index
-
-
 @dataclass(frozen=True, slots=True)
 class SampleRef:
-    """Where the image bytes of one sample lie."""
+    """Location of one sample's image bytes: key, shard, offset and size [bytes], CRC-32 and label."""
 
     key: str
     shard: str
@@ -92,44 +88,46 @@ class SampleRef:
     size: int
     crc32: int
     label: int
-    marks_offset: int = 0
-    marks_size: int = 0
+    landmarks_offset: int = 0
+    """Offset of the sample's json, if that holds landmarks [bytes]."""
+    landmarks_size: int = 0
+    """Length of that json [bytes]; 0 without landmarks."""
 
 
 class ShardIndex:
     """What a set of shards holds, memory-mapped. Cheap to pickle: workers open the arrays themselves.
 
-    Opening does not look at the shards: `open_index` has compared them with the index, once, on one rank.
+    Opening does not touch the shards: `open_index` has compared them with the index, once, on one rank.
     """
 
     def __init__(self, folder: Path, shards: list[str], fingerprint: str | None = None) -> None:
-        """Open the index of these shards; what is opened stays, also where another job builds the folder anew.
+        """Open the index of these shards; the open arrays stay the same even if another job rebuilds the folder.
 
         Args:
             folder: of the index.
             shards: their locations, in the order of the index.
-            fingerprint: what the index had when another process opened it.
+            fingerprint: the index's fingerprint as another process opened it; None accepts any.
 
         Raises:
-            DataError: the folder is not a whole index of so many shards, or not the one of that fingerprint.
+            DataError: the folder is not a complete index of these shards, or has another fingerprint.
         """
         self.folder, self.shards = folder, shards
         header = _read_json(folder / "index.json")
         if header.get("version") != INDEX_VERSION or not header.get("fingerprint"):
-            raise DataError(f"index {folder} has another version: it will be built anew")
+            raise DataError(f"index {folder} has another version: it will be rebuilt")
         self.fingerprint = str(header["fingerprint"])
-        """Hash of the bytes of all shards in order: equal where and only where the samples are."""
+        """Hash of the bytes of all shards in order: equal if and only if the samples are equal."""
         if fingerprint not in (None, self.fingerprint):
-            raise DataError(f"index {folder} was built anew while this run opened it, for changed shards: start again")
+            raise DataError(f"index {folder} was rebuilt for changed shards while this run opened it: start again")
         self.group_fields: tuple[str, ...] = tuple(header["group_fields"])
         """Those of `GROUP_FIELDS` that occur."""
         self._num_samples = int(header["num_samples"])
         if header["num_shards"] != len(shards) or self._num_samples == 0:
             raise DataError(f"index {folder} describes {header['num_shards']} shards instead of {len(shards)}")
         self.tally = Tally.from_dict(header["tally"])
-        """What was met when the shards were read."""
+        """Counts from reading the shards."""
         self.num_people = int(header["num_people"])
-        """Distinct values of identity and identity_2."""
+        """Distinct values of `IDENTITY_FIELDS`."""
         self._shard_end = self._map("shard_end.i64", np.int64, len(shards))
         self._shard_tag = self._map("shard_tag.u64", np.uint64, len(shards))
         self._columns = {name: self._map(name, dtype, len(self)) for name, dtype in SHARD_COLUMNS.items()}
@@ -144,7 +142,7 @@ class ShardIndex:
 
     @property
     def labels(self) -> NDArray[np.int32]:
-        """Class of every sample, `NO_LABEL` where there is none."""
+        """Class of every sample, `NO_LABEL` for none; int32 (samples,)."""
         return self._columns["label.i32"]
 
     @property
@@ -158,7 +156,7 @@ class ShardIndex:
         return self._columns["size.i64"]
 
     def groups(self, name: str) -> tuple[list[str], NDArray[np.int32]]:
-        """Return the values of a group field and the code of every sample among them, `NO_GROUP` where absent.
+        """Return the values of a group field, and for each sample the number of its value, `NO_GROUP` for none.
 
         Raises:
             DataError: no sample has that field.
@@ -194,7 +192,10 @@ class ShardIndex:
         ]
 
     def blocks(self, sample_N: NDArray[np.int64], first_N: NDArray[np.int64], last_N: NDArray[np.int64]) -> list[Span]:
-        """Return the bytes from image ``first`` to image ``last``, cut to the shard in which ``sample`` stands."""
+        """Return the bytes from image ``first`` to image ``last``, cut to the shard that holds ``sample``.
+
+        Example: shards end at samples 3 and 5. The block 2..4 of sample 3 is cut to samples 3..4, which are in shard 1.
+        """
         shard_N = np.searchsorted(self._shard_end, sample_N, side="right")
         begin_N = np.where(shard_N > 0, self._shard_end[shard_N - 1], 0)
         first_N, last_N = np.maximum(first_N, begin_N), np.minimum(last_N, self._shard_end[shard_N] - 1)
@@ -207,7 +208,7 @@ class ShardIndex:
         ]
 
     def _open_group(self, name: str) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-        """Return the text of a field's values and the codes; the text is mapped, too, so that it stays this one."""
+        """Return the text of a field's values and the codes, both memory-mapped: a rebuild cannot change them."""
         try:
             text_N = np.memmap(self.folder / f"group-{name}.json", dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:
@@ -217,7 +218,7 @@ class ShardIndex:
     def _map(self, name: str, dtype: type[np.generic], length: int) -> NDArray[Any]:
         path = self.folder / name
         if not path.exists() or path.stat().st_size != length * np.dtype(dtype).itemsize:
-            raise DataError(f"index {self.folder}: {name} is missing or cut: remove the folder, it will be built anew")
+            raise DataError(f"index {self.folder}: {name} is missing or cut: remove the folder, it will be rebuilt")
         return np.memmap(path, dtype=dtype, mode="r")
 
 
@@ -229,17 +230,17 @@ def open_index(
     num_processes: int = 1,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> ShardIndex:
-    """Open the index of these shards, building it where it is missing or older than a shard.
+    """Open the index of these shards; build it if it is missing or a shard has changed.
 
     Args:
-        locations: in the order that `list_shards` gave.
-        index_dir: where indices are kept; None means beside the first shard. Any number of sets may share it.
+        locations: in the order of `list_shards`.
+        index_dir: folder of indices; None means beside the first shard. Any number of sets may share it.
         image_member: which image of a sample is read, as in `samples_of`.
         num_processes: how many shards are read at a time.
-        on_shard: is told (shards done, shards in all).
+        on_shard: is called with (shards done, shards in all).
 
     Raises:
-        DataError: a shard breaks the rules; every broken shard is read before the first is reported.
+        DataError: a shard breaks the rules; all shards are read before the first broken one is reported.
         ConfigError: the index cannot be written.
     """
     check_image_member(image_member)
@@ -254,19 +255,21 @@ def open_index(
 
 
 def describe_index(index: ShardIndex) -> str:
-    """Say in one line what a set holds: samples, labels by class, people, and what is left out and why."""
+    """Describe a set in one line: samples, labels by class, people, and what is left out and why."""
     num_bytes, tally = int(index.image_bytes.sum()), index.tally
     size = f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
     parts = [f"{len(index)} samples in {len(index.shards)} shard{'s' * (len(index.shards) > 1)} ({size} of images)"]
     parts.append(f"labels: {_describe_labels(tally.labels)}")
     if index.num_people:
         parts.append(f"{index.num_people} people are named")
-    parts += [f"{name}: {len(index.groups(name)[0])} values" for name in index.group_fields if "identity" not in name]
+    parts += [
+        f"{name}: {len(index.groups(name)[0])} values" for name in index.group_fields if name not in IDENTITY_FIELDS
+    ]
     return "; ".join(parts + tally.notes())
 
 
 def missing_labels(index: ShardIndex) -> str:
-    """Say how many samples have no label, and what was found where one could stand; empty where all have one."""
+    """Describe how many samples have no label, and what stands in its place; empty if all have one."""
     count, unusable = index.tally.labels[NO_LABEL], index.tally.unusable["label"]
     if not count:
         return ""
@@ -283,7 +286,7 @@ def missing_labels(index: ShardIndex) -> str:
 def _describe_labels(labels: Counter[int]) -> str:
     classes = Counter({label: count for label, count in labels.items() if label != NO_LABEL})
     missing = f"{labels[NO_LABEL]} without" if labels[NO_LABEL] else ""
-    if len(classes) > _LABELS_NAMED:
+    if len(classes) > _MAX_LABELS_SHOWN:
         counts = sorted(classes.values())
         named = f"{len(classes)} classes of {counts[0]} to {counts[-1]} samples"
     else:
@@ -302,7 +305,7 @@ class _Job:
 
 def _check_ranges(shards: list[str]) -> None:
     """Refuse web servers that send whole files only, before anything is read from them."""
-    patiently(
+    with_retries(
         lambda: check_ranges(shards),
         lambda error, _: (
             f"shard {error.filename} cannot be read in parts ({error.strerror}): serve the shards from a server with "
@@ -312,10 +315,10 @@ def _check_ranges(shards: list[str]) -> None:
 
 
 def _existing(folder: Path, shards: list[str]) -> ShardIndex | None:
-    """Open an index that is whole and of these very shards; None where there is no such.
+    """Open the index if it is complete and its shards are unchanged; None otherwise.
 
     Raises:
-        DataError: a shard cannot be looked at; then building the index anew would not help.
+        DataError: a shard cannot be reached, so that rebuilding the index would not help.
     """
     if not folder.exists():
         return None
@@ -324,7 +327,7 @@ def _existing(folder: Path, shards: list[str]) -> ShardIndex | None:
         _compare(folder, stamps)
         return ShardIndex(folder, shards)
     except (DataError, OSError, ValueError, KeyError, TypeError) as error:
-        logger.info("building the index anew: %s", error)
+        logger.info("rebuilding the index: %s", error)
         return None
 
 
@@ -337,7 +340,7 @@ def _index_folder(shards: list[str], index_dir: Path | None, image_member: str |
 
 
 def _compare(folder: Path, stamps: list[dict[str, Any]]) -> None:
-    """Raise `DataError` unless the shards are, by name, length and version, those that were indexed."""
+    """Raise `DataError` if a shard has another name, length or version than when it was indexed."""
     entries = _read_json(folder / "shards.json")["shards"]
     for entry, now in zip(entries, stamps, strict=True):
         if {name: entry[name] for name in now} != now:
@@ -365,9 +368,10 @@ def _build(job: _Job, num_processes: int, on_shard: Callable[[int, int], None] |
 
 
 def _publish(draft: Path, folder: Path, shards: list[str]) -> None:
+    """Make the draft the index, unless another job has published the same index meanwhile."""
     sync_files(draft.iterdir())
     if _existing(folder, shards) is not None:
-        return  # another job was faster and may be reading it by name
+        return  # another job was faster, and readers may open its files by name
     if folder.exists():
         folder.rename(draft.with_name(f"{draft.name}-old"))
         shutil.rmtree(draft.with_name(f"{draft.name}-old"), ignore_errors=True)
@@ -375,7 +379,7 @@ def _publish(draft: Path, folder: Path, shards: list[str]) -> None:
         draft.rename(folder)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise  # otherwise another job put the same index there just now
+            raise  # those two mean that another job has just put the same index there
 
 
 class _Writer:
@@ -427,8 +431,10 @@ class _Writer:
         joined["shard_tag.u64"] = np.uint64(int(contents.sha256[:16], 16)).tobytes()
         for name, (values, codes_N) in contents.groups.items():
             known = self._codes[name]
-            ours = np.array([known.setdefault(value, len(known)) for value in values] + [NO_GROUP], dtype=np.int32)
-            joined[f"group-{name}.i32"] = ours[codes_N].tobytes()  # NO_GROUP picks the last entry, itself
+            # From the shard's codes to those of the index: a, b with codes 0, 1 here may have codes 7, 2 there.
+            # NO_GROUP is -1, so it picks the last entry, which is NO_GROUP itself.
+            index_code = np.array([known.setdefault(v, len(known)) for v in values] + [NO_GROUP], dtype=np.int32)
+            joined[f"group-{name}.i32"] = index_code[codes_N].tobytes()
         return joined | {"shard_end.i64": np.int64(self._num_samples).tobytes(), _KEYS: contents.keys}
 
     def _finish(self, image_member: str | None) -> None:
@@ -438,7 +444,7 @@ class _Writer:
             else:
                 (self._draft / f"group-{name}.i32").unlink()
         content = "".join(entry["sha256"] for entry in self._entries)
-        if image_member is not None or self._tally.by_new_rules:  # the same bytes, read as other samples
+        if image_member is not None or self._tally.by_new_rules:  # the same bytes can be read as other samples
             content += f"\0{INDEX_VERSION}\0{image_member}"
         header = {
             "version": INDEX_VERSION,
@@ -446,7 +452,7 @@ class _Writer:
             "num_samples": self._num_samples,
             "num_shards": len(self._entries),
             "group_fields": [name for name, codes in self._codes.items() if codes],
-            "num_people": len(self._codes["identity"].keys() | self._codes["identity_2"].keys()),
+            "num_people": len(set[str]().union(*(self._codes[name] for name in IDENTITY_FIELDS))),
             "tally": self._tally.to_dict(),
         }
         (self._draft / "shards.json").write_text(json.dumps({"shards": self._entries}, indent=1))
@@ -456,12 +462,12 @@ class _Writer:
 def _read_shards(job: _Job, num_processes: int) -> Iterator[ShardContents | DataError]:
     shards = job.shards
     read = partial(_read_or_error, image_member=job.image_member, parts=_parts_of(job.folder))
-    num_processes = min(num_processes, sum(stamp_of(shard)["num_bytes"] for shard in shards) // _BYTES_WORTH_A_PROCESS)
+    num_processes = min(num_processes, sum(stamp_of(shard)["num_bytes"] for shard in shards) // _MIN_BYTES_A_PROCESS)
     yield from parallel_map(read, shards, num_processes=num_processes)
 
 
 def _parts_of(folder: Path) -> Path:
-    """Return where the contents of shards are kept until the index is whole."""
+    """Return the folder that caches the contents of shards until the index is complete."""
     return folder.with_name(f"{folder.name}.parts")
 
 
@@ -478,11 +484,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(
             f"index {path.parent} is unreadable ({error!r}): it must stand where every host sees it; if it is "
-            "damaged, remove it and it will be built anew"
+            "damaged, remove it and it will be rebuilt"
         ) from error
     if not isinstance(values, dict):
-        raise DataError(f"index {path.parent}: {path.name} is damaged: remove the folder, it will be built anew")
+        raise DataError(f"index {path.parent}: {path.name} is damaged: remove the folder, it will be rebuilt")
     return values
-
-
-# ---------------------------------------------------------------------------------------------- reading back

@@ -4,7 +4,10 @@ Neighbouring members that share a name up to the first dot are one sample, as in
 member, or the one with a plain suffix, or the one that ``image_member`` names. Label and group values come from the
 ``.cls`` and ``.json`` with the image's own middle part (``0.left.json`` beside ``0.left.jpg``), or from the plain ones.
 
-Every member is either used or counted as left out, with the reason: the sums agree.
+Every member is either used or counted as left out, with the reason, so that the sums agree.
+
+Examples of names: ``a/001.left.jpg`` is suffix ``left.jpg`` of sample ``a/001``; ``v1.2/001.JPG`` is suffix ``jpg`` of
+``v1.2/001``, because dots of folders do not count; ``README``, ``.hidden`` and ``__meta__/x.jpg`` belong to no sample.
 """
 
 import json
@@ -20,29 +23,32 @@ from trainer.data.shards.tar import Member
 from trainer.errors import ConfigError, DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
-"""Members with these suffixes are images; `trainer.data.transforms.decode` tells by their bytes what they are."""
+"""Suffixes of image members; `trainer.data.transforms.decode` reads the format from the bytes."""
 NO_LABEL = -1
-GROUP_FIELDS = ("source", "attack", "identity", "identity_2")
-"""Fields of a sample's json that the index keeps, where they are short texts or integers."""
+IDENTITY_FIELDS = ("identity", "identity_2")
+"""Fields of a sample's json that name the person in the image; a morph has both parents."""
+GROUP_FIELDS = ("source", "attack", *IDENTITY_FIELDS)
+"""Fields of a sample's json that the index keeps, if they are short texts or integers."""
 CLASS_FIELD = "class"
-"""Field of a sample's json: the name of its class, where folders made the labels."""
+"""Field of a sample's json: the name of its class, if folders made the labels."""
 LANDMARKS = "landmarks"
 """Field of a sample's json: [[x, y], ...] in pixels of its image."""
 MAX_JSON_BYTES = 16 << 20
-"""A longer json is refused: the index reads each of them."""
+"""The index reads every json, so a longer one is refused."""
 
 _MAX_GROUP_CHARS = 200
 _MAX_REASONS = 50
-# The rule of webdataset.tariterators.base_plus_ext: the key ends at the first dot of the file name.
+# The rule of webdataset.tariterators.base_plus_ext: folders, then the file name, split at its first dot.
 _KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)
-# What webdataset.tariterators skips: its own names, such as __key__ and __url__.
+# webdataset.tariterators skips its own names, such as __key__ and __url__.
 _CONTAINERS_OWN = re.compile(r"__[^/]*__(?:$|/)", re.DOTALL)
-_FEW_BYTES = 64 << 10
+_FORMER_MAX_JSON_BYTES = 64 << 10
+"""Before index version 4 a longer json was ignored."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What was met in shards: members used and left out, labels, and values that mean nothing. Sums agree."""
+    """Counts of a walk over shards: members used and left out, labels, and values that mean nothing."""
 
     num_members: int = 0
     num_used: int = 0
@@ -57,7 +63,7 @@ class Tally:
     examples: dict[str, str] = field(default_factory=dict)
     """One member or value for each of these reasons."""
     by_new_rules: bool = False
-    """Whether a sample is read otherwise than before index version 4, so that equal bytes are other samples."""
+    """Whether index versions before 4 read a sample differently: then equal bytes are different samples."""
 
     def leave_out(self, reason: str, name: str) -> None:
         """Count a member that is not used."""
@@ -80,7 +86,7 @@ class Tally:
         self.by_new_rules |= other.by_new_rules
 
     def notes(self) -> list[str]:
-        """Say what is left out and what cannot be used, each with an example; empty where nothing."""
+        """Describe what is left out and what cannot be used, each with an example; empty for nothing."""
         out = [f"{count} {reason} (such as {self.examples[reason]})" for reason, count in self.left_out.most_common()]
         bad = [
             f"{count} samples have an unusable {what} (such as {self.examples[f'unusable {what}']})"
@@ -89,7 +95,7 @@ class Tally:
         return ([f"members left out: {', '.join(out)}"] if out else []) + bad
 
     def to_dict(self) -> dict[str, Any]:
-        """Write down as JSON."""
+        """Return the counts as JSON values."""
         numbers: dict[str, Any] = {
             name: getattr(self, name) for name in ("num_members", "num_used", "num_samples", "by_new_rules")
         }
@@ -98,7 +104,7 @@ class Tally:
 
     @staticmethod
     def from_dict(record: dict[str, Any]) -> "Tally":
-        """Read what `to_dict` wrote."""
+        """Read the result of `to_dict`."""
         counters = {name: Counter(record[name]) for name in ("left_out", "unusable")}
         labels = Counter({int(label): int(count) for label, count in record["labels"]})
         return Tally(**(record | counters | {"labels": labels}))
@@ -106,23 +112,23 @@ class Tally:
 
 @dataclass(slots=True)
 class Sample:
-    """The members of one sample, as far as the trainer cares."""
+    """What the trainer uses of one sample."""
 
     key: str
     suffixes: set[str]
     image: Member
     label: int = NO_LABEL
-    marks: tuple[int, int] = (0, 0)
-    """Offset and size of its json, where that holds landmarks."""
+    landmarks_span: tuple[int, int] = (0, 0)
+    """Offset and size of its json, if that holds landmarks, otherwise zeros [bytes]."""
     groups: dict[str, str] = field(default_factory=dict)
     """Values of the `GROUP_FIELDS` that its json holds."""
 
 
 def check_image_member(image_member: str | None) -> None:
-    """Refuse what is no suffix.
+    """Check the setting.
 
     Raises:
-        ConfigError: it holds a slash or nothing.
+        ConfigError: it is no suffix, because it holds a slash or nothing.
     """
     if image_member is not None and ("/" in image_member or not image_member.strip("*. ")):
         raise ConfigError(f"image_member is {image_member!r}, but must be a suffix such as jpg or left.jpg")
@@ -135,12 +141,12 @@ def samples_of(
 
     Args:
         location: the shard, for messages.
-        members: what `walk_tar` found, small members with their bytes.
-        image_member: suffix of the image to read, such as ``left.jpg`` or ``left``, where samples hold several.
-        tally: counts what is met.
+        members: from `walk_tar`, small members with their bytes.
+        image_member: suffix of the image to read, such as ``left.jpg`` or ``left``, if samples hold several.
+        tally: counts members, samples and labels; None counts nothing.
 
     Raises:
-        DataError: a sample has no image or no one image, a key comes back later, or a json is too long.
+        DataError: a sample has no image or several to choose from, a key comes back later, or a json is too long.
     """
     tally = Tally() if tally is None else tally
     for key, found in _neighbours(location, members, tally):
@@ -148,13 +154,13 @@ def samples_of(
 
 
 def key_of(name: str) -> tuple[str, str] | None:
-    """Split the name of a member into key and suffix (lower case); None where it is no part of a sample."""
+    """Split the name of a member into key and suffix (lower case); None if it is no part of a sample."""
     match = _KEY_AND_SUFFIX.fullmatch(name)
     return None if match is None or _CONTAINERS_OWN.match(name) else (match[1], match[2].lower())
 
 
 def why_left_out(name: str) -> str:
-    """Say why a member without a key is no part of a sample."""
+    """Return the reason why a member without a key is no part of a sample."""
     if _CONTAINERS_OWN.match(name):
         return "names of the container (__x__)"
     return "hidden files" if name.rpartition("/")[2].startswith(".") else "names without a suffix"
@@ -182,7 +188,7 @@ def _neighbours(location: str, members: Iterator[Member], tally: Tally) -> Itera
             current, found = key, {}
         if suffix in found:
             raise DataError(
-                f"shard {location}: sample {key!r} has two members .{suffix}: write the shard anew, or save what is "
+                f"shard {location}: sample {key!r} has two members .{suffix}: write the shard again, or save what is "
                 "clear with tools/check_shards.py --repair FOLDER"
             )
         found[suffix] = member
@@ -197,9 +203,9 @@ def _sample_of(location: str, key: str, found: dict[str, Member], image_member: 
     used = {chosen} | {suffix for suffix in text_suffixes.values() if suffix}
     sample = Sample(key, set(found), found[chosen])
     values = _json_values(location, sample, found.get(text_suffixes["json"]), tally)
-    _take_label(sample, found.get(text_suffixes["cls"]), values.get("label"), tally)
+    _set_label(sample, found.get(text_suffixes["cls"]), values.get("label"), tally)
     _compare_class(sample, values, tally)
-    _take_groups(sample, values, tally)
+    _set_groups(sample, values, tally)
     for suffix in found.keys() - used:
         kind = suffix.rpartition(".")[2]
         tally.leave_out("other images" if kind in IMAGE_SUFFIXES else f".{kind}", found[suffix].name)
@@ -216,7 +222,7 @@ def _is_image(suffix: str) -> bool:
 
 
 def image_candidates(images: list[str], image_member: str | None) -> list[str]:
-    """Return those of a sample's image suffixes that may be meant: the named one, else plain ones such as ``jpg``."""
+    """Return the image suffixes to choose from: the named one, else plain ones such as ``jpg``, else all."""
     if image_member is not None:
         wanted = _wanted(image_member)
         return [suffix for suffix in images if wanted in (suffix, suffix.rpartition(".")[0])]
@@ -233,38 +239,38 @@ def _image_suffix(location: str, key: str, found: dict[str, Member], image_membe
     candidates = image_candidates(images, image_member)
     if len(candidates) == 1:
         return candidates[0]
-    said = f"shard {location}: sample {key!r}"
+    where = f"shard {location}: sample {key!r}"
     shown = ", ".join(f".{suffix}" for suffix in sorted(found))
     if not images:
         raise DataError(
-            f"{said} has no image member (.{', .'.join(IMAGE_SUFFIXES)}), only {shown}: leave it out with "
+            f"{where} has no image member (.{', .'.join(IMAGE_SUFFIXES)}), only {shown}: leave it out with "
             "tools/check_shards.py --repair FOLDER, or pack other image formats with tools/make_shards.py"
         )
     if image_member is not None and not candidates:
         raise DataError(
-            f"{said} has no image .{_wanted(image_member)}, only {shown}: set --image_member to one that every sample "
+            f"{where} has no image .{_wanted(image_member)}, only {shown}: set --image_member to one that every sample "
             "has"
         )
     dots = (
         ""
         if all("." not in suffix for suffix in candidates)
         else f"; a key ends at the first dot of the file name, so if these are several pictures named {key}.x.jpg, "
-        "pack them anew with tools/make_shards.py"
+        "pack them again with tools/make_shards.py"
     )
     raise DataError(
-        f"{said} has {len(candidates)} images (.{', .'.join(candidates)}): choose one with --image_member "
+        f"{where} has {len(candidates)} images (.{', .'.join(candidates)}): choose one with --image_member "
         f"{candidates[0]}{dots}"
     )
 
 
 def _beside(found: dict[str, Member], middle: str, kind: str) -> str:
-    """Return the suffix of the text that belongs to the image; empty where there is none."""
+    """Return the suffix of the text that belongs to the image; empty if there is none."""
     own = f"{middle}.{kind}"
     return own if middle and own in found else kind if kind in found else ""
 
 
 def _json_values(location: str, sample: Sample, member: Member | None, tally: Tally) -> dict[str, Any]:
-    """Read a sample's json; other tools keep other things there, which are of no account."""
+    """Read a sample's json; fields of other tools are ignored."""
     if member is None:
         return {}
     if member.size > MAX_JSON_BYTES:
@@ -282,13 +288,13 @@ def _json_values(location: str, sample: Sample, member: Member | None, tally: Ta
         tally.cannot_use("json", f"{member.name}: {member.payload[:20].decode('utf-8', 'replace')!r}")
         return {}
     if values.get(LANDMARKS):
-        sample.marks = member.offset, member.size
-    tally.by_new_rules |= member.size >= _FEW_BYTES
+        sample.landmarks_span = member.offset, member.size
+    tally.by_new_rules |= member.size >= _FORMER_MAX_JSON_BYTES
     return values
 
 
-def _take_label(sample: Sample, cls: Member | None, json_label: object, tally: Tally) -> None:
-    """Take the class that cls and json agree on; what says nothing is missing, what contradicts is unusable."""
+def _set_label(sample: Sample, cls: Member | None, json_label: object, tally: Tally) -> None:
+    """Set the class that cls and json agree on; an empty value counts as missing, a contradiction as unusable."""
     stated: dict[str, object] = {}
     if cls is not None and cls.payload is not None:
         stated["cls"] = cls.payload[:100].decode("ascii", "replace").strip()
@@ -317,12 +323,12 @@ def _compare_class(sample: Sample, values: dict[str, Any], tally: Tally) -> None
             tally.cannot_use(CLASS_FIELD, f"{sample.key}: {name[:40]!r} has label {sample.label}")
 
 
-def _take_groups(sample: Sample, values: dict[str, Any], tally: Tally) -> None:
+def _set_groups(sample: Sample, values: dict[str, Any], tally: Tally) -> None:
     for name in GROUP_FIELDS:
         value = values.get(name)
         if _is_missing(value):
             continue
-        if isinstance(value, float) and value.is_integer():  # what a table program makes of numbers beside gaps
+        if isinstance(value, float) and value.is_integer():  # pandas makes 7.0 of 7 in a column with gaps
             tally.by_new_rules, value = True, int(value)
         if type(value) in (str, int) and len(str(value)) <= _MAX_GROUP_CHARS:
             sample.groups[name] = str(value)

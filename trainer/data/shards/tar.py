@@ -1,7 +1,14 @@
 """The strict walk through a tar: every member, every byte, or an error.
 
-Python's own ``tarfile`` takes a damaged header in the middle for the end of the archive and returns fewer members
-without a word, and opens compressed archives of any size; here everything that is not a whole, plain tar is refused.
+Python's own ``tarfile`` takes a damaged header in the middle for the end of the archive and silently returns fewer
+members, and it opens compressed archives of any size. Here everything that is not a complete, plain tar is refused.
+
+A tar is a sequence of blocks of 512 bytes. A member is one header block, then its bytes, padded with zeros to a whole
+block; a file of 700 bytes takes 512 + 1024 bytes. What does not fit into a header (names above 100 bytes, sizes above
+8 GiB) comes in a member in front of it: an extended header of pax records, or GNU's long name. Two blocks of zeros end
+the archive, and writers fill the last record (20 blocks by default) with more zeros.
+
+Source: POSIX.1-2001, pax; GNU tar manual, "Basic Tar Format".
 """
 
 import hashlib
@@ -16,13 +23,15 @@ from trainer.data.storage import ReadOnly, reading, stamp
 from trainer.errors import DataError
 
 MAX_MEMBER_BYTES = 256 << 20
+BLOCK_BYTES = tarfile.BLOCKSIZE
+RECORD_BYTES = tarfile.RECORDSIZE
+"""Writers fill a tar with zeros to a multiple of this: 20 blocks."""
 
-_BLOCK = 512
 _MAX_EXTENDED_HEADER_BYTES = 1 << 20
 _MAX_PADDING_BYTES = 64 << 10
-"""Writers fill their last record with zeros: 10 kB by default. More than this needs a length in whole records."""
-_LONG_RECORDS = (256, 512, 1024, 2048)
-"""Longer records that are usual: powers of two up to tar -b 2048, for tapes and parallel file systems [blocks]."""
+"""This much padding is always accepted; writers fill a record of 10 kB by default."""
+_LONG_RECORDS_BLOCKS = (256, 512, 1024, 2048)
+"""Longer records in common use: powers of two up to tar -b 2048, for tapes and parallel file systems [blocks]."""
 _CHUNK_BYTES = 1 << 20
 _PACK = "write plain, uncompressed tars with tools/make_shards.py"
 _MAGIC = {
@@ -55,17 +64,17 @@ class Member:
 
     name: str
     offset: int
-    """Where its bytes begin in the tar [bytes]."""
+    """Offset of its bytes in the tar [bytes]."""
     size: int
     crc32: int
     payload: bytes | None
-    """The bytes themselves, kept for small members only."""
+    """The bytes themselves, of small members only."""
 
 
 def walk_tar(
     location: str | os.PathLike[str], *, digest: "hashlib._Hash | None" = None, keep_payload_below: int = 0
 ) -> Iterator[Member]:
-    """Read every regular file of a plain tar in order, and every byte of the tar once.
+    """Yield every regular file of a plain tar in order; read every byte of the tar once.
 
     Args:
         location: the tar, a path or a URL.
@@ -73,7 +82,7 @@ def walk_tar(
         keep_payload_below: members smaller than this carry their bytes [bytes].
 
     Raises:
-        DataError: not a tar, compressed, cut, damaged, or with links or sparse files.
+        DataError: it is no tar, compressed, cut or damaged, or holds links or sparse files.
     """
     location = os.fspath(location)
     try:
@@ -85,12 +94,12 @@ def walk_tar(
 
 
 def parse_header(block: bytes) -> tarfile.TarInfo:
-    """Read one header.
+    """Parse one header block.
 
-    Python takes bytes 345 to 500 for the beginning of the name in every format; GNU tar keeps dates there.
+    ``tarfile`` reads bytes 345 to 500 as the beginning of the name in every format, but GNU tar keeps dates there.
 
     Raises:
-        tarfile.HeaderError: it is damaged or none.
+        tarfile.HeaderError: it is no header, or damaged.
     """
     info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     if block[257:265] == _GNU_MAGIC:
@@ -107,11 +116,11 @@ class _TarWalk:
 
     def __iter__(self) -> Iterator[Member]:
         extended: dict[str, str] = {}
-        while not self._at_end(header := self._take(_BLOCK, "a header"), extended):
+        while not self._at_end(header := self._read_exactly(BLOCK_BYTES, "a header"), extended):
             info = self._parse(header)
             size = self._number(extended["size"]) if "size" in extended else info.size
             if size < 0:
-                raise self._broken(f"the header at byte {self._position - _BLOCK} gives the size {size}")
+                raise self._broken(f"the header at byte {self._position - BLOCK_BYTES} gives the size {size}")
             if info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
                 extended |= self._pax_records(self._padded(size, _MAX_EXTENDED_HEADER_BYTES))
             elif info.type == tarfile.GNUTYPE_LONGNAME:
@@ -126,7 +135,7 @@ class _TarWalk:
                 extended = {}
                 if info.type in _REGULAR:
                     yield self._read_member(name, size)
-                elif info.type != tarfile.DIRTYPE:  # of which the size is no content
+                elif info.type != tarfile.DIRTYPE:  # a folder may state a size, but no bytes follow
                     self._padded(size, _MAX_EXTENDED_HEADER_BYTES)
 
     def _read_member(self, name: str, size: int) -> Member:
@@ -135,19 +144,19 @@ class _TarWalk:
         offset = self._position
         crc, kept, left = 0, [], size
         while left:
-            chunk = self._take(min(left, _CHUNK_BYTES), f"member {name!r}")
+            chunk = self._read_exactly(min(left, _CHUNK_BYTES), f"member {name!r}")
             crc, left = zlib.crc32(chunk, crc), left - len(chunk)
             if size < self._keep_below:
                 kept.append(chunk)
-        self._take(-size % _BLOCK, f"the padding of {name!r}")
+        self._read_exactly(-size % BLOCK_BYTES, f"the padding of {name!r}")
         return Member(name, offset, size, crc, b"".join(kept) if size < self._keep_below else None)
 
     def _parse(self, header: bytes) -> tarfile.TarInfo:
         try:
             return parse_header(header)
         except tarfile.HeaderError as error:
-            if self._position > _BLOCK:
-                raise self._broken(f"the header at byte {self._position - _BLOCK} is damaged ({error})") from error
+            if self._position > BLOCK_BYTES:
+                raise self._broken(f"the header at byte {self._position - BLOCK_BYTES} is damaged ({error})") from error
             known = (found for magic, found in _MAGIC.items() if header.startswith(magic))
             kind, remedy = next(known, ("not a tar file", _PACK))
             if header.lstrip()[:1] in (b"<", b"{"):
@@ -163,7 +172,11 @@ class _TarWalk:
             raise self._broken(f"member {name!r} is {what}", remedy.format(repair=_REPAIR))
 
     def _pax_records(self, block: bytes) -> dict[str, str]:
-        """Parse ``LENGTH NAME=VALUE NEWLINE`` records (POSIX.1-2001, pax extended header)."""
+        r"""Parse ``LENGTH NAME=VALUE NEWLINE`` records (POSIX.1-2001, pax extended header).
+
+        LENGTH counts the whole record, with its own digits and the newline: ``12 path=a/b\n`` has 12 bytes. A value may
+        contain newlines, so only LENGTH finds the next record.
+        """
         records, rest = {}, block
         while rest.rstrip(b"\0"):
             match = re.match(rb"([0-9]{1,9}) ([^= \n][^=\n]*)=", rest)
@@ -180,43 +193,44 @@ class _TarWalk:
         return int(text)
 
     def _check_global(self, records: dict[str, str]) -> None:
-        """Comments for the whole archive are harmless; what would rename or resize its members is not."""
+        """Accept comments for the whole archive; refuse records that would rename or resize its members."""
         for name in records:
             if name in ("path", "linkpath", "size") or name.startswith("GNU.sparse"):
                 raise self._broken(f"a global header sets {name!r} for every member")
 
     def _at_end(self, header: bytes, extended: dict[str, str]) -> bool:
-        """Whether the archive ends here; then everything behind must be zero, and not much."""
+        """Whether the archive ends here; then only a plausible amount of zeros may follow."""
         if header.strip(b"\0"):
             return False
         if extended:
             raise self._broken(f"the member of the extended header before byte {self._position} is missing")
         if not self._is_padding(self._total - self._position):
+            start = self._position - BLOCK_BYTES
             raise self._broken(
-                f"from byte {self._position - _BLOCK} on it holds {self._total - self._position + _BLOCK} zeros, "
-                "perhaps of an interrupted copy"
+                f"from byte {start} on it holds {self._total - start} zeros, perhaps of an interrupted copy"
             )
         while self._position < self._total:
-            if self._take(min(_CHUNK_BYTES, self._total - self._position), "the end").strip(b"\0"):
+            if self._read_exactly(min(_CHUNK_BYTES, self._total - self._position), "the end").strip(b"\0"):
                 raise self._broken("data stands behind its end mark", "join tars with tar -A, not with cat")
         return True
 
     def _is_padding(self, num_bytes: int) -> bool:
-        """Whether so many zeros behind the end mark's first block may fill a last record.
+        """Whether ``num_bytes`` zeros behind the first block of the end mark may fill a last record.
 
-        Then the whole tar has a length in records, and the record is longer than what fills it.
+        If so, the tar is a multiple of that record, and the padding is no longer than the record. Example: tar -b 256
+        writes a multiple of 131,072 bytes, of which the last 131,072 may be zeros.
         """
         if num_bytes <= _MAX_PADDING_BYTES:
             return True
-        records = (_BLOCK * blocks for blocks in _LONG_RECORDS)
+        records = (BLOCK_BYTES * blocks for blocks in _LONG_RECORDS_BLOCKS)
         return any(self._total % record == 0 and num_bytes <= record for record in records)
 
     def _padded(self, size: int, limit: int) -> bytes:
         if size > limit:
             raise self._broken(f"the extended header at byte {self._position} claims {size} bytes")
-        return self._take(size + -size % _BLOCK, "an extended header")[:size]
+        return self._read_exactly(size + -size % BLOCK_BYTES, "an extended header")[:size]
 
-    def _take(self, size: int, what: str) -> bytes:
+    def _read_exactly(self, size: int, what: str) -> bytes:
         chunk = self._file.read(size)
         self._position += len(chunk)
         if self._digest is not None:
@@ -224,12 +238,12 @@ class _TarWalk:
         if len(chunk) < size:
             if self._total == 0:
                 raise self._broken("it is empty (0 bytes)")
-            if self._position == len(chunk):  # shorter than one header: perhaps something else altogether
-                self._parse(chunk.ljust(_BLOCK, b"\0"))
+            if self._position == len(chunk):  # shorter than one header: perhaps another kind of file
+                self._parse(chunk.ljust(BLOCK_BYTES, b"\0"))
             raise self._broken(f"it ends at byte {self._position}, inside {what} or before its end mark: it was cut")
         return chunk
 
-    def _broken(self, problem: str, remedy: str = "copy or write this shard anew") -> DataError:
+    def _broken(self, problem: str, remedy: str = "copy or write this shard again") -> DataError:
         return DataError(f"shard {self._location}: {problem}: {remedy}")
 
 

@@ -1,7 +1,8 @@
-"""From the names of classes, in folders or in a column, to class numbers that nobody has to guess.
+"""From names of classes, in folders or in a column, to class numbers.
 
-Names of the two classes of detection mean what they say: [bonafide, morph] = [0, 1]. Other names are mapped by the
-user. Only more than two unknown names of folders are numbered in sorted order, and the mapping is printed.
+The names of the two classes of detection have fixed numbers: [bonafide, morph] = [0, 1]. The user maps other names with
+``label_map``. If all names are unknown folders, and more than two, they are numbered in sorted order. The mapping is
+always printed.
 """
 
 import re
@@ -11,22 +12,22 @@ from trainer.data.labels import class_of
 from trainer.errors import ConfigError
 
 _CODE = re.compile(r"[0-9.]+|true|false", re.IGNORECASE)
-"""Labels that a data set may use for either class, so that the user may turn them."""
+"""Labels that data sets use for either class, so that the user may swap them."""
 SORTED = "sorted"
-"""What stands for a map where names are to be numbered in sorted order."""
+"""Value of ``label_map`` that numbers the names in sorted order."""
 
 
 def parse_label_map(text: str | None) -> dict[str, int] | None:
-    """Read ``name=number,name=number``; None where there is none, or where names are to be sorted.
+    """Read ``name=number,name=number``; None if there is no map, or names are to be sorted.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: the text has another form.
     """
     if text in (None, SORTED):
         return None
     found: dict[str, int] = {}
     for part in filter(None, (part.strip() for part in (text or "").split(","))):
-        name, equals, number = (word.strip() for word in part.rpartition("="))
+        name, equals, number = (piece.strip() for piece in part.rpartition("="))
         if not equals or not name or not re.fullmatch("[0-9]{1,9}", number) or name in found:
             raise ConfigError(
                 f"label_map is {text!r}, but must be names with numbers such as 'real=0,fake=1', or {SORTED}"
@@ -41,13 +42,13 @@ def class_numbers(names: Iterable[str], label_map: str | None, *, where: str, ma
     """Return the class number of each name.
 
     Args:
-        names: what stands in the folders' names or in the column.
+        names: names of folders, or values of the column label.
         label_map: the user's own numbers, as `parse_label_map` reads them.
-        where: what holds the names, for messages.
+        where: the source of the names, for messages.
         may_sort: number more than two unknown names in sorted order.
 
     Raises:
-        ConfigError: a name means no class, or the map does not fit.
+        ConfigError: a name means no class, or the map does not fit the names.
     """
     distinct, own = sorted(set(names)), parse_label_map(label_map)
     if label_map == SORTED:
@@ -78,7 +79,7 @@ def class_numbers(names: Iterable[str], label_map: str | None, *, where: str, ma
 
 
 def describe_classes(numbers: dict[str, int]) -> str:
-    """Say which name became which class."""
+    """Describe which name became which class."""
     return ", ".join(f"{name} -> {number}" for name, number in sorted(numbers.items(), key=lambda pair: pair[::-1]))
 
 

@@ -1,8 +1,8 @@
-"""Image files of the formats that Pillow reads safely, and their way into what the trainer reads.
+"""Convert image files to the formats that the trainer reads.
 
-JPEG, PNG and WebP stay as they are. Other formats become PNG: the first picture, upright, with its numbers and its
-colour profile. Where PNG has no such colours (CMYK, L*a*b*) they become sRGB. What is shrunk or encoded again becomes
-sRGB in any case.
+JPEG, PNG and WebP stay as they are. Other formats that Pillow reads safely become PNG: the first picture, upright, with
+its pixel values and its colour profile. Colours that PNG cannot hold (CMYK, L*a*b*) become sRGB. Images that are shrunk
+or encoded again always become sRGB.
 
 Shapes: H, W image size; HWC uint8 RGB.
 """
@@ -28,9 +28,9 @@ from trainer.data.transforms.icc import lab_to_srgb, to_srgb
 from trainer.errors import SampleError
 
 DAMAGE = (SampleError, OSError)
-"""What a damaged image, or one that cannot be read, raises here and in `decode_image`."""
+"""Errors of a damaged or unreadable image, here and in `decode_image`."""
 MAX_SHRUNK_PIXELS = 200_000_000
-"""Limit for images that are shrunk when they are packed: what is decoded at once [pixels]."""
+"""Largest image that may be decoded to be shrunk [pixels]."""
 
 _SUFFIXES = {
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "JPEG"),
@@ -46,17 +46,17 @@ _SUFFIXES = {
 _HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 _HEIF_PLUGIN = "pillow_heif"
 _MODES_OF_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-_LOWEST_MAX_OF_BYTES = 16
-"""Float images whose largest value lies between 1 and this may be of either range."""
+_MIN_PEAK_OF_BYTE_RANGE = 16
+"""A float image whose largest value lies between 1 and this may be of range 0..1 or 0..255, so it is refused."""
 
 cv2.setNumThreads(0)  # one process a shard: the processes are the parallelism
-# Pillow's own limit knows no difference between a large photograph that is shrunk and one that is not; ours does.
+# Pillow has one limit for all images. The limits here allow larger images if they are shrunk.
 Image.MAX_IMAGE_PIXELS = None
 
 
 @cache
 def read_suffixes() -> dict[str, str]:
-    """Return the suffixes of image files that are read, each with Pillow's name of the format."""
+    """Return the suffixes of readable image files, each with Pillow's name of the format."""
     if importlib.util.find_spec(_HEIF_PLUGIN) is None:
         return _SUFFIXES
     importlib.import_module(_HEIF_PLUGIN).register_heif_opener()
@@ -64,7 +64,7 @@ def read_suffixes() -> dict[str, str]:
 
 
 def why_not_read(suffix: str) -> str:
-    """Name the kind of a file that is left out, and what would help."""
+    """Return the kind of a file that is left out, with the remedy if there is one."""
     if suffix.lower() in _HEIF_SUFFIXES:
         return f"{suffix.lower()} (pip install {_HEIF_PLUGIN} to read them)"
     return suffix.lower() or "without a suffix"
@@ -79,11 +79,11 @@ class Storing:
     encode: Literal["keep", "jpeg", "png"] = "keep"
     jpeg_quality: int = 95
     verify: bool = True
-    """Decode what stays untouched."""
+    """Decode untouched images too, so that damage shows."""
 
     @property
     def max_pixels(self) -> int:
-        """Limit for what is decoded [pixels]; what is shrunk afterwards may be larger."""
+        """Largest image that is decoded [pixels]; an image that is shrunk afterwards may be larger."""
         return MAX_PIXELS if self.max_side is None else MAX_SHRUNK_PIXELS
 
     def leaves(self, suffix: str | None, size: Callable[[], tuple[int, int]]) -> bool:
@@ -115,7 +115,7 @@ def stored_image(payload: bytes, how: Storing) -> tuple[str, bytes]:
 
 
 def stored_bytes_bound(head: bytes, num_bytes: int, image_file: Callable[[], Path | io.BytesIO], how: Storing) -> int:
-    """Bound the bytes of the image member: exact for what stays untouched, uncompressed for what is written anew.
+    """Bound the bytes of the image member: exact for untouched files, an uncompressed PNG for rewritten ones.
 
     Args:
         head: the first 12 bytes of the file.
@@ -133,7 +133,10 @@ def stored_bytes_bound(head: bytes, num_bytes: int, image_file: Callable[[], Pat
 
 
 def _reduction(jpeg: bytes, how: Storing) -> int:
-    """Return how much smaller a JPEG beyond the usual limit is to be decoded; smaller ones are decoded in full."""
+    """Return the factor (1, 2, 4, 8) by which a JPEG above `MAX_PIXELS` is decoded smaller; 1 for other images.
+
+    Example: 12000 x 8000 pixels with max_side 900: 8000 // 8 = 1000 >= 900, so the JPEG is decoded at an eighth.
+    """
     (width, height), _, _ = size_of(io.BytesIO(jpeg))
     if how.max_side is None or width * height <= MAX_PIXELS:
         return 1
@@ -141,7 +144,7 @@ def _reduction(jpeg: bytes, how: Storing) -> int:
 
 
 def _shrunk_size(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
-    """Scale a size so that its shorter side becomes ``max_side``; smaller ones stay as they are [pixels]."""
+    """Scale a size so that its shorter side becomes ``max_side``; smaller images keep their size [pixels]."""
     if max_side is None or min(size) <= max_side:
         return size
     scale = max_side / min(size)
@@ -149,7 +152,7 @@ def _shrunk_size(size: tuple[int, int], max_side: int | None) -> tuple[int, int]
 
 
 def _png_bound(size: tuple[int, int], *, num_channels: int) -> int:
-    """Bound a PNG of 8-bit channels: deflate and the chunks add little to the pixels and one byte a row [bytes]."""
+    """Bound a PNG of 8-bit channels: the pixels, a filter byte for each row, 1 % and 4 kB for the format [bytes]."""
     width, height = size
     return int((width * height * num_channels + max(size)) * 1.01) + 4096
 
@@ -163,7 +166,7 @@ def _shrunk(image_HWC: NDArray[np.uint8], max_side: int | None) -> NDArray[np.ui
 
 
 def _encoded(image_HWC: NDArray[np.uint8], suffix: str, jpeg_quality: int) -> tuple[str, bytes]:
-    """Encode as asked, but never larger than planned: a JPEG that outgrows the raw pixels is no gain over PNG."""
+    """Encode as asked; a JPEG above `_png_bound` becomes a PNG, so that no image is larger than planned."""
     image, file = Image.fromarray(image_HWC), io.BytesIO()
     if suffix == "jpg":
         image.save(file, "JPEG", quality=jpeg_quality, subsampling="4:4:4")
@@ -175,10 +178,10 @@ def _encoded(image_HWC: NDArray[np.uint8], suffix: str, jpeg_quality: int) -> tu
 
 
 def as_trainable(payload: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
-    """Return a JPEG, PNG or WebP file as it is, another one as an upright PNG.
+    """Return a JPEG, PNG or WebP file unchanged, and any other image as an upright PNG.
 
     Raises:
-        SampleError: it is no image, damaged, too large, or its numbers have no known range.
+        SampleError: it is no image, damaged or too large, or the range of its pixel values is unknown.
     """
     if suffix_of(payload[:12]):
         return payload
@@ -187,7 +190,7 @@ def as_trainable(payload: bytes, *, max_pixels: int = MAX_PIXELS) -> bytes:
         if image.width * image.height > max_pixels:
             raise SampleError("too_large", f"{image.width}x{image.height} has more than {max_pixels} pixels")
         kind, profile = image.format, image.info.get("icc_profile")
-        upright = ImageOps.exif_transpose(image)  # the orientation would not come along
+        upright = ImageOps.exif_transpose(image)  # the EXIF orientation is not copied
         stored = _in_modes_of_png(upright, kind, profile)
         stored.save(file, "PNG", icc_profile=profile if stored is upright else None, exif=b"")
     return file.getvalue()
@@ -204,18 +207,18 @@ def size_of(image_file: Path | io.BytesIO) -> tuple[tuple[int, int], int, int]:
 
 
 def describe_damage(error: Exception) -> str:
-    """Say what is wrong with an image, without addresses in memory."""
+    """Describe the damage of an image, without memory addresses."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 @contextlib.contextmanager
 def _opened(image_file: Path | io.BytesIO) -> Iterator[Image.Image]:
-    """Open an image of a format that is read here; what its plug-in raises, also later, becomes a SampleError."""
+    """Open an image of a readable format; turn errors of its plug-in, also inside the block, into `SampleError`."""
     try:
         formats = tuple(set(read_suffixes().values()))
         with warnings.catch_warnings(action="ignore"), Image.open(image_file, formats=formats) as image:
             yield image
-    except UnidentifiedImageError as error:  # its own message shows an address in memory
+    except UnidentifiedImageError as error:  # Pillow's message holds a memory address
         raise SampleError(
             "not_an_image", "no image of a format that is read here, or its beginning is damaged"
         ) from error
@@ -224,7 +227,7 @@ def _opened(image_file: Path | io.BytesIO) -> Iterator[Image.Image]:
 
 
 def _in_modes_of_png(image: Image.Image, kind: str | None, profile: bytes | None) -> Image.Image:
-    """Return the image itself where PNG holds its mode, else a converted one."""
+    """Return the image itself if PNG can hold its mode, otherwise a converted one."""
     if image.mode in _MODES_OF_PNG:
         return image
     if image.mode.startswith("I;16"):
@@ -248,10 +251,10 @@ def _sixteen_bits(value_HW: NDArray[np.int32], kind: str | None) -> NDArray[np.u
 
 
 def _bytes_of_floats(value_HW: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Bring floats from 0 to 1, or from 0 to 255, to bytes."""
+    """Convert floats of range 0..1 or 0..255 to bytes."""
     low, high = float(value_HW.min()), float(value_HW.max())
     if low >= 0 and high <= 1:
         return np.asarray(np.rint(value_HW * 255), dtype=np.uint8)
-    if low >= 0 and _LOWEST_MAX_OF_BYTES <= high <= 255:
+    if low >= 0 and _MIN_PEAK_OF_BYTE_RANGE <= high <= 255:
         return np.asarray(np.rint(value_HW), dtype=np.uint8)
     raise SampleError("unknown_range", f"its floats lie from {low:g} to {high:g}: scale them to 0..1 or 0..255")

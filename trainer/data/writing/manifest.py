@@ -1,8 +1,8 @@
-"""The one reader of CSV files: as spreadsheets, editors and scripts write them, or a message that says what is wrong.
+"""The one reader of CSV files, as spreadsheets, editors and scripts write them.
 
-UTF-8 with or without a byte order mark, and UTF-16 with one; commas, semicolons or tabs between the columns; spaces
-around names and values; empty lines. Columns that look like a known one but are spelled otherwise are refused: a column
-``Label`` that nobody reads loses all labels in silence.
+It reads UTF-8 with or without a byte order mark, and UTF-16 with one; commas, semicolons, tabs or bars between the
+columns; spaces around names and values; empty lines. A column that is almost a known one is refused: without that, a
+column ``Label`` would be ignored and all labels lost.
 """
 
 import codecs
@@ -20,10 +20,11 @@ from trainer.data.shards.members import GROUP_FIELDS
 from trainer.errors import ConfigError
 
 KNOWN_COLUMNS = ("path", "key", "label", *GROUP_FIELDS, "control", "landmark_name")
-"""Columns that some command reads; all others travel along as text."""
+"""Columns that some command reads; all others are copied as text."""
 
 _DELIMITERS = (",", ";", "\t", "|")
-_SHORTEST_NEAR_NAME = 4
+_MIN_CHARS_FOR_TYPOS = 4
+"""Names shorter than this are compared exactly: one letter more or less makes another word."""
 _MAGIC = {
     b"PAR1": "a Parquet file: write its table as CSV (pandas: read_parquet(...).to_csv(..., index=False))",
     b"PK\x03\x04": "a zip file or a spreadsheet: save the sheet as 'CSV UTF-8', or unpack the zip",
@@ -42,7 +43,7 @@ class Table:
     columns: list[str]
     rows: list[dict[str, str]]
     lines: list[int]
-    """Where in the file each row ends, from 1."""
+    """Line of the file where each row ends, from 1."""
 
     @property
     def numbered(self) -> Iterable[tuple[int, dict[str, str]]]:
@@ -56,11 +57,11 @@ def read_table(path: Path, *, setting: str, needs: tuple[str, ...] = ("path",)) 
     Args:
         path: the file.
         setting: the flag that named it, for messages.
-        needs: columns that must be there, and be filled in every row.
+        needs: columns that must exist and have a value in every row.
 
     Raises:
-        ConfigError: no such file, another format or encoding, a column is missing, twice there or spelled otherwise, or
-            a row has other columns than the header.
+        ConfigError: there is no such file; it has another format or encoding; a column is missing, repeated or
+            misspelled; or a row has other columns than the header.
     """
     where = f"{setting} {path}"
     header, *body = _filled_rows(_text_of(path, where), needs, where)
@@ -82,10 +83,10 @@ def read_table(path: Path, *, setting: str, needs: tuple[str, ...] = ("path",)) 
 
 
 def _filled_rows(text: str, needs: tuple[str, ...], where: str) -> list[tuple[int, list[str]]]:
-    """Return line number and cells of each row that holds anything, the header first."""
+    """Return line number and cells of each row that is not empty, the header first."""
     first, _, rest = text.partition("\n")
     skipped = 0
-    if re.fullmatch("sep=.", first.strip(), re.IGNORECASE):  # a hint of Excel for Excel
+    if re.fullmatch("sep=.", first.strip(), re.IGNORECASE):  # Excel's own hint about the separator
         text, delimiter, skipped = rest, first.strip()[-1], 1
     else:
         delimiter = _delimiter_of(first, needs)
@@ -104,7 +105,7 @@ def _filled_rows(text: str, needs: tuple[str, ...], where: str) -> list[tuple[in
 def _without_empty_columns(
     columns: list[str], body: list[tuple[int, list[str]]]
 ) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Drop the columns without name and values that spreadsheets leave at the right."""
+    """Drop empty columns without a name, which spreadsheets leave at the right."""
     while len(columns) > 1 and not columns[-1] and not any(any(cells[len(columns) - 1 :]) for _, cells in body):
         columns = columns[:-1]
         body = [(line, cells[: len(columns)]) for line, cells in body]
@@ -135,12 +136,12 @@ def _text_of(path: Path, where: str) -> str:
 
 
 def _kind_of(path: Path, raw: bytes) -> str:
-    """Say what another file is, and what helps; empty for what may be a CSV."""
+    """Describe a file that is no CSV, with the remedy; empty for a possible CSV."""
     magic = next((kind for start, kind in _MAGIC.items() if raw.startswith(start)), "")
     if magic:
         return magic
     if raw[257:262] == b"ustar":
-        return "a tar: name a CSV or a folder, or pack tars anew with tools/make_shards.py --source 'FOLDER/*.tar'"
+        return "a tar: name a CSV or a folder, or pack tars again with tools/make_shards.py --source 'FOLDER/*.tar'"
     if path.suffix.lower() in Image.registered_extensions() or raw.startswith((b"\xff\xd8\xff", b"\x89PNG")):
         return "an image: name the folder that holds the images, or a CSV with a column path"
     if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
@@ -149,7 +150,7 @@ def _kind_of(path: Path, raw: bytes) -> str:
 
 
 def _delimiter_of(header: str, needs: tuple[str, ...]) -> str:
-    """Choose what separates the columns: what finds the needed ones, else what finds the most."""
+    """Choose the separator that yields the needed columns, otherwise the most columns."""
     found = {delimiter: _cells(header, delimiter) for delimiter in _DELIMITERS}
     fitting = [delimiter for delimiter, cells in found.items() if set(needs) <= set(cells)]
     return fitting[0] if fitting else max(_DELIMITERS, key=lambda delimiter: len(found[delimiter]))
@@ -179,12 +180,12 @@ def _check_columns(columns: list[str], needs: tuple[str, ...], where: str) -> No
 
 
 def near_misses(column: str) -> list[str]:
-    """Return the known columns that this one almost is: other case, a plural, a letter more, less, other or swapped."""
+    """Return the known columns that this one almost equals: ``Label``, ``labels``, ``lable`` all give label."""
     if column in KNOWN_COLUMNS:
         return []
     plain, known = _plain(column), {name: _plain(name) for name in KNOWN_COLUMNS}
     alike = [name for name, other in known.items() if plain == other]
-    long = {name: other for name, other in known.items() if len(other) >= _SHORTEST_NEAR_NAME}
+    long = {name: other for name, other in known.items() if len(other) >= _MIN_CHARS_FOR_TYPOS}
     return alike or [name for name, other in long.items() if _one_typo(plain, other)]
 
 
@@ -194,7 +195,10 @@ def _plain(column: str) -> str:
 
 
 def _one_typo(one: str, other: str) -> bool:
-    """Whether one change makes them equal: a letter more, less or other, or two neighbours swapped."""
+    """Whether one edit makes them equal: a letter added, removed or replaced, or two neighbours swapped.
+
+    Both are compared behind their common beginning. Example: key and kye leave ey and ye, which are swapped neighbours.
+    """
     if abs(len(one) - len(other)) > 1:
         return False
     start = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

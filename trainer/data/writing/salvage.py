@@ -1,7 +1,11 @@
-"""What can be saved of a damaged shard: every sample that is whole, and a reason for every other one.
+"""Save what is intact in a damaged shard: every complete sample, and a reason for every other one.
 
-Members are joined by key wherever they stand. What does not say clearly which members belong together is not guessed:
-a label beside the wrong face is worse than a face less. Sums agree: members found = written + lost + left out.
+Members are joined by key wherever they stand. If it is not clear which members belong together, the sample counts as
+lost: a label beside the wrong face is worse than a missing face. Sums agree: members found = written + lost + left out.
+
+`_members` is a second walk over tars beside `walk_tar`, on purpose. The strict walk reads a stream once and stops at
+the first fault. This one needs random access: it searches for the next header block by block behind damage, and
+follows hard links back to their files. Block size and header parsing are shared.
 """
 
 import contextlib
@@ -15,11 +19,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trainer.data.shards.members import Sample, Tally, key_of, samples_of, why_left_out
-from trainer.data.shards.tar import MAX_MEMBER_BYTES, Member, parse_header, walk_tar
+from trainer.data.shards.tar import BLOCK_BYTES, MAX_MEMBER_BYTES, Member, parse_header, walk_tar
 from trainer.data.transforms.decode import decode_image
 from trainer.errors import DataError
 
-_BLOCK = 512
 _EXTENDED = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _NO_MEMBERS = (tarfile.XGLTYPE, tarfile.DIRTYPE, b"V", b"D")
 _NO_BYTES = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE)
@@ -35,11 +38,11 @@ class Saved:
     num_samples: int = 0
     """Samples in the new shard."""
     lost: list[tuple[str, str, int]] = field(default_factory=list)
-    """Key or name, why it was lost, and of how many members it consisted."""
+    """Key or name, the reason, and the number of its members."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Why a member is no part of a sample -> members."""
     damage: list[str] = field(default_factory=list)
-    """Stretches of bytes that are no members."""
+    """Ranges of bytes that are no members."""
 
     @property
     def agrees(self) -> bool:
@@ -49,10 +52,10 @@ class Saved:
 
 
 def rewrite(source: Path, target: Path, *, image_member: str | None = None) -> Saved:
-    """Copy whole samples into a new shard of the same name; nothing is written where there is none.
+    """Copy complete samples into a new shard of the same name; write nothing if there is none.
 
     Raises:
-        DataError: the trainer would read something else than what was written.
+        DataError: the new shard does not read as it was written.
     """
     saved = Saved()
     draft = target / f".{source.name}.tmp-{uuid.uuid4().hex[:8]}"
@@ -71,7 +74,7 @@ def rewrite(source: Path, target: Path, *, image_member: str | None = None) -> S
 def _write(
     draft: Path, raw: "mmap.mmap | bytes", groups: dict[str, list[list[Member]]], saved: Saved, image_member: str | None
 ) -> dict[str, int]:
-    """Write the whole samples; returns their labels by key."""
+    """Write the complete samples; returns their labels by key."""
     labels: dict[str, int] = {}
     usual = _usual_suffixes(groups) if saved.damage else set()
     are_apart = _are_apart(groups)
@@ -80,14 +83,14 @@ def _write(
             members, problem = _joined(key, runs, saved, raw)
             if saved.damage and len(runs) > 1 and not are_apart:
                 problem = "its members stand apart in a damaged shard: nothing says that they belong together"
-            whole = [replace(m, payload=raw[m.offset : m.offset + m.size]) for m in members]
-            sample, problem = (None, problem) if problem else _checked(whole, image_member, usual)
+            complete = [replace(m, payload=raw[m.offset : m.offset + m.size]) for m in members]
+            sample, problem = (None, problem) if problem else _checked(complete, image_member, usual)
             if sample is None:
                 saved.lost.append((key, problem, len(members)))
                 continue
             labels[key] = sample.label
-            saved.num_written += len(whole)
-            for member in whole:
+            saved.num_written += len(complete)
+            for member in complete:
                 info = tarfile.TarInfo(member.name)
                 info.size, info.mode = member.size, 0o444
                 tar.addfile(info, io.BytesIO(member.payload or b""))
@@ -96,7 +99,7 @@ def _write(
 
 
 def _joined(key: str, runs: list[list[Member]], saved: Saved, raw: "mmap.mmap | bytes") -> tuple[list[Member], str]:
-    """Join the members of a key; returns them, and why they cannot be one sample, or nothing."""
+    """Join the members of a key; returns them, and the reason why they cannot be one sample, or an empty text."""
     members: list[Member] = []
     for run in runs:
         for member in run:
@@ -110,7 +113,7 @@ def _joined(key: str, runs: list[list[Member]], saved: Saved, raw: "mmap.mmap | 
         return members, ""
     shapes = [sorted(map(_suffix, run)) for run in runs]
     if all(shape == shapes[0] and len(set(shape)) == len(shape) for shape in shapes):
-        for run in runs[1:]:  # whole samples that happen to share a key, as in joined tars: the first one stays
+        for run in runs[1:]:  # several complete samples share a key, as in joined tars: the first one stays
             kept = [member for member in run if member in members]
             saved.lost.append((key, "another sample of this key stands before it", len(kept)))
         return runs[0], ""
@@ -118,7 +121,7 @@ def _joined(key: str, runs: list[list[Member]], saved: Saved, raw: "mmap.mmap | 
 
 
 def _checked(members: list[Member], image_member: str | None, usual: set[str]) -> tuple[Sample | None, str]:
-    """Return the sample, or why it is not whole."""
+    """Return the sample, or the reason why it is not complete."""
     try:
         (sample,) = samples_of("", iter(members), image_member=image_member)
         decode_image(sample.image.payload or b"")
@@ -131,12 +134,12 @@ def _checked(members: list[Member], image_member: str | None, usual: set[str]) -
 
 
 def _are_apart(groups: dict[str, list[list[Member]]]) -> bool:
-    """Whether the members of most samples are no neighbours: the order of the shard, not damage."""
+    """Whether the members of most samples stand apart: then that is the order of the shard, not damage."""
     return 2 * sum(len(runs) > 1 for runs in groups.values()) > len(groups)
 
 
 def _usual_suffixes(groups: dict[str, list[list[Member]]]) -> set[str]:
-    """Return the texts that most samples have: one without them has lost them to damage."""
+    """Return the text members that most samples have: a sample without them has lost them to damage."""
     counts = Counter(suffix for runs in groups.values() for suffix in {_suffix(m) for run in runs for m in run})
     return {s for s, count in counts.items() if 2 * count > len(groups) and s.rpartition(".")[2] in ("cls", "json")}
 
@@ -173,27 +176,30 @@ def _by_key(members: Iterator[Member], saved: Saved) -> dict[str, list[list[Memb
 
 
 def _members(raw: "mmap.mmap | bytes", saved: Saved) -> Iterator[Member]:
-    """Yield every member whose header and length are sound, looking for the next header behind damage.
+    """Yield every member whose header and length are valid; search for the next header behind damage.
 
-    A member whose content is damaged is met by the decoder: a tar has no checksum of contents.
+    A tar has checksums of headers only, so damage inside a file shows in the decoder.
+
+    Example: headers at bytes 0, 1536 and 3072, the second one damaged. Blocks 1536, 2048 and 2560 hold no valid header,
+    so the walk goes on at 3072 and reports that bytes 1536 to 3072 are damaged.
     """
     position, damaged_from, long_name, has_end = 0, None, None, False
     places: dict[str, Member] = {}
-    while position + _BLOCK <= len(raw):
-        info = _header(raw[position : position + _BLOCK])
+    while position + BLOCK_BYTES <= len(raw):
+        info = _header(raw[position : position + BLOCK_BYTES])
         size = 0 if info is None or info.type in _NO_BYTES else info.size
-        if info is None or not 0 <= size <= len(raw) - position - _BLOCK:
-            is_zero = not raw[position : position + _BLOCK].strip(b"\0")
+        if info is None or not 0 <= size <= len(raw) - position - BLOCK_BYTES:
+            is_zero = not raw[position : position + BLOCK_BYTES].strip(b"\0")
             has_end |= is_zero
             if not is_zero and damaged_from is None:
                 damaged_from = position
-            position, long_name = position + _BLOCK, None
+            position, long_name = position + BLOCK_BYTES, None
             continue
         if damaged_from is not None:
             saved.damage.append(f"bytes {damaged_from} to {position} are damaged")
             damaged_from = None
-        start = position + _BLOCK
-        position = start + size + -size % _BLOCK
+        start = position + BLOCK_BYTES
+        position = start + size + -size % BLOCK_BYTES
         if info.type in _EXTENDED:
             long_name = _long_name(info.type, raw[start : start + size]) or long_name
             continue
@@ -212,7 +218,7 @@ def _members(raw: "mmap.mmap | bytes", saved: Saved) -> Iterator[Member]:
 
 
 def _member(info: tarfile.TarInfo, name: str, start: int, places: dict[str, Member]) -> Member | None:
-    """Return a regular file, or the file that a hard link names; None for what holds no bytes of its own."""
+    """Return a regular file, or the file that a hard link names; None for every other kind."""
     if info.isreg() and info.type != tarfile.GNUTYPE_SPARSE:
         places[name] = Member(name, start, info.size, 0, None)
     elif info.type == tarfile.LNKTYPE and info.linkname in places:
@@ -244,7 +250,7 @@ def _content(raw: "mmap.mmap | bytes", member: Member) -> bytes:
 
 @contextlib.contextmanager
 def _bytes_of(path: Path) -> "Iterator[mmap.mmap | bytes]":
-    """Map a file; the system cannot map one without bytes."""
+    """Map a file into memory; an empty file cannot be mapped."""
     if path.stat().st_size == 0:
         yield b""
         return

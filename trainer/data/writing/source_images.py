@@ -1,7 +1,7 @@
-"""What is to be packed or split: images of a folder tree, of a CSV or of tars; and what is left out of them, by kind.
+"""List the images to pack or split: of a folder tree, of a CSV or of tars; and count what is left out, by kind.
 
-Every file below a folder and every member of a tar is either an image that will be read, part of a sample, or counted
-as left out with the reason and an example. Links to folders are followed.
+Every file below a folder and every member of a tar is an image to read, another member of a sample, or left out. What
+is left out is counted, with the reason and an example. Links to folders are followed.
 """
 
 import json
@@ -44,14 +44,14 @@ class Packed:
 
     image: Span
     others: tuple[tuple[str, Span], ...]
-    """Suffix and bytes of the members beside the image."""
+    """Suffix and location of the other members."""
     crc32: tuple[int, ...]
-    """Of the image and the others."""
+    """CRC-32 of the image and of the other members."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image on its way into a shard."""
+    """One image to pack."""
 
     path: Path
     """The image file, or the tar that holds it."""
@@ -61,46 +61,45 @@ class Entry:
     packed: Packed | None = None
 
     def json_text(self) -> bytes:
-        """The sample's json member; one that lies in a tar keeps its own."""
+        """Return the sample's json member; a sample of a tar keeps its own."""
         label = {} if self.label is None else {"label": self.label}
         return json.dumps(label | self.metadata, sort_keys=True, ensure_ascii=False).encode()
 
     @property
     def name(self) -> str:
-        """What to call it in messages."""
+        """The image's name in messages."""
         return str(self.path) if self.packed is None else f"{self.path}: {self.key}"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Images, and what came with them."""
+    """The images of a source, and what was counted while listing them."""
 
     location: str
-
     entries: list[Entry]
     tally: Tally
     """Files or members found, read and left out."""
     classes: dict[str, int] = field(default_factory=dict)
-    """Names that became class numbers."""
+    """Name -> class number."""
 
     def describe(self) -> str:
-        """Say how many images there are, what is left out, and which names became which classes."""
+        """Describe the number of images, what is left out, and which names became which classes."""
         among = f" among {self.tally.num_members} files" if self.tally.left_out else ""
         first = "; ".join([f"source {self.location}: {len(self.entries)} images{among}", *_left_out(self.tally)])
         return first + (f"\nclasses: {describe_classes(self.classes)}" if self.classes else "")
 
 
 def _left_out(tally: Tally) -> list[str]:
-    return [note.removeprefix("members ") for note in tally.notes()]  # here they are files, too
+    return [note.removeprefix("members ") for note in tally.notes()]  # of folders these are files
 
 
 def read_source(
     source: str, *, folder_labels: bool = False, label_map: str | None = None, image_member: str | None = None
 ) -> Source:
-    """Read a folder, a CSV or tars; see the functions below.
+    """List the images of a folder, a CSV or tars; see the functions below.
 
     Raises:
-        ConfigError: there is no such source, it holds no image, or a setting does not fit its kind.
+        ConfigError: the source does not exist or holds no image, or a setting does not fit its kind.
     """
     path = Path(source)
     for suffix in _COMPRESSED:
@@ -123,7 +122,7 @@ def read_source(
 
 
 def names_tars(source: str) -> bool:
-    """Whether a source is tars and no folder or CSV."""
+    """Whether a source means tars, not a folder or a CSV."""
     path = Path(source)
     named = path.suffix.lower() == ".tar" if path.is_file() else ".tar" in source and not path.is_dir()
     return is_url(source) or named
@@ -136,7 +135,7 @@ def walk_folder(root: Path, *, folder_labels: bool, label_map: str | None = None
     """List the images below a folder, sorted by their relative paths.
 
     Raises:
-        ConfigError: no such folder, no image in it, or folders that name no class.
+        ConfigError: the folder does not exist or holds no image, or a folder name means no class.
         DataError: a folder cannot be read.
     """
     if not root.is_dir():
@@ -184,7 +183,7 @@ def _folder_classes(root: Path, relative: list[Path], label_map: str | None) -> 
 
 
 def _files_below(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterator[tuple[Path, str]]:
-    """Yield every file, also behind links, each with the reason why it cannot be read, which is mostly empty."""
+    """Yield every file, also behind links, with the reason why it cannot be read, or an empty text."""
     try:
         status = folder.stat()
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -221,13 +220,13 @@ def read_manifest(manifest: Path, *, label_map: str | None = None) -> Source:
     holds. Other columns go into each sample's json as text.
 
     Raises:
-        ConfigError: as `read_table`; or a label that means no class.
+        ConfigError: as `read_table`, or a label means no class.
     """
     table = read_table(manifest, setting="source")
     if LANDMARKS in table.columns:
         raise ConfigError(f"source {manifest} has a column {LANDMARKS!r}: put the points into an .npz, for --landmarks")
     paths = [manifest.parent / row["path"] for row in table.rows]
-    plain = [Path(os.path.normpath(path.absolute())) for path in paths]  # a key has no use for ".."
+    plain = [Path(os.path.normpath(path.absolute())) for path in paths]  # without "..", for the keys
     root = Path(os.path.commonpath([path.parent for path in plain]))
     classes = _column_classes(manifest, table, label_map)
     entries = []
@@ -261,11 +260,11 @@ def _column_classes(manifest: Path, table: Table, label_map: str | None) -> dict
 def read_tars(patterns: str, image_member: str | None = None) -> Source:
     """List the samples of tars. Members of one sample need not stand together.
 
-    Of several images in a sample the one with a plain suffix is taken, or the one that ``image_member`` names.
+    If a sample has several images, the one with a plain suffix is used, or the one that ``image_member`` names.
 
     Raises:
         ConfigError: no tar is found.
-        DataError: a tar is damaged, or the image of a sample is not clear.
+        DataError: a tar is damaged, or a sample has several images to choose from.
     """
     tally, entries = Tally(), []
     for location in list_shards(patterns, setting="source"):
@@ -277,7 +276,7 @@ def read_tars(patterns: str, image_member: str | None = None) -> Source:
 
 
 def _samples_by_key(location: str, tally: Tally) -> dict[str, dict[str, Member]]:
-    """Gather the members of each sample; only those with text keep their bytes."""
+    """Group the members by key; only text members keep their bytes."""
     samples: dict[str, dict[str, Member]] = {}
     for member in walk_tar(location, keep_payload_below=MAX_JSON_BYTES + 1):
         tally.num_members += 1
@@ -308,7 +307,7 @@ def _packed_entry(location: str, key: str, found: dict[str, Member], image_membe
             kept[new] = member
     tally.num_used += 1 + len(kept)
     new_key = key_text(key, dots=True)
-    sample = _understood(location, new_key, found[chosen], kept, tally)
+    sample = _as_trainer_reads(location, new_key, found[chosen], kept, tally)
     members = [found[chosen], *kept.values()]
     return Entry(
         Path(location),
@@ -323,8 +322,8 @@ def _packed_entry(location: str, key: str, found: dict[str, Member], image_membe
     )
 
 
-def _understood(location: str, key: str, image: Member, kept: dict[str, Member], tally: Tally) -> Sample:
-    """Read label and groups as the trainer will."""
+def _as_trainer_reads(location: str, key: str, image: Member, kept: dict[str, Member], tally: Tally) -> Sample:
+    """Return the sample with the label and groups that the trainer will read."""
     named = [replace(image, name=f"{key}.png"), *(replace(m, name=f"{key}.{s}") for s, m in kept.items())]
     mine = Tally()
     (sample,) = samples_of(location, iter(named), tally=mine)
@@ -353,10 +352,10 @@ def _choose_image(location: str, key: str, found: dict[str, Member], image_membe
 
 
 def key_text(name: str, *, dots: bool = False) -> str:
-    """Make a key of a name. Keys end at the first dot, so dots become underscores, unless there are none to come.
+    """Make a key from a name.
 
-    What plain webdataset skips (``__x__`` at the beginning) loses its first underscores, and bytes that are no UTF-8
-    are escaped.
+    A key ends at the first dot, so dots become underscores: ``p.01/a.b`` gives ``p_01/a_b``; ``dots`` keeps them. A
+    leading ``__x__``, which webdataset skips, loses its leading underscores. Bytes that are no UTF-8 are escaped.
     """
     key = plain_text(name).lstrip("/")
     key = key if dots else key.replace(".", "_")
@@ -370,10 +369,10 @@ def plain_text(name: str) -> str:
 
 
 def with_distinct_keys(entries: list[Entry]) -> list[Entry]:
-    """Tell a.jpg from a.png by adding the suffix where two images would share a key.
+    """Add the suffix where two images would share a key: a.jpg and a.png become a_jpg and a_png.
 
     Raises:
-        ConfigError: two images share a key all the same.
+        ConfigError: two images still share a key.
     """
     counts = Counter(entry.key for entry in entries)
     named = [

@@ -1,7 +1,6 @@
 """The settings reference, launch/SETTINGS.md, written from the docstrings under the fields: ``make docs``."""
 
 import dataclasses
-import re
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -56,19 +55,12 @@ def reference() -> str:
 
 def _table(config: type, inherited: set[str]) -> str:
     docs, hints = field_docs(config), typing.get_type_hints(config)
-    lines = ["| setting | type | default | unit | meaning |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| setting | type, default | meaning [unit] |", "| --- | --- | --- |"]
     for entry in dataclasses.fields(config):
         if entry.name not in inherited:
-            meaning, unit = _unit_of(docs[entry.name])
-            cells = (f"`{entry.name}`", type_text(hints[entry.name]), f"`{as_text(entry.default)}`", unit, meaning)
-            lines.append("| " + " | ".join(_escaped(cell) for cell in cells) + " |")
+            kind = f"{type_text(hints[entry.name])}, `{as_text(entry.default)}`"
+            lines.append("| " + " | ".join(_escaped(x) for x in (f"`{entry.name}`", kind, docs[entry.name])) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _unit_of(doc: str) -> tuple[str, str]:
-    """Split off the unit that stands in brackets at the end of a sentence: "Interval of metrics [steps]."."""
-    found = re.fullmatch(r"(.*?) \[([a-z ]+)\](\..*|;.*)", doc)
-    return (found[1] + found[3], found[2]) if found else (doc, "")
 
 
 def _recipe(name: str, function: Callable[[], tuple[Any, Any]]) -> str:

@@ -10,496 +10,67 @@ Examples:
     python launch/doctor.py --recipe mae_vit_base --data 'shards/train/*.tar'
 """
 
-if __name__ == "__main__":
-    import sys
-
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-    from launch.early import read_early
-
-    read_early(__file__, loads="torch and DeepSpeed")
-
-import argparse
-import functools
-import json
-import math
-import os
-import re
-import resource
-import shlex
-import shutil
-import socket
-import subprocess
 import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+
+if __name__ == "__main__":
+    sys.path[0] = __file__.rpartition("/")[0] + "/.."
+    from trainer.startup import guard_imports
+
+    guard_imports()
+
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-import torch.distributed as dist
-
-from trainer.config.command_line import answered
-from trainer.config.parse import expand_home
-from trainer.config.recipes import configure_script
-from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe, Runtime
-from trainer.data.order.mixture import read_sources
-from trainer.data.storage import reading
-from trainer.distributed.devices import default_device, unusable_gpus, use_devices
-from trainer.distributed.ds_config import compiled_optimizer, engine_settings
-from trainer.distributed.engine import connect, disconnect
-from trainer.distributed.world import World, world_from_environment
-from trainer.errors import ConfigError, TrainerError, without_secrets
-from trainer.fault_tolerance.checkpoint import newest_manifest
-from trainer.fault_tolerance.exit_codes import EXIT_USER_ERROR, run
-from trainer.fault_tolerance.resume import versions
-from trainer.models.encoder import PatchEncoder
-from trainer.training.pretraining import build_model
-
-START_TIMEOUT_S = 50
-_READ_BYTES, _READ_S = 64_000_000, 5.0
-_REDUCE_FLOATS = {"cuda": 64_000_000, "cpu": 4_000_000}
-_SKEW_S = 2.0
-_OPEN_FILES = 4096
-_SSH_S = 10
-_NCCL_BYTES = 1_000_000_000
-"""What NVIDIA's containers are started with (--shm-size 1g)."""
-_SENT_BY_DEEPSPEED = ("PYTHON", "UCX", "MV2", "MLFLOW", "NCCL")
-_NEEDED_ON_HOSTS = ("DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "NO_ALBUMENTATIONS_UPDATE")
-
-Facts = dict[str, Any]
-"""What one rank knows of its host, JSON-able."""
+from trainer.config.command_line import Training, TrainingCommandLine
+from trainer.config.recipes import TRAININGS
+from trainer.config.settings import Recipe, Runtime, check_types
+from trainer.fault_tolerance.exit_codes import run
+from trainer.startup import loading
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the doctor takes beside the settings of the training."""
 
-    level: Literal["ok", "warn", "FAIL"]
-    check: str
-    text: str
+    script: Literal["pretrain", "finetune"] = "pretrain"
+    """The training to come."""
+    recipe: str = ""
+    """Its recipe."""
+    hostfile: str | None = None
+    """Ask every host of this DeepSpeed hostfile over ssh instead; none examines the ranks that run this."""
+    facts: bool = False
+    """Print what is known of this host as JSON, and leave: for the doctor that asks over ssh."""
+    dry_run: bool = False
+    """Accepted as a setting of the training; the doctor never trains."""
 
-    def __str__(self) -> str:
-        return f"{self.level:5} {self.check:13} {self.text}"
-
-
-def _path(text: str) -> Path:
-    return Path(expand_home(text))
-
-
-def read(argv: list[str]) -> tuple[argparse.Namespace, list[str], Recipe, Runtime] | None:
-    """Read the command line: options of its own, the rest, and what the training would read; None after help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--script", choices=("pretrain", "finetune"), default="pretrain", help="the training to come")
-    parser.add_argument("--hostfile", type=_path, help="ask every host of a DeepSpeed hostfile over ssh")
-    parser.add_argument("--facts", action="store_true", help=argparse.SUPPRESS)
-    if answered(argv, lambda _: parser.format_help()):
-        return None
-    options, rest = parser.parse_known_args(argv)
-    return options, rest, *configure_script(options.script, rest)
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
-def main(argv: list[str]) -> int:
+CLI = TrainingCommandLine(Settings, __doc__, TRAININGS)
+
+
+def main(line: Training[Settings, Recipe, Runtime]) -> int:
     """Return the exit code: 0 if a training can start, else 2."""
-    line = read(argv)
-    if line is None:
+    with loading("torch and DeepSpeed"):
+        from trainer.distributed.world import World
+        from trainer.training.readiness import check_hosts, examine, facts_of, list_shards_of, report
+    settings, runtime = line.settings, line.runtime
+    if settings.facts:
+        print(json.dumps(facts_of(World(), line.recipe, runtime, list_shards_of(runtime)[:2])))
         return 0
-    options, rest, recipe, runtime = line
-    if options.facts:
-        print(json.dumps(facts_of(World(), recipe, runtime, list_shards_of(runtime)[:2])))
-        return 0
-    if options.hostfile:
-        return report(check_hosts(options.hostfile, ["--script", options.script, *rest]))
-    return examine(recipe, runtime)
+    if settings.hostfile:
+        words = ["--script", settings.script, *line.file_argv, *line.argv, "--facts"]
+        return report(check_hosts(Path(settings.hostfile), Path(__file__).resolve(), words))
+    return examine(line.recipe, runtime)
 
 
-def report(findings: Iterator[Finding]) -> int:
-    """Print every finding as soon as it is known."""
-    failed = False
-    for finding in findings:
-        print(finding, flush=True)
-        failed |= finding.level == "FAIL"
-    return EXIT_USER_ERROR if failed else 0
-
-
-def examine(recipe: Recipe, runtime: Runtime) -> int:
-    """Run the checks on all ranks; rank 0 prints, and all return the same exit code."""
-    world = world_from_environment()
-    began = time.monotonic()
-    use_devices(world, runtime, refuse_unusable=False)
-    engine_settings(recipe, runtime, world)  # refuses what contradicts the recipe
-    world = connect(world, timeout_s=START_TIMEOUT_S, start_timeout_s=START_TIMEOUT_S)
-    met_s = time.monotonic() - began
-    shards = world.on_main(lambda: _sample(list_shards_of(runtime), 4 * world.size))
-    mine = [shard for place, shard in enumerate(shards) if place % world.size == world.rank] or shards[:1]
-    world.wait_for_all()
-    known = world.gather_over_ranks(facts_of(world, recipe, runtime, mine))
-    reduce_s = time_all_reduce(world)
-    blind = see_each_others_files(world, Path(runtime.output_dir))
-
-    def judge() -> int:
-        return report(
-            iter(
-                [
-                    Finding("ok", "rendezvous", f"{world.size} ranks on {_count(_by_host(known))} in {met_s:.1f} s"),
-                    *judge_facts(known, shards),
-                    judge_all_reduce(reduce_s, world),
-                    judge_output(blind, recipe, runtime),
-                ]
-            )
-        )
-
-    code = world.on_main(judge)
-    disconnect()
-    return code
-
-
-def list_shards_of(runtime: Runtime) -> list[str]:
-    """List the training shards; none where the command names none."""
-    sources = read_sources(runtime.data, setting="--data") if runtime.data else []
-    return [shard for source in sources for shard in source.shards]
-
-
-def facts_of(world: World, recipe: Recipe, runtime: Runtime, shards: Sequence[str]) -> Facts:
-    """Look around on this host."""
-    now = time.time()
-    device = default_device()
-    return {
-        "rank": world.rank,
-        "host": socket.gethostname(),
-        "time": now,
-        "versions": versions(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "devices": torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0)),
-        "unusable_gpus": unusable_gpus(),
-        "local_size": world.local_size,
-        "compiler": [name for name in ("ninja", "c++") if shutil.which(name)],
-        "shared_memory": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
-        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "compiles": compiled_optimizer(engine_settings(recipe, runtime, world)),
-        "read": read_some(shards),
-    }
-
-
-def read_some(shards: Sequence[str]) -> dict[str, Any]:
-    """Read the beginnings of shards for a few seconds; the first error is kept."""
-    read, began = 0, time.monotonic()
-    for shard in shards:
-        try:
-            with reading(shard) as file:
-                while time.monotonic() - began < _READ_S and read < _READ_BYTES and (piece := file.read(1 << 20)):
-                    read += len(piece)
-        except (OSError, TrainerError) as error:
-            return {"problem": without_secrets(f"{shard} cannot be read ({error})"), "bytes": read, "s": 0.0}
-    return {"problem": "", "bytes": read, "s": time.monotonic() - began}
-
-
-def judge_facts(known: Sequence[Facts], shards: Sequence[str]) -> Iterator[Finding]:
-    """Compare what the ranks know, and hold it against what the training needs."""
-    first = known[0]
-    hosts = _by_host(known)
-    odd = [facts for facts in known if facts["versions"] != first["versions"]]
-    told = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
-    yield (
-        Finding("ok", "versions", told)
-        if not odd
-        else Finding(
-            "FAIL",
-            "versions",
-            f"{first['host']} has {told}, but {_differing(odd[0], first)}: use one environment on all",
-        )
-    )
-    devices = {host: f"{facts['devices']} x {facts['device']}" for host, facts in hosts.items()}
-    alike = len(set(devices.values())) == 1
-    listed = devices[first["host"]] if alike else ", ".join(f"{host}: {what}" for host, what in devices.items())
-    yield Finding("ok" if alike else "warn", "devices", f"{listed}; ranks a host: {first['local_size']}")
-    skew = max(facts["time"] for facts in known) - min(facts["time"] for facts in known)
-    late = min(known, key=lambda facts: facts["time"])["host"]
-    yield (
-        Finding("ok", "clocks", f"differ by less than {max(skew, 0.1):.1f} s")
-        if skew < _SKEW_S
-        else Finding(
-            "warn",
-            "clocks",
-            f"differ by {skew:.1f} s, {late} is behind: times in logs and TensorBoard will; set up NTP",
-        )
-    )
-    if any(facts["unusable_gpus"] for facts in hosts.values()):
-        yield from _judge_each(hosts, "devices", _judge_unusable_gpus, "")
-    yield from _judge_each(hosts, "compiler", _judge_compiler, "nothing is compiled at the start")
-    yield from _judge_each(hosts, "shared memory", _judge_shared_memory, "enough, or not needed")
-    yield from _judge_each(hosts, "open files", _judge_open_files, f"at least {_OPEN_FILES} allowed")
-    yield judge_reading(known, shards)
-
-
-def _judge_each(
-    hosts: Mapping[str, Facts],
-    check: str,
-    judge: Callable[[Facts], tuple[Literal["warn", "FAIL"], str] | None],
-    fine: str,
-) -> Iterator[Finding]:
-    """One line where all hosts are well, else one for each problem with the hosts that have it."""
-    problems: dict[tuple[Literal["warn", "FAIL"], str], list[str]] = {}
-    for host, facts in hosts.items():
-        if problem := judge(facts):
-            problems.setdefault(problem, []).append(host)
-    if not problems:
-        yield Finding("ok", check, fine)
-    for (level, text), names in problems.items():
-        yield Finding(level, check, f"{', '.join(names[:8])}{' and more' if len(names) > 8 else ''}: {text}")
-
-
-def _judge_unusable_gpus(facts: Facts) -> tuple[Literal["warn", "FAIL"], str] | None:
-    problem = facts["unusable_gpus"]
-    return ("FAIL", f"{problem}; a training refuses to start unless DS_ACCELERATOR=cpu is set") if problem else None
-
-
-def _judge_compiler(facts: Facts) -> tuple[Literal["warn", "FAIL"], str] | None:
-    if not facts["compiles"] or {"ninja", "c++"} <= set(facts["compiler"]):
-        return None
-    return "FAIL", (
-        f"DeepSpeed compiles the optimizer {facts['compiles']} of this ds_config, but there is no ninja or c++: "
-        'install them, or write {"torch_adam": true, "fused": true} in its params'
-    )
-
-
-def _judge_shared_memory(facts: Facts) -> tuple[Literal["warn", "FAIL"], str] | None:
-    """Batches go through anonymous memory; only NCCL uses /dev/shm, between GPUs of one host."""
-    if facts["device"] == "CPU" or facts["local_size"] == 1 or facts["shared_memory"] >= _NCCL_BYTES:
-        return None
-    return "warn", (
-        f"/dev/shm has {_size(facts['shared_memory'])} free, and NCCL may need {_size(_NCCL_BYTES)} between GPUs: "
-        "enlarge it (docker --shm-size 1g)"
-    )
-
-
-def _judge_open_files(facts: Facts) -> tuple[Literal["warn", "FAIL"], str] | None:
-    if facts["open_files"] >= _OPEN_FILES:
-        return None
-    return "warn", f"only {facts['open_files']} open files are allowed: ulimit -n {_OPEN_FILES}"
-
-
-def judge_reading(known: Sequence[Facts], shards: Sequence[str]) -> Finding:
-    """Tell how fast the hosts read, or which cannot."""
-    if not shards:
-        return Finding("warn", "shards", "not looked at: pass the --data of the training")
-    problems = [facts for facts in known if facts["read"]["problem"]]
-    if problems:
-        names = ", ".join(sorted({facts["host"] for facts in problems})[:8])
-        return Finding("FAIL", "shards", f"{names}: {problems[0]['read']['problem']}: every host must see the shards")
-    rates: dict[str, float] = {}
-    for facts in known:
-        rates[facts["host"]] = rates.get(facts["host"], 0.0) + facts["read"]["bytes"] / max(facts["read"]["s"], 1e-6)
-    slowest = min(rates, key=lambda host: rates[host])
-    return Finding(
-        "ok", "shards", f"read at {rates[slowest] / 1e6:.0f} MB/s on {slowest}, the slowest host (or its cache)"
-    )
-
-
-def time_all_reduce(world: World) -> float:
-    """Return the median seconds of an all-reduce of `_REDUCE_FLOATS`; NaN in a world of one."""
-    if world.size == 1:
-        return math.nan
-    device = default_device()
-    words = torch.ones(_REDUCE_FLOATS[device.type], device=device)
-    taken = []
-    for _ in range(6):
-        world.wait_for_all()
-        began = time.monotonic()
-        dist.all_reduce(words)
-        float(words[0])  # waits for the device
-        taken.append(time.monotonic() - began)
-        words.fill_(1.0)
-    return sorted(taken[1:])[2]
-
-
-def judge_all_reduce(reduce_s: float, world: World) -> Finding:
-    """Turn the time into bus bandwidth: every byte crosses each link 2(n-1)/n times in a ring (NCCL's tests)."""
-    if math.isnan(reduce_s):
-        return Finding("ok", "all-reduce", "one rank has nobody to talk to")
-    num_bytes = 4 * _REDUCE_FLOATS[default_device().type]
-    bus = 2 * (world.size - 1) / world.size * num_bytes / reduce_s
-    return Finding(
-        "ok", "all-reduce", f"{_size(num_bytes)} in {1000 * reduce_s:.0f} ms, bus bandwidth {bus / 1e9:.2f} GB/s"
-    )
-
-
-def see_each_others_files(world: World, output: Path) -> list[str]:
-    """Let rank 0 write below the output folder and every rank look; returns the hosts that do not see it."""
-    token = Path("logs", f".doctor-{uuid.uuid4().hex}")
-
-    def write() -> str:
-        try:
-            (output / "logs").mkdir(parents=True, exist_ok=True)
-            (output / token).write_text("seen\n")
-        except OSError as error:
-            raise ConfigError(
-                f"output_dir {output} cannot be written ({error.strerror}): name another folder"
-            ) from error
-        return str((output / token).absolute())
-
-    path = Path(world.on_main(write))
-    deadline = time.monotonic() + 10  # network file systems keep old listings for some seconds
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    blind = sorted({host for host in world.gather_over_ranks("" if path.exists() else socket.gethostname()) if host})
-    world.on_main(path.unlink)
-    return blind
-
-
-def judge_output(blind: Sequence[str], recipe: Recipe, runtime: Runtime) -> Finding:
-    """Tell whether all hosts share the output folder and whether checkpoints fit."""
-    output = Path(runtime.output_dir)
-    if blind:
-        return Finding("FAIL", "output", f"{', '.join(blind[:8])} does not see {output.absolute()}: it must be shared")
-    free = shutil.disk_usage(output).free
-    one = checkpoint_bytes(recipe, runtime)
-    needed = (runtime.keep_checkpoints + 1) * one
-    text = f"{_size(free)} free in {output}; checkpoints of {_size(one)}, {runtime.keep_checkpoints} are kept"
-    if free < needed:
-        return Finding("FAIL", "output", f"{text} and one is written beside them: free space or lower keep_checkpoints")
-    return Finding("ok", "output", text)
-
-
-def checkpoint_bytes(recipe: Recipe, runtime: Runtime) -> int:
-    """Return the size of a checkpoint: that of the newest one, else weights, master weights and two moments."""
-    found = newest_manifest(Path(runtime.output_dir) / "checkpoints")
-    if found:
-        return sum(entry["bytes"] for entry in found[1]["files"].values())
-    with torch.device("meta"):
-        if isinstance(recipe, PretrainRecipe):
-            model: torch.nn.Module = build_model(recipe)
-        else:
-            model = PatchEncoder(
-                recipe.model, image_size=recipe.image_size, patch_size=recipe.patch_size, depth=recipe.encoder_depth
-            )
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    frozen = isinstance(recipe, DetectorRecipe) and recipe.backbone_is_frozen
-    return 16 * weights // (100 if frozen else 1)
-
-
-def check_hosts(hostfile: Path, words: Sequence[str]) -> Iterator[Finding]:
-    """Ask every host of a hostfile over ssh, all at once, and compare the answers.
-
-    Raises:
-        ConfigError: the file cannot be used.
-    """
-    slots = read_hostfile(hostfile)
-    sent = read_deepspeed_env()
-    held_back = [
-        n for n in _NEEDED_ON_HOSTS if n in os.environ and n not in sent and not n.startswith(_SENT_BY_DEEPSPEED)
-    ]
-    yield (
-        Finding("ok", "hostfile", f"{len(slots)} hosts, {sum(slots.values())} slots")
-        if not held_back
-        else Finding(
-            "warn",
-            "hostfile",
-            f"{', '.join(held_back)} is set here, but DeepSpeed does not send it: write "
-            f"{held_back[0]}={os.environ[held_back[0]]} into .deepspeed_env",
-        )
-    )
-    ask = functools.partial(_ask, words=[*words, "--facts"], environment=sent)
-    with ThreadPoolExecutor(len(slots)) as pool:
-        answers = dict(zip(slots, pool.map(ask, slots), strict=True))
-    known = []
-    for host, answer in answers.items():
-        if isinstance(answer, str):
-            yield Finding("FAIL", "ssh", f"{host}: {answer}")
-            continue
-        known.append(answer | {"host": host})
-        if answer["devices"] < slots[host]:
-            text = f"{host} has slots={slots[host]}, but {answer['devices']} x {answer['device']}: lower slots"
-            yield Finding("FAIL", "slots", text)
-    if known:
-        yield from judge_facts(known, ["--data"])
-    yield Finding("ok", "next", f"deepspeed --hostfile {hostfile} launch/doctor.py ... tries rendezvous and network")
-
-
-def read_hostfile(path: Path) -> dict[str, int]:
-    """Read ``host slots=N`` lines.
-
-    Raises:
-        ConfigError: the file is missing or empty, or a line is none.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise ConfigError(
-            f"hostfile {path} cannot be read ({error.strerror}): name a file of 'host slots=8' lines"
-        ) from error
-    slots: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        match = re.fullmatch(r"([\w.\-]+)\s+slots=(\d+)", text)
-        if match is None or int(match[2]) < 1 or match[1] in slots:
-            raise ConfigError(f"hostfile {path} line {number} is {line!r}, but must be 'host slots=8', each host once")
-        slots[match[1]] = int(match[2])
-    if not slots:
-        raise ConfigError(f"hostfile {path} names no host: write 'host slots=8' lines")
-    return slots
-
-
-def read_deepspeed_env() -> dict[str, str]:
-    """Read what DeepSpeed's launcher sends to the hosts beside its own choice (its runner.py: home, then here)."""
-    found: dict[str, str] = {}
-    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    for path in (Path.home() / name, Path(name)):
-        if path.is_file():
-            pairs = (line.partition("=") for line in path.read_text().splitlines() if line and not line.startswith("#"))
-            found |= {key: value for key, equals, value in pairs if equals}
-    return found
-
-
-def _ask(host: str, *, words: Sequence[str], environment: Mapping[str, str]) -> Facts | str:
-    """Run this script on a host; returns its facts, or what is wrong."""
-    variables = [f"{name}={value}" for name, value in environment.items()]
-    remote = shlex.join(
-        ["env", "-C", str(Path.cwd()), *variables, sys.executable, str(Path(__file__).resolve()), *words]
-    )
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SSH_S}", "-o", "ServerAliveInterval=5"]
-    try:
-        done = subprocess.run(["ssh", *options, host, remote], capture_output=True, text=True, timeout=START_TIMEOUT_S)
-    except FileNotFoundError:
-        return "there is no ssh here: install it, or use a scheduler"
-    except subprocess.TimeoutExpired:
-        return f"no answer within {START_TIMEOUT_S} s: look whether the host or its storage hangs"
-    if done.returncode == 0:
-        facts: Facts = json.loads(done.stdout.splitlines()[-1])
-        return facts
-    last = ([line for line in done.stderr.splitlines() if line.strip()] or ["no message"])[-1]
-    if done.returncode == 255:
-        return f"cannot be reached by ssh ({last}): check that it is up and takes your key without a password"
-    return f"{Path(__file__).name} fails there ({last}): the project and its environment must be at the same path"
-
-
-def _by_host(known: Sequence[Facts]) -> dict[str, Facts]:
-    hosts: dict[str, Facts] = {}
-    for facts in known:
-        hosts.setdefault(facts["host"], facts)
-    return hosts
-
-
-def _differing(facts: Facts, first: Facts) -> str:
-    names = [name for name, number in facts["versions"].items() if number != first["versions"].get(name)]
-    return f"{facts['host']} has " + ", ".join(f"{name} {facts['versions'][name]}" for name in names)
-
-
-def _sample(shards: Sequence[str], count: int) -> list[str]:
-    return [shards[i * len(shards) // count] for i in range(count)] if len(shards) > count else list(shards)
-
-
-def _count(hosts: Mapping[str, Facts]) -> str:
-    return f"{len(hosts)} host{'s' if len(hosts) != 1 else ''}"
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

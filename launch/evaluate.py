@@ -15,34 +15,34 @@ Examples:
     python launch/evaluate.py --models 'lora=runs/detector' --test_sets 'test=detect/test/*.tar'
 """
 
-if __name__ == "__main__":
-    import sys
-
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-    from launch.early import read_early
-
-    read_early(__file__, loads="torch and the model library")
-
 import sys
 
-from trainer.config.command_line import configure_tool
-from trainer.detection.evaluation import Settings, evaluate
+if __name__ == "__main__":
+    sys.path[0] = __file__.rpartition("/")[0] + "/.."
+    from trainer.startup import guard_imports
+
+    guard_imports()
+
+from trainer.config.command_line import CommandLine
+from trainer.config.settings import EvaluationSettings
 from trainer.fault_tolerance.exit_codes import run
+from trainer.startup import loading
+
+CLI = CommandLine(EvaluationSettings, __doc__, required=("models", "test_sets"))
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__, required=("models", "test_sets"))
-
-
-def main(words: list[str]) -> int:
+def main(settings: EvaluationSettings) -> int:
     """Return the exit code."""
-    settings = read(words)
-    if settings is None:
-        return 0
+    with loading("torch and the model library"):
+        from trainer.detection.evaluation import evaluate
     evaluate(settings)
     return 0
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

@@ -1,40 +1,44 @@
-"""Pre-train a masked autoencoder: ``deepspeed launch/pretrain.py --recipe mae_vit_base --data 'shards/*.tar'``.
+r"""Pre-train a masked autoencoder on shards of images.
 
-`pretrain` is the table of contents; ``--help`` lists every setting.
+A run is its output folder: the same command goes on where the run stands, also with another number of ranks.
+
+Usage: deepspeed launch/pretrain.py [--recipe NAME] --data 'shards/*.tar' --output_dir RUN [--name value]
+
+Examples:
+    deepspeed launch/pretrain.py --recipe mae_vit_base --data 'shards/train/*.tar' \
+        --val_data 'shards/val/*.tar' --output_dir runs/base
+    deepspeed launch/pretrain.py --recipe demo --data 'shards/train/*.tar' --output_dir runs/small --dry_run
+    python launch/pretrain.py --config runs/base/recipe.json --output_dir runs/again --dry_run
 """
 
-if __name__ == "__main__":
-    import sys
-
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-    from launch.early import read_early
-
-    read_early(__file__, loads="torch and DeepSpeed")
-
-import logging
 import sys
 
-from trainer.config.command_line import CommandLine, read_training
-from trainer.config.recipes import DEFAULT, RECIPES
-from trainer.config.settings import PretrainRecipe, PretrainRuntime
+if __name__ == "__main__":
+    sys.path[0] = __file__.rpartition("/")[0] + "/.."
+    from trainer.startup import guard_imports
+
+    guard_imports()
+
+from trainer.config.command_line import Training, TrainingCommandLine
+from trainer.config.recipes import PRETRAINING
+from trainer.config.settings import Launch, PretrainRecipe, PretrainRuntime
 from trainer.fault_tolerance.exit_codes import run
-from trainer.training.pretraining import pretrain
+from trainer.startup import loading
 
-logger = logging.getLogger(__name__)
-
-
-def read(argv: list[str]) -> CommandLine[PretrainRecipe, PretrainRuntime] | None:
-    """Read the command line; None where it asked for help."""
-    return read_training(argv, RECIPES, DEFAULT)
+CLI = TrainingCommandLine(Launch, __doc__, (PRETRAINING,), required=("data",), trains=True)
 
 
-def main(argv: list[str]) -> int:
+def main(line: Training[Launch, PretrainRecipe, PretrainRuntime]) -> int:
     """Return the exit code: 0 finished; after saving, 85 stopped by a scheduler's signal, 130 by Ctrl-C."""
-    line = read(argv)
-    if line is None:
-        return 0
-    return pretrain(line.recipe, line.runtime, dry_run=line.dry_run).exit_code
+    with loading("torch and DeepSpeed"):
+        from trainer.training.pretraining import pretrain
+    return pretrain(line.recipe, line.runtime, dry_run=line.settings.dry_run).exit_code
+
+
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

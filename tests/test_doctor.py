@@ -11,14 +11,15 @@ import pytest
 import torch
 from deepspeed.launcher.runner import fetch_hostfile
 
-from launch import doctor
 from tests.helpers.runs import ROOT, TINY, argv_of, environment
 from trainer.config.recipes import RECIPES
-from trainer.detection.evaluation import Settings, evaluate
+from trainer.config.settings import EvaluationSettings
+from trainer.detection.evaluation import evaluate
 from trainer.distributed import devices
 from trainer.distributed.devices import unusable_gpus
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
+from trainer.training import readiness as doctor
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_gpus_that_cuda_cannot_use_are_refused_unless_the_user_wants_the_cpu(
     with pytest.raises(ConfigError, match="to compute on the CPU anyway, set DS_ACCELERATOR=cpu"):
         devices.use_devices(World(), RECIPES["demo"]()[1])
     with pytest.raises(ConfigError, match="to compute on the CPU anyway, set DS_ACCELERATOR=cpu"):
-        evaluate(Settings(models="none=nowhere", test_sets="none=nowhere"))
+        evaluate(EvaluationSettings(models="none=nowhere", test_sets="none=nowhere"))
     for name, value in (("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1")):
         with monkeypatch.context() as told:
             told.setenv(name, value)

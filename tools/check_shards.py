@@ -14,25 +14,24 @@ Examples:
     python tools/check_shards.py --data 'shards/train/*.tar' --repair shards/repaired
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import csv
 import hashlib
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from trainer.config.command_line import configure_tool
+from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.data.shards.index import list_shards
 from trainer.data.shards.members import GROUP_FIELDS, NO_LABEL, Sample, Tally, check_image_member, samples_of
@@ -90,16 +89,11 @@ class Findings:
     saved: Saved | None = None
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__, required=("data",))
+CLI = CommandLine(Settings, __doc__, required=("data",))
 
 
-def main(words: list[str]) -> int:
+def main(settings: Settings) -> int:
     """Check shards; returns the exit code."""
-    settings = read(words)
-    if settings is None:
-        return 0
     shards = list_shards(settings.data, setting="--data")
     target = _repair_folder(settings.repair, shards)
     findings = list(_all(shards, target, settings))
@@ -240,5 +234,10 @@ def _histogram(title: str, counts: Counter[str]) -> None:
         print(f"{title}  {shown}{more}")
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

@@ -9,29 +9,24 @@ The first run is the reference. Seconds are those of optimizer steps (step_s of 
 measuring and drawing. Runs must have seen the same validation images: give both the same --val_data.
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 
-from trainer.config.command_line import configure_tool
+from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +101,11 @@ def describe(curves: dict[str, Curve]) -> list[str]:
 
 def draw(curves: dict[str, Curve], path: str) -> None:
     """Draw all curves."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
     figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
     for name, curve in curves.items():
         axis.plot(curve.seconds, curve.errors, marker="o", markersize=3, label=name)
@@ -118,16 +118,11 @@ def draw(curves: dict[str, Curve], path: str) -> None:
     plt.close(figure)
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__, required=("runs",))
+CLI = CommandLine(Settings, __doc__, required=("runs",))
 
 
-def main(words: list[str]) -> int:
+def main(settings: Settings) -> int:
     """Compare and print; returns the exit code."""
-    settings = read(words)
-    if settings is None:
-        return 0
     named = [part.partition("=") for part in settings.runs.split(",")]
     if not all(name and folder for name, _, folder in named):
         raise ConfigError(f"runs is {settings.runs!r}, but must be name=folder, separated by commas")
@@ -145,5 +140,10 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

@@ -10,29 +10,26 @@ Examples:
 Shapes: H, W image size; HWC uint8 RGB.
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import math
-import sys
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.ft2font import FT2Font
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from trainer.config.command_line import configure_tool
+from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.data.shards.index import list_shards, open_index
 from trainer.data.shards.members import NO_LABEL
@@ -97,16 +94,11 @@ class Contents:
     """What is left out of the shards, and what cannot be used."""
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__, required=("data",))
+CLI = CommandLine(Settings, __doc__, required=("data",))
 
 
-def main(words: list[str]) -> int:
+def main(settings: Settings) -> int:
     """Draw the sheet; returns the exit code."""
-    settings = read(words)
-    if settings is None:
-        return 0
     contents = read_images(settings.data, settings.num_images, settings.index_dir, settings.image_member)
     output = Path(settings.output)
     with atomic_draft(output) as draft:
@@ -198,11 +190,15 @@ def sheet_font() -> ImageFont.FreeTypeFont:
 
 
 def _font_file() -> str:
+    import matplotlib as mpl  # its font, wherever this runs
+
     return str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
 
 @cache
 def _drawable() -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
     return frozenset(FT2Font(_font_file()).get_charmap())
 
 
@@ -235,5 +231,10 @@ def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     return lines
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

@@ -17,40 +17,24 @@ Examples:
     python tools/export.py --source runs/detector --format merged --output exported/merged
 """
 
-if __name__ == "__main__":
-    import sys
-
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-    from launch.early import read_early
-
-    read_early(__file__, loads="torch and the model library")
-
-import hashlib
-import json
-import re
 import sys
+
+if __name__ == "__main__":
+    sys.path[0] = __file__.rpartition("/")[0] + "/.."
+    from trainer.startup import guard_imports
+
+    guard_imports()
+
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from trainer.config.command_line import configure_tool
-from trainer.config.record import from_dict
-from trainer.config.settings import PretrainRecipe, check_types
-from trainer.detection.build import preprocessing, rebuild, recipe_of
-from trainer.detection.saved_detector import load_detector
+from trainer.config.command_line import CommandLine
+from trainer.config.settings import check_types
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
-from trainer.models.detector import STATISTICS
-from trainer.models.encoder import PatchEncoder
-from trainer.models.mae import MaskedAutoencoder
-from trainer.training.pretraining import build_model
-from trainer.weights.export import export, refuse_early
-from trainer.weights.load import Init, check_heads, holds_detector, num_blocks, read_init
-from trainer.weights.subject import Subject
-
-_OF_PRETRAINING = ("decoder_heads", "mask_ratio", "norm_pix_loss")
-"""What no shape tells; the published values where a file is silent."""
-_UNKNOWN = "Not known."
+from trainer.startup import loading
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,144 +66,6 @@ class Settings:
         parse_size(self.image_size)
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__, required=("source", "output"))
-
-
-def main(words: list[str]) -> int:
-    """Return the exit code."""
-    settings = read(words)
-    if settings is None:
-        return 0
-    output = Path(settings.output)
-    refuse_early(settings.format, output)
-    is_detector = holds_detector(Path(settings.source)) and not settings.pretrained
-    subject, card = open_detector(settings) if is_detector else open_weights(settings)
-    if size := parse_size(settings.image_size):
-        trained = "x".join(map(str, subject.image_size))
-        subject.encoder.resize(*size)
-        card["Source"] |= {"trained_at": trained, "exported_for": "x".join(map(str, size))}
-    export(subject, card, to=settings.format, output=output, licence=settings.licence)
-    print(f"{output}: {settings.format}, read back and compared; how to load it stands in {output / 'README.md'}")
-    return 0
-
-
-def open_detector(settings: Settings) -> tuple[Subject, dict[str, Any]]:
-    """Rebuild a detector; returns it and what its card says."""
-    saved = load_detector(Path(settings.source))
-    recipe, told = recipe_of(saved), saved.description
-    detector = rebuild(saved, recipe, name=settings.source, init=settings.init)
-    mean, std = STATISTICS[recipe.normalisation]
-    prints = {f"prints_of_{name}": told["files"][f"{name}.npz"]["sha256"] for name in saved.seen}
-    card = {
-        "Source": {"detector": str(saved.path), "step": told.get("step"), "init": told["init"]},
-        "Thresholds": _thresholds(saved.decision.thresholds),
-        "Recipe": told["recipe"],
-        "Preprocessing": _with_fingerprint(told["preprocessing"]),
-        "Data": {"train": told.get("data"), "overlap": told.get("overlap", "")} | prints,
-        "Metrics": {name: told[name] for name in ("selection", "calibration")},
-    }
-    calibration, thresholds = saved.decision.calibration, saved.decision.thresholds
-    subject = Subject(
-        name=recipe.model,
-        encoder=detector.encoder,
-        mean=mean,
-        std=std,
-        view=told["preprocessing"]["view"],
-        colours=told["preprocessing"].get("colours", ""),
-        detector=detector,
-        calibration=(calibration.slope, calibration.offset),
-        threshold=thresholds.get("d_eer", 0.5),
-    )
-    return subject, card
-
-
-def open_weights(settings: Settings) -> tuple[Subject, dict[str, Any]]:
-    """Build an encoder, for transformers with its decoder; returns it and what its card says.
-
-    Raises:
-        ConfigError: there are no such weights, or they are of another model than said.
-    """
-    init = read_init(settings.source, pretrained=settings.pretrained, setting="source")
-    assert init is not None
-    recipe = recipe_of_weights(init, settings)
-    mae = None
-    if settings.format == "vitmae" and "decoder_pred.weight" in init.decoder:
-        mae = build_mae(init, recipe)
-        encoder = mae.encoder
-    else:
-        encoder = PatchEncoder(
-            recipe.model,
-            image_size=recipe.image_size,
-            patch_size=recipe.patch_size,
-            depth=recipe.encoder_depth,
-            fc_norm=True if init.settings.get("pooling") == "avg_fc_norm" else None,
-        )
-        encoder.load_weights(init.weights)
-    encoder.eval()
-    check_heads(init, encoder)
-    normalisation = init.recipe.get("normalisation", settings.normalisation)
-    mean, std = STATISTICS[normalisation] if isinstance(normalisation, str) else normalisation
-    view = preprocessing(recipe.image_size, mean, std)
-    subject = Subject(
-        name=recipe.model,
-        encoder=encoder,
-        mean=mean,
-        std=std,
-        view=view["view"],
-        mae=mae and mae.eval(),
-        mask_ratio=recipe.mask_ratio,
-    )
-    card = _facts(init) | {"Preprocessing": _with_fingerprint(view)}
-    if mae and not init.manifest:
-        assumed = {name: getattr(recipe, name) for name in _OF_PRETRAINING if name not in init.recipe}
-        card["Recipe"] = {"told_by_the_file": init.recipe, "assumed_as_published": assumed}
-    return subject, card
-
-
-def recipe_of_weights(init: Init, settings: Settings) -> PretrainRecipe:
-    """Return a run's own recipe, or one that builds what a file holds.
-
-    Raises:
-        ConfigError: the file does not tell which model it is.
-    """
-    if init.manifest:
-        return from_dict(PretrainRecipe, init.manifest["identity"]["recipe"])
-    width, shown = len(init.weights["patch_embed.proj.weight"]), init.settings
-    name = settings.model or init.recipe.get("model") or shown.get("model")
-    if name is None or "image_size" not in shown:
-        raise ConfigError(f"model is empty, and {settings.source} (width {width}) does not tell it: pass --model NAME")
-    decoder: dict[str, Any] = {"use_separate_pos_embed": "position_embed.weight" not in init.decoder}
-    if "decoder_pred.weight" in init.decoder:
-        decoder["decoder_width"] = init.decoder["decoder_pred.weight"].shape[1]
-        decoder["decoder_depth"] = num_blocks(init.decoder, "decoder_blocks.")
-    told = {name: init.recipe[name] for name in _OF_PRETRAINING if name in init.recipe}
-    return PretrainRecipe(
-        model=name,
-        image_size=shown["image_size"],
-        patch_size=shown["patch_size"],
-        encoder_depth=shown["encoder_depth"],
-        **decoder,
-        **told,
-    )
-
-
-def build_mae(init: Init, recipe: PretrainRecipe) -> MaskedAutoencoder:
-    """Build a masked autoencoder with these weights.
-
-    Raises:
-        ConfigError: its decoder is another one.
-    """
-    mae = build_model(recipe)
-    mae.encoder.load_weights(init.weights)
-    try:
-        mae.load_decoder(init.decoder)
-    except ConfigError as error:
-        raise ConfigError(f"source is {init.description!r}, but {error}: choose --format timm") from error
-    return mae
-
-
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """Read N or HEIGHTxWIDTH.
 
@@ -234,44 +80,42 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(size[1]), int(size[2] or size[1])
 
 
-def _facts(init: Init) -> dict[str, Any]:
-    """Say of weights what is known: where they come from, how they were trained, on what, and how good they are."""
-    source: dict[str, Any] = {"weights": init.description}
-    if init.settings.get("pooling") == "avg_fc_norm":
-        source["note"] = "the last norm stands behind the pooling (fc_norm), not in front of it"
-    if not init.manifest:
-        told = {"told_by_the_file": init.recipe} if init.recipe else _UNKNOWN
-        return {"Source": source, "Recipe": told, "Data": _UNKNOWN, "Metrics": _UNKNOWN}
-    identity, step = init.manifest["identity"], init.manifest["progress"]["step"]
-    metrics = Path(init.description).parent.parent / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the run may be writing the last one
-    measured = [row for row in rows if "val_loss" in row and row["step"] <= step]
-    return {
-        "Source": source | {"step": step} | {name: identity[name] for name in ("num_ranks", "zero_stage", "precision")},
-        "Recipe": identity["recipe"],
-        "Data": {"fingerprint": identity["data_fingerprint"], "shares": identity["data_shares"]},
-        "Metrics": measured[-1] if measured else _UNKNOWN,
-    }
+CLI = CommandLine(Settings, __doc__, required=("source", "output"))
 
 
-def _thresholds(thresholds: dict[str, float]) -> str:
-    """Write the thresholds as a table, and what each was fitted for."""
-    rows = ["An image is a morph where its calibrated score is >= the threshold. The code above decides by d_eer.", ""]
-    rows += ["| name | threshold | on the validation data |", "|---|---|---|"]
-    for name, value in thresholds.items():
-        kind, _, limit = name.partition("_")
-        meaning = {
-            "macer": f"fewest bona fides called morphs while MACER (morphs taken for bona fides) <= {limit}",
-            "bscer": f"fewest morphs taken for bona fides while BSCER (bona fides called morphs) <= {limit}",
-        }.get(kind, "both error rates are equal; 0.5 where there were no validation data")
-        rows.append(f"| {name} | {value!r} | {meaning} |")
-    return "\n".join(rows)
+def main(settings: Settings) -> int:
+    """Return the exit code."""
+    with loading("torch and the model library"):
+        from trainer.detection.exporting import open_detector, open_weights
+        from trainer.weights.export import export, refuse_early
+        from trainer.weights.load import holds_detector
+    output = Path(settings.output)
+    refuse_early(settings.format, output)
+    is_detector = holds_detector(Path(settings.source)) and not settings.pretrained
+    subject, card = (
+        open_detector(settings.source, settings.init)
+        if is_detector
+        else open_weights(
+            settings.source,
+            model=settings.model,
+            pretrained=settings.pretrained,
+            normalisation=settings.normalisation,
+            with_decoder=settings.format == "vitmae",
+        )
+    )
+    if size := parse_size(settings.image_size):
+        trained = "x".join(map(str, subject.image_size))
+        subject.encoder.resize(*size)
+        card["Source"] |= {"trained_at": trained, "exported_for": "x".join(map(str, size))}
+    export(subject, card, to=settings.format, output=output, licence=settings.licence)
+    print(f"{output}: {settings.format}, read back and compared; how to load it stands in {output / 'README.md'}")
+    return 0
 
 
-def _with_fingerprint(values: dict[str, Any]) -> dict[str, Any]:
-    return {"fingerprint": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()} | values
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

@@ -21,20 +21,19 @@ Examples:
     python tools/make_morphs.py --source bona_fides.csv --landmarks landmarks.npz --output_dir morphs
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import csv
 import hashlib
 import io
 import json
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.spatial import Delaunay
 
-from trainer.config.command_line import configure_tool
+from trainer.config.command_line import CommandLine
 from trainer.config.record import to_dict
 from trainer.config.settings import check_types
 from trainer.data.landmarks import DLIB, Points, dlib_finder, landmarks_of, read_landmarks
@@ -55,7 +54,6 @@ from trainer.data.shards.index import NO_GROUP, SampleRef, describe_index, list_
 from trainer.data.shards.reader import ShardReader
 from trainer.data.storage import is_url
 from trainer.data.transforms.decode import decode_image
-from trainer.data.transforms.resize import resized
 from trainer.data.writing.image_files import DAMAGE, as_trainable, describe_damage
 from trainer.data.writing.source_images import read_manifest
 from trainer.errors import ConfigError, DataError
@@ -147,16 +145,12 @@ class Job:
     output: Path
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__, required=("source", "output_dir"))
+CLI = CommandLine(Settings, __doc__, required=("source", "output_dir"))
 
 
-def main(words: list[str]) -> int:
+def main(settings: Settings) -> int:
     """Return the exit code."""
-    settings = read(words)
-    if settings is not None:
-        make_morphs(settings)
+    make_morphs(settings)
     return 0
 
 
@@ -167,6 +161,8 @@ def make_morphs(settings: Settings) -> Path:
         ConfigError: the output belongs to other settings, or the source names no pair.
         DataError: a photograph has no landmarks or cannot be read.
     """
+    import trainer.data.transforms.resize  # noqa: F401  (it imports torch, which forked workers then need not)
+
     output = Path(settings.output_dir)
     faces = read_faces(settings)
     pairs = draw_pairs(faces, settings)
@@ -343,6 +339,8 @@ def whole_morph(
     first_HWC: NDArray[np.uint8], first_L2: Points, second_HWC: NDArray[np.uint8], second_L2: Points, blend: float
 ) -> NDArray[np.uint8]:
     """Warp both photographs to the blended shape and blend them, on the canvas of the first."""
+    from trainer.data.transforms.resize import resized  # imports torch
+
     height, width = first_HWC.shape[:2]
     scale = np.array([width / second_HWC.shape[1], height / second_HWC.shape[0]], dtype=np.float32)
     second_HWC = resized(second_HWC, height, width)
@@ -464,5 +462,10 @@ def _plain(key: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in key)
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

@@ -22,20 +22,19 @@ Examples:
     python tools/make_shards.py --source splits/train.csv --output_dir detect/train
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import csv
 import hashlib
 import io
 import json
 import os
-import sys
 import uuid
 import zlib
 from collections import Counter
@@ -46,9 +45,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import webdataset as wds
 
-from trainer.config.command_line import configure_tool
+from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.data.byte_ranges import ByteRangeReader
 from trainer.data.landmarks import landmarks_of, read_landmarks
@@ -191,16 +189,11 @@ class _Result:
     found: Found
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__, required=("source", "output_dir"))
+CLI = CommandLine(Settings, __doc__, required=("source", "output_dir"))
 
 
-def main(words: list[str]) -> int:
+def main(settings: Settings) -> int:
     """Pack images; returns the exit code."""
-    settings = read(words)
-    if settings is None:
-        return 0
     make_shards(settings)
     return 0
 
@@ -213,6 +206,8 @@ def make_shards(settings: Settings) -> list[Path]:
         DataError: images are damaged; they are listed in OUTPUT/bad_images.csv and their shards are not written. Or a
             shard does not hold what the source holds.
     """
+    import webdataset  # noqa: F401  (it imports torch, which forked workers then need not)
+
     output = Path(settings.output_dir)
     source = read_source(
         settings.source,
@@ -435,6 +430,8 @@ def _write_draft(draft: Path, job: _Job) -> tuple[list[Entry], list[Bad], Counte
     stored, bad, written = list[Entry](), list[Bad](), Counter[tuple[str, int]]()
     reader = ByteRangeReader()
     with draft.open("wb") as file:
+        import webdataset as wds
+
         with wds.TarWriter(file, user="trainer", group="trainer", mode=0o444, mtime=0, encoder=False) as writer:
             for entry in job.entries:
                 try:
@@ -562,5 +559,10 @@ def _label_name(label: int) -> str:
     return "none" if label == NO_LABEL else str(label)
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

@@ -11,43 +11,33 @@ Examples:
     python tools/plan_run.py --recipe mae_vit_large --nodes 8 --gpus 8 --hardware h100 --images 300000000
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import dataclasses
-import difflib
 import functools
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import matplotlib as mpl
-
-from trainer.config.command_line import answered, read_flags
-from trainer.config.parse import help_text, refuse_unknown, with_flags
-from trainer.config.recipes import DETECTOR_RECIPES, RECIPES
+from trainer.config.command_line import Training, TrainingCommandLine
+from trainer.config.recipes import TRAININGS
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe, Runtime, check_types
 from trainer.distributed import cost_model as planning
 from trainer.distributed.cost_model import Checkpoint, Failures, Memory, StepTime, Zero
-from trainer.distributed.ds_config import engine_settings
-from trainer.distributed.world import World
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import data_file
+from trainer.startup import loading
 
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-
-from trainer.detection.build import assemble_detector
-from trainer.training.model_cost import BuildModel, ModelCost, count_model
-from trainer.training.pretraining import build_model
+if TYPE_CHECKING:
+    from trainer.training.model_cost import BuildModel, ModelCost
 
 GB, GIB, HOUR, DAY = 1e9, 2**30, 3600, 86400
 LINK_SHARE = 0.7
@@ -123,6 +113,8 @@ class Settings:
         for name, least in (("mfu", 1e-6), ("memory_reserve", 0.0)):
             if not least <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, but is a share of the whole: give one below 1")
+        if self.plot and not (self.plot.endswith(".png") and Path(self.plot).absolute().parent.is_dir()):
+            raise ConfigError(f"plot is {self.plot!r}, but must be a .png file in a folder that exists")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +125,7 @@ class Plan:
     recipe: Recipe
     runtime: Runtime
     zero: Zero
-    model: ModelCost
+    model: "ModelCost"
     step: StepTime
     sent: tuple[float, float]
     link: float
@@ -170,51 +162,30 @@ class Plan:
         return min(self.steps, max(1, wanted))
 
 
-def read(argv: list[str]) -> tuple[Settings, Recipe, Runtime] | None:
-    """Read the command line; None where it asked for help."""
-    if answered(argv, lambda _: f"{__doc__} {help_text(Settings, 'Settings')}"):
-        return None
-    return configure(argv)
+CLI = TrainingCommandLine(Settings, __doc__, TRAININGS, required=("recipe",))
 
 
-def main(words: list[str]) -> int:
+def main(line: Training[Settings, Recipe, Runtime]) -> int:
     """Print the plan; returns the exit code."""
-    line = read(words)
-    if line is None:
-        return 0
-    plan = make_plan(*line)
+    settings = line.settings
+    plan = make_plan(settings, line.recipe, fitting_runtime(line))
     print("\n".join([*describe_run(plan), *describe_memory(plan), *describe_time(plan), *describe_failures(plan)]))
     print("\n".join(describe_assumptions(plan)))
-    if plan.settings.plot:
-        draw(plan, plan.settings.plot)
+    if settings.plot:
+        draw(plan, settings.plot)
     return 0
 
 
-def configure(words: list[str]) -> tuple[Settings, Recipe, Runtime]:
-    """Read the tool's flags and those of the recipe.
+def fitting_runtime(line: Training[Settings, Recipe, Runtime]) -> Runtime:
+    """Return the runtime with the largest micro batch, up to the recipe's, that divides a rank's share of the batch.
 
-    Raises:
-        ConfigError: an unknown word, name or value, or one that is missing.
+    A micro_batch that was given by name stays.
     """
-    flags, recipes = read_flags(words), RECIPES | DETECTOR_RECIPES
-    mine = {entry.name for entry in dataclasses.fields(Settings)}
-    settings = with_flags(Settings(images=1), {name: text for name, text in flags.items() if name in mine})
-    if settings.recipe not in recipes:
-        near = difflib.get_close_matches(settings.recipe, recipes, n=1, cutoff=0.3)
-        said = "".join(f" (try {name})" for name in near)
-        raise ConfigError(f"recipe is {settings.recipe!r}, but must be one of {', '.join(recipes)}{said}")
-    if "images" not in flags:
-        raise ConfigError("images is missing: pass --images, the size of the training set")
-    if settings.plot and not (settings.plot.endswith(".png") and Path(settings.plot).absolute().parent.is_dir()):
-        raise ConfigError(f"plot is {settings.plot!r}, but must be a .png file in a folder that exists")
-    recipe, runtime = recipes[settings.recipe]()
-    theirs = {entry.name for config in (recipe, runtime) for entry in dataclasses.fields(config)}
-    refuse_unknown(flags, mine | theirs)
-    recipe, runtime = with_flags(recipe, flags), with_flags(runtime, flags)
-    share, rest = divmod(recipe.global_batch, settings.nodes * settings.gpus)
-    if "micro_batch" not in flags and not rest:
-        runtime = dataclasses.replace(runtime, micro_batch=max(n for n in divisors(share) if n <= runtime.micro_batch))
-    return settings, recipe, runtime
+    share, rest = divmod(line.recipe.global_batch, line.settings.nodes * line.settings.gpus)
+    if "micro_batch" in line.given or rest:
+        return line.runtime
+    fitting = max(n for n in divisors(share) if n <= line.runtime.micro_batch)
+    return dataclasses.replace(line.runtime, micro_batch=fitting)
 
 
 def make_plan(settings: Settings, recipe: Recipe, runtime: Runtime) -> Plan:
@@ -223,6 +194,11 @@ def make_plan(settings: Settings, recipe: Recipe, runtime: Runtime) -> Plan:
     Raises:
         ConfigError: the ds_config or the batch does not do, as the launchers would say.
     """
+    with loading("torch and the model library"):
+        from trainer.distributed.ds_config import engine_settings
+        from trainer.distributed.world import World
+        from trainer.training.model_cost import count_model
+
     ranks, hardware = settings.nodes * settings.gpus, HARDWARE[settings.hardware]
     runtime = dataclasses.replace(runtime, ds_config=runtime.ds_config or str(data_file("ds_configs/zero1_bf16.json")))
     config = engine_settings(recipe, runtime, World(size=ranks, local_size=settings.gpus))
@@ -261,8 +237,11 @@ def make_plan(settings: Settings, recipe: Recipe, runtime: Runtime) -> Plan:
     return Plan(settings, recipe, runtime, zero, model, step, sent, link, saved, failures)
 
 
-def builder_of(recipe: Recipe) -> BuildModel:
+def builder_of(recipe: Recipe) -> "BuildModel":
     """Return what builds the launchers' model."""
+    from trainer.detection.build import assemble_detector
+    from trainer.training.pretraining import build_model
+
     if isinstance(recipe, PretrainRecipe):
         return functools.partial(build_model, recipe)
     assert isinstance(recipe, DetectorRecipe)
@@ -412,6 +391,11 @@ def describe_assumptions(plan: Plan) -> list[str]:
 
 def draw(plan: Plan, path: str) -> None:
     """Draw memory by stage and goodput by checkpoint interval."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     parts = ("parameters", "gradients", "optimizer", "buffers", "activations")
     bars = [plan.memory(n, plan.runtime.micro_batch, checkpointing=on) for n in range(4) for on in (False, True)]
@@ -453,5 +437,10 @@ def _draw_goodput(plan: Plan, axis: Any) -> None:
     axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

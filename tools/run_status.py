@@ -10,27 +10,25 @@ Examples:
     python tools/run_status.py --run runs/exact,runs/fast
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import json
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.config.command_line import configure_tool
+from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.attempts import Attempt, attempts_of
-from trainer.fault_tolerance.checkpoint import newest_manifest
 from trainer.fault_tolerance.exit_codes import EXIT_USER_ERROR, run
 from trainer.fault_tolerance.watchdog_process import beat_interval_s, state_of
 from trainer.files import read_json
@@ -75,6 +73,8 @@ def status_of(output: Path) -> Status:
     Raises:
         ConfigError: it holds no run.
     """
+    from trainer.fault_tolerance.checkpoint import newest_manifest  # imports torch
+
     attempts = attempts_of(output)
     if not attempts:
         raise ConfigError(f"run names {output}, which holds no run: name the output_dir of pretrain.py or finetune.py")
@@ -136,16 +136,11 @@ def describe(output: Path, status: Status) -> list[str]:
     return lines
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__, required=("run",))
+CLI = CommandLine(Settings, __doc__, required=("run",))
 
 
-def main(argv: list[str]) -> int:
+def main(settings: Settings) -> int:
     """Print how the runs stand; returns the exit code."""
-    settings = read(argv)
-    if settings is None:
-        return 0
     states, code = set(), 0
     for name in filter(None, settings.run.split(",")):
         try:
@@ -178,5 +173,10 @@ def _command_of(pid: int) -> str:
         return ""
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

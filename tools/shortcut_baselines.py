@@ -14,40 +14,34 @@ Examples:
         --output baselines.json
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
-from trainer.config.command_line import configure_tool
+from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.data.shards.index import describe_index, list_shards, open_index
-from trainer.data.stream import fixed_stream
-from trainer.data.transforms.views import CenterView
-from trainer.detection.error_rates import summarise
-from trainer.detection.evaluation import named_values
-from trainer.detection.figures import det_points
-from trainer.detection.scoring import Truth, check_labels, truth_of
 from trainer.errors import DataError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import write_atomically
+from trainer.startup import loading
+
+if TYPE_CHECKING:
+    from trainer.detection.scoring import Truth
 
 _RINGS = 24
 
@@ -106,16 +100,20 @@ FEATURES: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float64]]] = {
 }
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__, required=("data", "test_sets", "output"))
+CLI = CommandLine(Settings, __doc__, required=("data", "test_sets", "output"))
 
 
-def main(words: list[str]) -> int:
+def main(settings: Settings) -> int:
     """Fit and measure; returns the exit code."""
-    settings = read(words)
-    if settings is None:
-        return 0
+    with loading("torch and scikit-learn"):
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        from trainer.detection.error_rates import summarise
+        from trainer.detection.evaluation import named_values
+        from trainer.detection.figures import det_points
+
     train_images, train_truth, _ = read_set(settings.data, "--data", settings)
     rows: list[dict[str, Any]] = []
     tests = {
@@ -142,8 +140,12 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def read_set(shards: str, setting: str, settings: Settings) -> tuple[list[NDArray[np.float32]], Truth, str]:
+def read_set(shards: str, setting: str, settings: Settings) -> tuple[list[NDArray[np.float32]], "Truth", str]:
     """Read a set's images as grey values, what is known of them, and the set's fingerprint."""
+    from trainer.data.stream import fixed_stream
+    from trainer.data.transforms.views import CenterView
+    from trainer.detection.scoring import check_labels, truth_of
+
     folder = Path(settings.index_dir) if settings.index_dir else None
     index = open_index(list_shards(shards, setting=setting), index_dir=folder, image_member=settings.image_member)
     print(f"{setting}: {describe_index(index)}")
@@ -171,5 +173,10 @@ def _pixels(batch: Any) -> NDArray[np.uint8]:
     return pixels
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

@@ -14,27 +14,26 @@ Examples:
     python tools/splits.py --source people.csv --output_dir splits
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import csv
 import hashlib
 import itertools
 import re
 import shutil
-import sys
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config.command_line import configure_tool
+from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.data.writing.manifest import read_table
 from trainer.data.writing.source_images import Entry, names_tars, plain_text, read_source
@@ -95,16 +94,11 @@ class Photo:
     """One person, or both parents of a morph."""
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__, required=("source", "output_dir"))
+CLI = CommandLine(Settings, __doc__, required=("source", "output_dir"))
 
 
-def main(words: list[str]) -> int:
+def main(settings: Settings) -> int:
     """Write the splits; returns the exit code."""
-    settings = read(words)
-    if settings is None:
-        return 0
     make_splits(settings)
     return 0
 
@@ -390,5 +384,10 @@ def _label(photo: Photo) -> str:
     return "no label" if photo.entry.label is None else f"label {photo.entry.label}"
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

@@ -15,185 +15,181 @@ The job is kept as OUTPUT/logs/[time]_submit.sbatch; it calls launch/slurm/ and 
 again as it is: a run goes on where it stands.
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-    from launch.early import read_early
+    guard_imports()
 
-    read_early(__file__)
-
-import argparse
 import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
-from trainer.config.command_line import answered, read_flags
-from trainer.config.recipes import configure_script
-from trainer.config.settings import Recipe, Runtime
-from trainer.distributed.ds_config import engine_settings
-from trainer.distributed.world import World
+from trainer.config.command_line import Training, TrainingCommandLine, configure, read_flags
+from trainer.config.recipes import TRAININGS
+from trainer.config.settings import Recipe, Runtime, check_types
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import checkout, data_file
+from trainer.startup import loading
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
-_SETTINGS = {"partition": None, "account": None, "qos": None, "constraint": None, "job_name": None, "log": None}
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What SLURM is asked for, and what it runs."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What SLURM is asked for."""
 
-    script: str
-    nodes: int
-    gpus: int
-    cpus: int
-    time: str
-    save_s: int
-    sweep: tuple[str, ...]
-    extra: dict[str, str]
-    words: tuple[str, ...]
+    script: Literal["pretrain", "finetune"] = "pretrain"
+    """The training."""
+    recipe: str = ""
+    """Its recipe."""
+    nodes: int = 0
+    """Hosts."""
+    gpus: int = 0
+    """GPUs of a host, one rank each."""
+    cpus: int = 8
+    """Cores of a rank, its loader workers included."""
+    time: str = "24:00:00"
+    """Limit of one attempt, HH:MM:SS or D-HH:MM:SS."""
+    save_s: int = 600
+    """The run saves so long before the limit [seconds]."""
+    sweep: str = ""
+    """A setting and its values, as 'mask_ratio 0.6 0.75': one element of a job array each."""
+    partition: str = ""
+    """As sbatch's --partition."""
+    account: str = ""
+    """As sbatch's --account."""
+    qos: str = ""
+    """As sbatch's --qos."""
+    constraint: str = ""
+    """As sbatch's --constraint."""
+    job_name: str = ""
+    """As sbatch's --job-name; empty: the training and its output folder."""
+    log: str = ""
+    """The log; empty: OUTPUT/logs/slurm-[job].log."""
+    no_gres: bool = False
+    """Ask for tasks only: a cluster without GPUs."""
+    dry_run: bool = False
+    """Print the job and submit nothing."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("nodes", "gpus", "cpus", "save_s"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1: pass --{name}")
+        if not _TIME.fullmatch(self.time):
+            raise ConfigError(f"time is {self.time!r}, but must look like 24:00:00 or 2-12:00:00")
+        if len(self.swept) == 1:
+            raise ConfigError(f"sweep is {self.sweep!r}, but must be a setting and its values: 'mask_ratio 0.6 0.75'")
 
     @property
-    def num_ranks(self) -> int:
-        """One rank a GPU."""
-        return self.nodes * self.gpus
+    def swept(self) -> list[str]:
+        """The setting of the sweep and its values; empty without one."""
+        return self.sweep.replace("=", " ").replace(",", " ").split()
 
 
-def read(argv: list[str]) -> tuple[Job, bool] | None:
-    """Read the command line, that of the training included; None where it asked for help."""
-    if answered(argv, lambda _: parser_of_job().format_help()):
-        return None
-    job, dry_run = read_job(argv)
-    for _ in configurations(job):
-        pass
-    return job, dry_run
+Job = Training[Settings, Recipe, Runtime]
+CLI = TrainingCommandLine(Settings, __doc__, TRAININGS)
 
 
-def main(words: Sequence[str]) -> int:
+def main(job: Job) -> int:
     """Return the exit code: 0 submitted (or shown), 2 refused by us or by SLURM."""
-    line = read(list(words))
-    if line is None:
-        return 0
-    job, dry_run = line
-    runtime = check(job)
-    text = as_sbatch(job)
-    if dry_run:
+    words = training_words(job)
+    check(job, words)
+    text = as_sbatch(job, words)
+    if job.settings.dry_run:
         print(text, end="")
         return 0
     if shutil.which("sbatch") is None:
         raise ConfigError("there is no sbatch here: call this on a login node of the cluster, or add --dry_run")
-    folder = Path(runtime.output_dir, "logs")
+    output = job.runtime.output_dir
+    folder = Path(output, "logs")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_submit.sbatch"
         path.write_text(text)
     except OSError as error:
-        raise ConfigError(f"output_dir {runtime.output_dir} cannot be written ({error.strerror})") from error
+        raise ConfigError(f"output_dir {output} cannot be written ({error.strerror})") from error
     _sbatch("--test-only", str(path))
     print(f"{_sbatch('--parsable', str(path))}  submitted {path}")
     return 0
 
 
-def parser_of_job() -> argparse.ArgumentParser:
-    """List the settings of the job."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--script", choices=("pretrain", "finetune"), default="pretrain")
-    parser.add_argument("--nodes", type=int, required=True, help="hosts")
-    parser.add_argument("--gpus", type=int, required=True, help="GPUs of a host, one rank each")
-    parser.add_argument("--cpus", type=int, default=8, help="cores of a rank, its loader workers included (default 8)")
-    parser.add_argument("--time", default="24:00:00", help="limit of one attempt, HH:MM:SS or D-HH:MM:SS")
-    parser.add_argument("--save_s", type=int, default=600, help="seconds before the limit at which the run saves")
-    parser.add_argument("--sweep", default="", help="a setting and its values: one element of a job array each")
-    for name in _SETTINGS:
-        parser.add_argument(f"--{name}", help=f"as sbatch's --{name.replace('_', '-')}" if name != "log" else "the log")
-    parser.add_argument("--no_gres", action="store_true", help="ask for tasks only: a cluster without GPUs")
-    parser.add_argument("--dry_run", action="store_true", help="print the job and submit nothing")
-    return parser
-
-
-def read_job(argv: Sequence[str]) -> tuple[Job, bool]:
-    """Take the settings of the job out of the command line; the rest belongs to the training.
+def training_words(job: Job) -> list[str]:
+    """Return the words of the training, with what a file of settings gave but for the setting of a sweep.
 
     Raises:
-        ConfigError: a setting is out of range.
+        ConfigError: a path is not named, or the setting of the sweep is given as well.
     """
-    options, rest = parser_of_job().parse_known_args(list(argv))
-    for name in ("nodes", "gpus", "cpus", "save_s"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"{name} is {getattr(options, name)}, but must be at least 1")
-    if not _TIME.fullmatch(options.time):
-        raise ConfigError(f"time is {options.time!r}, but must look like 24:00:00 or 2-12:00:00")
-    sweep = tuple(options.sweep.replace("=", " ").replace(",", " ").split())
-    if len(sweep) == 1:
-        raise ConfigError(f"sweep is {options.sweep!r}, but must be a setting and its values: 'mask_ratio 0.6 0.75'")
-    extra = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name)}
-    if not options.no_gres:
-        extra["gpus_per_node"] = str(options.gpus)
-    shape = (options.script, options.nodes, options.gpus, options.cpus, options.time, options.save_s)
-    return Job(*shape, sweep, extra, tuple(rest)), options.dry_run
+    setting = job.settings.swept[0] if job.settings.sweep else ""
+    if setting in read_flags(job.argv):
+        raise ConfigError(f"{setting} is given twice, in --sweep and as --{setting}: keep one")
+    for name in ("data", "output_dir"):
+        if name not in job.given:
+            raise ConfigError(f"{name} is not given: pass --{name}, a path that all nodes see")
+    return [*(word for word in job.file_argv if not word.startswith(f"--{setting}=")), *job.argv]
 
 
-def check(job: Job) -> Runtime:
+def check(job: Job, words: list[str]) -> None:
     """Check the command line as the training will, with the ranks that it will have, for every value of a sweep.
 
     Raises:
         ConfigError: as the training would.
     """
-    for recipe, runtime in configurations(job):
-        engine_settings(recipe, runtime, World(0, job.num_ranks, 0, job.gpus))
-    return runtime
+    settings, found = job.settings, list(configurations(job, words))
+    with loading():
+        from trainer.distributed.ds_config import engine_settings
+        from trainer.distributed.world import World
+    for recipe, runtime in found:
+        engine_settings(recipe, runtime, World(0, settings.nodes * settings.gpus, 0, settings.gpus))
 
 
-def configurations(job: Job) -> Iterator[tuple[Recipe, Runtime]]:
+def configurations(job: Job, words: list[str]) -> Iterator[tuple[Recipe, Runtime]]:
     """Read the command line of the training for every value of a sweep.
 
     Raises:
         ConfigError: as the training would.
     """
-    setting, values = (job.sweep[0], job.sweep[1:]) if job.sweep else ("", ("",))
-    flags = read_flags(list(job.words))
-    if setting in flags:
-        raise ConfigError(f"{setting} is given twice, in --sweep and as --{setting}: keep one")
-    for name in ("data", "output_dir"):
-        if name not in flags:
-            raise ConfigError(f"{name} is not given: pass --{name}, a path that all nodes see")
+    recipes = next(recipes for recipes in TRAININGS if recipes.script == job.settings.script)
+    setting, *values = job.settings.swept or ["", ""]
     for value in values:
-        words = [*job.words, *((f"--{setting}", value) if setting else ())]
-        yield configure_script(job.script, words)
+        yield configure([*words, *((f"--{setting}", value) if setting else ())], recipes)
 
 
-def as_sbatch(job: Job) -> str:
+def as_sbatch(job: Job, words: list[str]) -> str:
     """Write the job."""
-    output = Path(read_flags(list(job.words))["output_dir"]).absolute()
+    settings, output = job.settings, Path(job.runtime.output_dir).absolute()
     asked = {
-        "job_name": f"{job.script}-{output.name}",
-        "nodes": str(job.nodes),
-        "ntasks_per_node": str(job.gpus),
-        "cpus_per_task": str(job.cpus),
-        "time": job.time,
-        "signal": f"B:USR1@{job.save_s}",
+        "job_name": settings.job_name or f"{settings.script}-{output.name}",
+        "nodes": str(settings.nodes),
+        "ntasks_per_node": str(settings.gpus),
+        "cpus_per_task": str(settings.cpus),
+        "time": settings.time,
+        "signal": f"B:USR1@{settings.save_s}",
         "open_mode": "append",
-        "output": job.extra.get("log", str(output / "logs" / "slurm-%j.log")),
-    } | {name: value for name, value in job.extra.items() if name != "log"}
-    if job.sweep:
-        asked["array"] = f"0-{len(job.sweep) - 2}"
+        "output": settings.log or str(output / "logs" / "slurm-%j.log"),
+    }
+    asked |= {name: text for name in ("partition", "account", "qos", "constraint") if (text := getattr(settings, name))}
+    if not settings.no_gres:
+        asked["gpus_per_node"] = str(settings.gpus)
+    if settings.sweep:
+        asked["array"] = f"0-{len(settings.swept) - 2}"
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{name.replace('_', '-')}={value}" for name, value in asked.items())]
     lines += ["#SBATCH --requeue", "set -euo pipefail", *_project()]
-    if job.sweep:
-        lines.append(f"export TRAINER_SWEEP={shlex.quote(' '.join(job.sweep))}")
+    if settings.sweep:
+        lines.append(f"export TRAINER_SWEEP={shlex.quote(' '.join(settings.swept))}")
     lines += [f"source {shlex.quote(str(data_file('launch/slurm/common.sh')))}", "prepare"]
-    lines.append(f"train {job.script} {shlex.join(job.words)}")
+    lines.append(f"train {settings.script} {shlex.join(words)}")
     return "\n".join(lines) + "\n"
 
 
@@ -213,5 +209,10 @@ def _sbatch(*words: str) -> str:
     return done.stdout.strip()
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

@@ -9,8 +9,6 @@ import time
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
 _FIRST_S, _EVERY_S = 5.0, 30.0
 """When a log gets its first line, and after that each next one."""
 
@@ -35,6 +33,8 @@ class Progress:
         self._bar: Any = None
         self._writes = shown and not sys.stderr.isatty()
         if shown and sys.stderr.isatty():
+            from tqdm import tqdm  # a bar is drawn in a terminal only
+
             delay = 0.5  # what is done before that needs no bar
             self._bar = tqdm(
                 total=total,
@@ -69,6 +69,8 @@ class Progress:
         self._writes = False
 
     def _write(self) -> None:
+        from tqdm import tqdm
+
         now = time.monotonic()
         self._next_s = now + _EVERY_S
         rate = (self.done - self._first) / max(now - self._start_s, 1e-9)

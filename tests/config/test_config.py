@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import itertools
 import json
 import re
 from pathlib import Path
@@ -7,15 +8,18 @@ from pathlib import Path
 import pytest
 
 from trainer.config import foreign_names
-from trainer.config.command_line import answered, check_places, configure, read_command, read_flags, recipes_help
-from trainer.config.parse import expand_home, help_text
-from trainer.config.recipes import DEFAULT, DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
+from trainer.config.command_line import TrainingCommandLine, check_places, configure, read_flags
+from trainer.config.parse import expand_home, help_text, settings_of
+from trainer.config.recipes import FINETUNING, PRETRAINING, RECIPES
 from trainer.config.record import LEGACY_VALUES, differing_fields, from_dict, to_dict
-from trainer.config.settings import DetectorRecipe, DetectorRuntime, PretrainRecipe, PretrainRuntime
+from trainer.config.settings import DetectorRecipe, DetectorRuntime, Launch, PretrainRecipe, PretrainRuntime
 from trainer.data.shards.index import list_shards
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import explain
 from trainer.fault_tolerance.resume import check_output
+
+PRETRAIN = TrainingCommandLine(Launch, "Doc.\n", (PRETRAINING,), required=("data",), trains=True)
+FINETUNE = TrainingCommandLine(Launch, "Doc.\n", (FINETUNING,), required=("data",), trains=True)
 
 
 def test_flags_and_overrides_and_the_launchers_words_mix() -> None:
@@ -25,12 +29,12 @@ def test_flags_and_overrides_and_the_launchers_words_mix() -> None:
 
 
 def test_text_that_python_would_take_for_a_number_stays_text() -> None:
-    _, runtime = configure(["--output_dir", "2024_01", "--recipe", "demo"], RECIPES, DEFAULT)
+    _, runtime = configure(["--output_dir", "2024_01", "--recipe", "demo"], PRETRAINING)
     assert runtime.output_dir == "2024_01"
 
 
 def test_every_repeated_override_counts() -> None:
-    recipe, _ = configure(["--override", "mask_ratio=0.5", "--override", "decoder_depth=2"], RECIPES, DEFAULT)
+    recipe, _ = configure(["--override", "mask_ratio=0.5", "--override", "decoder_depth=2"], PRETRAINING)
     assert (recipe.mask_ratio, recipe.decoder_depth) == (0.5, 2)
 
 
@@ -63,7 +67,9 @@ def test_every_repeated_override_counts() -> None:
         ("--batch_size 8", "here it is --global_batch or --micro_batch"),
         ("--input_size 8", "here it is --image_size"),
         ("--bf16", "--ds_config ds_configs/zero1_bf16.json"),
-        ("--config a.yaml", "--recipe NAME"),
+        ("--cfg a.yaml", "--config FILE reads settings from a YAML or JSON file"),
+        ("--config a.yaml", "config is 'a.yaml', which cannot be read: No such file"),
+        ("--config", "config has no value"),
         ("--output a", "here it is --output_dir"),
         ("--num_train_epochs 3", "here it is --epochs"),
         ("--no_progress_bar", "write --progress_bar false"),
@@ -73,12 +79,12 @@ def test_every_repeated_override_counts() -> None:
 )
 def test_a_wrong_setting_is_refused_by_name(words: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        configure(words.split(), RECIPES, DEFAULT)
+        configure(words.split(), PRETRAINING)
 
 
 def test_a_boolean_needs_no_value_whatever_its_name() -> None:
     line = ["--norm_pix_loss", "--grad_checkpointing", "--seed", "4", "--oversubscribe"]
-    recipe, runtime = configure([*line, "--recipe=demo"], RECIPES, DEFAULT)
+    recipe, runtime = configure([*line, "--recipe=demo"], PRETRAINING)
     assert recipe.norm_pix_loss
     assert runtime.grad_checkpointing
     assert runtime.oversubscribe
@@ -86,11 +92,11 @@ def test_a_boolean_needs_no_value_whatever_its_name() -> None:
 
 
 def test_the_length_of_the_schedule_can_be_given_in_steps() -> None:
-    recipe, _ = configure(["--recipe", "demo", "--max_steps", "50"], RECIPES, DEFAULT)
+    recipe, _ = configure(["--recipe", "demo", "--max_steps", "50"], PRETRAINING)
     assert recipe.num_steps(320) == 50
     assert recipe.num_warmup_steps(320) == 6  # the demo's share: 3 of 25 epochs
     assert recipe.num_epochs(320) == 5  # of 10 steps of 32
-    plain, _ = configure(["--recipe", "demo"], RECIPES, DEFAULT)
+    plain, _ = configure(["--recipe", "demo"], PRETRAINING)
     assert (plain.num_steps(320), plain.num_warmup_steps(320), plain.num_epochs(320)) == (250, 30, 25)
 
 
@@ -103,7 +109,7 @@ def test_the_hugging_face_way_of_naming_a_deepspeed_file_is_understood() -> None
 def test_a_tilde_is_the_home_folder_wherever_a_path_may_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     words = "--output_dir ~/run --data ~/a/*.tar@0.7,~/b/c~d/*.tar@0.3 --ds_config=~/my.json --index_dir ~"
-    _, runtime = configure([*words.split(), "--init", "~nobody_/x"], RECIPES, DEFAULT)
+    _, runtime = configure([*words.split(), "--init", "~nobody_/x"], PRETRAINING)
     assert (runtime.output_dir, runtime.ds_config, runtime.index_dir) == (
         "/home/me/run",
         "/home/me/my.json",
@@ -135,20 +141,33 @@ def test_no_message_shows_a_name_of_the_code() -> None:
 
 
 def test_the_command_line_says_which_settings_were_given_and_whether_to_run() -> None:
-    line = read_command(["--recipe", "demo", "--seed=3", "--override", "mask_ratio=0.5", "--dry_run"], RECIPES, DEFAULT)
+    line = PRETRAIN.parse(["--recipe", "demo", "--seed=3", "--override", "mask_ratio=0.5", "--dry_run"])
     assert line.given == {"seed", "mask_ratio"}
-    assert line.dry_run
-    assert not read_command(["--dry_run", "false"], RECIPES, DEFAULT).dry_run
+    assert line.settings.dry_run
+    assert line.argv == ("--recipe", "demo", "--seed=3", "--override", "mask_ratio=0.5")
+    assert not PRETRAIN.parse(["--dry_run", "false"]).settings.dry_run
 
 
 def test_help_shows_the_values_that_this_command_line_would_run_with(capsys: pytest.CaptureFixture[str]) -> None:
-    text = recipes_help(DETECTOR_RECIPES, DETECTOR_DEFAULT, ["--recipe", "full", "--global_batch", "64"])
+    assert FINETUNE.read(["--recipe", "full", "--global_batch", "64", "--help"]) is None
+    text = capsys.readouterr().out
     for setting, value in {"epochs": "20", "drop_path": "0.1", "global_batch": "64", "use_lora": "false"}.items():
-        assert re.search(rf"--{setting} [^\n]*\n[^\n]* Value: {value}(\.0)?$", text, re.M), setting
-    assert answered(["--version"], lambda _: "")
+        assert re.search(rf"--{setting} \w+ = {value}(\.0)?$", text, re.M), setting
+    assert FINETUNE.read(["--version"]) is None
     assert "face-mae-trainer 0." in capsys.readouterr().out
     with pytest.raises(ConfigError, match="mask_ratio is 2"):
-        recipes_help(RECIPES, DEFAULT, ["--mask_ratio", "2"])
+        PRETRAIN.read(["--mask_ratio", "2", "--help"])
+
+
+def test_help_groups_the_settings_and_every_setting_has_its_section() -> None:
+    for recipe, runtime in ((PretrainRecipe, PretrainRuntime), (DetectorRecipe, DetectorRuntime)):
+        for config in (recipe, runtime):
+            described = settings_of(config)
+            assert all(setting.section for setting in described)
+            sections = [setting.section for setting in described]
+            assert [section for section, _ in itertools.groupby(sections)] == list(dict.fromkeys(sections))
+            assert len(set(sections)) >= 5
+    assert {"Model", "Schedule", "Optimizer", "Data"} <= {setting.section for setting in settings_of(PretrainRecipe)}
 
 
 def test_flags_are_unique_and_every_field_has_help() -> None:
@@ -160,13 +179,11 @@ def test_flags_are_unique_and_every_field_has_help() -> None:
 
 
 def test_help_lists_every_recipe_and_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
-    from launch.pretrain import main
-
-    assert main(["--local_rank=0", "--help"]) == 0
+    assert PRETRAIN.read(["--local_rank=0", "--help"]) is None
     text = capsys.readouterr().out
     assert all(f"--recipe {name}\n" in text for name in RECIPES)
-    assert "--mask_ratio float\n        Share of patches hidden, strictly between 0 and 1. Value: 0.75" in text
-    assert "  --save_timeout_s int\n        Saving, measuring or drawing longer ends the job, likewise; 0 for" in text
+    assert "--mask_ratio float = 0.75\n        Share of patches hidden, strictly between 0 and 1." in text
+    assert "  --save_timeout_s int = 7200\n        Saving, measuring or drawing longer ends the job, likewise" in text
 
 
 def test_recipes_are_valid_and_the_published_ones_scale_their_learning_rate() -> None:

@@ -19,9 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.helpers.runs import ROOT, TINY, TINY_DETECTOR, argv_of, environment, forks, launch, metrics
 from tests.helpers.shards import faces, picture, write_tar
 from tests.helpers.workers import run_worker
-from trainer.config.settings import DetectorRecipe
+from trainer.config.settings import DetectorRecipe, EvaluationSettings
 from trainer.detection.build import build_detector, load_trained
-from trainer.detection.evaluation import Settings, evaluate
+from trainer.detection.evaluation import evaluate
 from trainer.detection.saved_detector import load_detector
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.models.encoder import PatchEncoder
@@ -268,7 +268,9 @@ def test_an_official_mae_file_is_read_and_one_with_code_is_not(tmp_path: Path) -
 
 def judge(lora: Path, tests: str, tmp_path: Path, **changes: Any) -> Path:
     options = {"num_workers": 0, "progress_bar": False, "num_replicates": 50, "num_hardest": 3} | changes
-    return evaluate(Settings(models=f"lora={lora}", test_sets=tests, output_dir=str(tmp_path / "results"), **options))
+    return evaluate(
+        EvaluationSettings(models=f"lora={lora}", test_sets=tests, output_dir=str(tmp_path / "results"), **options)
+    )
 
 
 @pytest.mark.slow

@@ -11,10 +11,11 @@ import pytest
 
 from tests.helpers.runs import environment
 from tests.helpers.shards import jpeg, write_tar
+from trainer.config.settings import EvaluationSettings
 from trainer.data.shards.index import open_index
 from trainer.detection.error_rates import summarise
-from trainer.detection.evaluation import Settings, read_baselines
 from trainer.detection.evaluation import TestSet as LabelledSet
+from trainer.detection.evaluation import read_baselines
 from trainer.detection.figures import ScoredSet
 from trainer.detection.results import Results, markdown_table, terminal_table
 from trainer.detection.scoring import Truth
@@ -121,10 +122,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path: P
 def test_a_markdown_file_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "no" / "table.md"):
         with pytest.raises(ConfigError, match=r"markdown is .*, but must be a file in a folder that exists"):
-            Settings(markdown=str(path))
-    assert Settings(markdown="table.md").markdown == "table.md"
+            EvaluationSettings(markdown=str(path))
+    assert EvaluationSettings(markdown="table.md").markdown == "table.md"
     inside = str(tmp_path / "new" / "table.md")  # the folder of the results is made with them
-    assert Settings(output_dir=str(tmp_path / "new"), markdown=inside).markdown == inside
+    assert EvaluationSettings(output_dir=str(tmp_path / "new"), markdown=inside).markdown == inside
 
 
 def test_a_key_that_is_no_utf8_is_written_escaped(tmp_path: Path) -> None:
@@ -139,7 +140,9 @@ def test_a_key_that_is_no_utf8_is_written_escaped(tmp_path: Path) -> None:
 
 
 def test_a_name_that_the_terminal_cannot_show_ends_no_command() -> None:
-    code = "from trainer.config.command_line import run; run(lambda: print('caf\\udce9 \\u5b57') or 0)"
+    code = (
+        "from trainer.fault_tolerance.exit_codes import exit_with; exit_with(lambda: print('caf\\udce9 \\u5b57') or 0)"
+    )
     for encoding in ("utf-8", "ascii"):
         env = environment() | {"PYTHONIOENCODING": encoding}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)

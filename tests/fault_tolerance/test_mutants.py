@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trainer.config.command_line import configure
-from trainer.config.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES, RECIPES
+from trainer.config.recipes import FINETUNING, PRETRAINING
 from trainer.data.order.mixture import read_sources
 from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.distributed.world import World
@@ -152,9 +152,8 @@ WORDS = st.one_of(
 @MUTANTS
 @given(st.lists(WORDS, max_size=6), st.booleans())
 def test_any_command_line_is_refused_or_configured(words: list[str], detector: bool) -> None:
-    recipes, default = (DETECTOR_RECIPES, DETECTOR_DEFAULT) if detector else (RECIPES, "mae_vit_base")
     try:
-        configure(words, recipes, default)
+        configure(words, FINETUNING if detector else PRETRAINING)
     except ConfigError as error:
         readable(error)
 

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.runs import TINY, launch, metrics
 from trainer.config import record
 from trainer.config.command_line import configure
-from trainer.config.recipes import RECIPES
+from trainer.config.recipes import PRETRAINING
 from trainer.config.record import LEGACY_VALUES, complete_record, from_dict, keep_legacy_values, to_dict
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe
 from trainer.errors import CheckpointError, ConfigError
@@ -91,17 +91,17 @@ def test_the_same_command_line_goes_on_after_an_update_and_says_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = ["--recipe", "demo", "--output_dir", str(tmp_path)]
-    fresh, _ = configure(words, RECIPES, "demo")
+    fresh, _ = configure(words, PRETRAINING)
     assert fresh.mask_ratio == 0.75
     record = to_dict(fresh)
     del record["mask_ratio"]
     (tmp_path / "recipe.json").write_text(json.dumps({"recipe": record}))
-    begun, _ = configure(words, RECIPES, "demo")
+    begun, _ = configure(words, PRETRAINING)
     assert begun == dataclasses.replace(fresh, mask_ratio=0.6)
     assert [entry.getMessage() for entry in caplog.records] == [
         "this run began before an update of the defaults and goes on as it began, with mask_ratio 0.6"
     ]
-    explicit, _ = configure([*words, "--override", "mask_ratio=0.5"], RECIPES, "demo")
+    explicit, _ = configure([*words, "--override", "mask_ratio=0.5"], PRETRAINING)
     assert explicit.mask_ratio == 0.5
 
 

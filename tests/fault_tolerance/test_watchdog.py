@@ -226,11 +226,11 @@ def script(text: str) -> "subprocess.Popen[str]":
 )
 def test_the_exit_code_tells_a_lost_peer_from_a_mistake_and_from_a_bug(error: str, code: int, message: str) -> None:
     process = script(f"""
-from trainer.fault_tolerance.exit_codes import run
+from trainer.fault_tolerance.exit_codes import exit_with
 from trainer.errors import ConfigError
 def fail():
     raise {error}
-run(fail)""")
+exit_with(fail)""")
     _, text = process.communicate(timeout=60)
     assert process.returncode == code
     assert message in text

@@ -9,13 +9,11 @@ import json
 import math
 import os
 import signal
-import sys
 from typing import Any
 
 import torch
 
 from trainer.data.stream import Batch
-from trainer.fault_tolerance.exit_codes import run
 from trainer.models.detector import MorphDetector
 from trainer.models.mae import MaskedAutoencoder
 from trainer.training.run import Training
@@ -58,4 +56,4 @@ def forward(self: torch.nn.Module, *inputs: torch.Tensor, **options: Any) -> tor
 
 
 task.training_of, model.forward = training_of, forward
-run(lambda: script.main(sys.argv[1:]))
+script.command()

@@ -14,7 +14,6 @@ import json
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from launch import pretrain
 from trainer.distributed import engine
 from trainer.fault_tolerance import attempts as lease
 from trainer.fault_tolerance import checkpoint
-from trainer.fault_tolerance.exit_codes import run
 
 
 def act(fault: dict[str, Any]) -> None:
@@ -82,4 +80,4 @@ def arm(fault: dict[str, Any]) -> None:
 FAULT = json.loads(os.environ["FAULT"])
 if FAULT and FAULT["rank"] == int(os.environ["RANK"]):
     arm(FAULT)
-run(lambda: pretrain.main(sys.argv[1:]))
+pretrain.command()

@@ -9,14 +9,15 @@ import pytest
 from PIL import Image
 
 from tests.helpers.shards import display_p3, jpeg, members_of, write_tar
-from tools.check_shards import main
+from tools.check_shards import CLI, main
+from trainer.config.command_line import call
 from trainer.data.shards.index import ShardIndex, open_index
 from trainer.data.shards.reader import ShardReader
 from trainer.errors import ConfigError, DataError
 
 
 def check(*words: str) -> int:
-    return main([*words, "--num_processes", "1", "--progress_bar", "false"])
+    return call(main, CLI, [*words, "--num_processes", "1", "--progress_bar", "false"])
 
 
 def test_sound_shards_are_described(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,5 +165,5 @@ def test_colour_profiles_are_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     file = io.BytesIO()
     Image.new("RGB", (20, 20)).save(file, "JPEG", icc_profile=display_p3())
     write_tar(tmp_path / "a.tar", [*members_of(range(2)), ("phone.jpg", file.getvalue())])
-    assert main(["--data", str(tmp_path / "a.tar"), "--progress_bar", "false"]) == 0
+    assert call(main, CLI, ["--data", str(tmp_path / "a.tar"), "--progress_bar", "false"]) == 0
     assert "colour profile  none: 2, Display P3: 1" in capsys.readouterr().out

@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 from tools import compare_runs
+from trainer.config.command_line import call
 from trainer.errors import ConfigError
+
+
+def compared(words: list[str]) -> int:
+    return call(compare_runs.main, compare_runs.CLI, words)
 
 
 def a_run(folder: Path, *, step_s: float, errors: list[float | None], baseline: float = 1.0) -> Path:
@@ -35,7 +40,7 @@ def test_the_table_says_how_much_sooner_the_reference_is_reached(
     poor = a_run(tmp_path / "poor", step_s=1.0, errors=[0.9, 0.8, 0.8])
     plot = tmp_path / "curves.png"
     words = ["--runs", f"exact={exact},fast={fast},poor={poor}", "--plot", str(plot)]
-    assert compare_runs.main(words) == 0
+    assert compared(words) == 0
     told = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert told["exact"] == ["50.0", "0.5000", "50.0", "1.00x"]
     assert told["fast"] == ["25.0", "0.4500", "15.0", "3.33x"]
@@ -55,6 +60,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         (f"a={good},b={other}", "not measured on the same validation images"),
     ):
         with pytest.raises(ConfigError, match=message):
-            compare_runs.main(["--runs", runs])
+            compared(["--runs", runs])
     with pytest.raises(ConfigError, match=r"must be a \.png file"):
-        compare_runs.main(["--runs", f"a={good}", "--plot", str(tmp_path / "nowhere" / "x.png")])
+        call(
+            compare_runs.main, compare_runs.CLI, ["--runs", f"a={good}", "--plot", str(tmp_path / "nowhere" / "x.png")]
+        )

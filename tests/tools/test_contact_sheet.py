@@ -8,6 +8,7 @@ from PIL import Image
 
 from tests.helpers.shards import jpeg, members_of, write_tar
 from tools.contact_sheet import (
+    CLI,
     Contents,
     Tile,
     draw_sheet,
@@ -19,6 +20,7 @@ from tools.contact_sheet import (
     shorten,
     title_of,
 )
+from trainer.config.command_line import call
 from trainer.errors import ConfigError
 
 GREY = (160, 160, 160)
@@ -79,7 +81,7 @@ def test_names_are_drawn_as_people_write_them_and_what_the_font_lacks_is_escaped
 
 def test_what_the_shards_leave_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tar(tmp_path / "a.tar", [*members_of(range(2)), ("face0001.txt", b"x"), ("README", b"x")])
-    assert main(["--data", str(tmp_path / "a.tar"), "--output", str(tmp_path / "s.png")]) == 0
+    assert call(main, CLI, ["--data", str(tmp_path / "a.tar"), "--output", str(tmp_path / "s.png")]) == 0
     said = capsys.readouterr().out
     assert "1 .txt (such as face0001.txt)" in said
     assert "1 names without a suffix (such as README)" in said
@@ -102,7 +104,7 @@ def test_the_command_writes_a_png_and_replaces_an_older_one(
 ) -> None:
     output = tmp_path / "sheet.png"
     output.write_bytes(b"older")
-    assert main(["--data", f"{shards}/*.tar", "--output", str(output), "--num_images", "9"]) == 0
+    assert call(main, CLI, ["--data", f"{shards}/*.tar", "--output", str(output), "--num_images", "9"]) == 0
     with Image.open(output) as sheet:
         assert sheet.format == "PNG"
     assert "9 of 64 images in 3 shards; 0 bonafide: 32, 1 morph: 32" in capsys.readouterr().out
@@ -121,4 +123,4 @@ def test_the_command_writes_a_png_and_replaces_an_older_one(
 )
 def test_a_wrong_setting_is_refused(flags: list[str], rule: str) -> None:
     with pytest.raises(ConfigError, match=rule):
-        main(flags)
+        call(main, CLI, flags)

@@ -12,7 +12,8 @@ from PIL import Image
 
 from tests.helpers.shards import display_p3, jpeg, write_tar
 from tools import make_shards as make_shards_module
-from tools.make_shards import Settings, main, make_shards
+from tools.make_shards import CLI, Settings, main, make_shards
+from trainer.config.command_line import call
 from trainer.data.shards.index import list_shards, open_index
 from trainer.data.transforms.decode import colour_profile, decode_image
 from trainer.errors import ConfigError, DataError
@@ -124,13 +125,13 @@ def test_two_images_of_one_name_stay_apart(tmp_path: Path) -> None:
 
 def test_wrong_input_is_refused_by_name(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--source"):
-        main([])
+        call(main, CLI, [])
     with pytest.raises(ConfigError, match="did you mean --max_shard_bytes"):
-        main(["--max_shard_byte", "3"])
+        call(main, CLI, ["--max_shard_byte", "3"])
     with pytest.raises(ConfigError, match="no such folder"):
-        main(["--source", "/nowhere", "--output_dir", str(tmp_path / "o")])
+        call(main, CLI, ["--source", "/nowhere", "--output_dir", str(tmp_path / "o")])
     with pytest.raises(ConfigError, match="max_shard_samples is 0"):
-        main(["--max_shard_samples", "0"])
+        call(main, CLI, ["--max_shard_samples", "0"])
     make_shards(settings(tree, tmp_path / "out"))
     with pytest.raises(ConfigError, match="another source"):
         make_shards(settings(tree, tmp_path / "out", max_shard_samples=6))
@@ -151,7 +152,7 @@ def test_wrong_input_is_refused_by_name(tree: Path, tmp_path: Path) -> None:
 )
 def test_a_wrong_way_of_writing_anew_is_refused(flag: str, value: str, rule: str) -> None:
     with pytest.raises(ConfigError, match=rule):
-        main([f"--{flag}", value])
+        call(main, CLI, [f"--{flag}", value])
 
 
 def encoded(image_HWC: np.ndarray, suffix: str, **options: object) -> bytes:

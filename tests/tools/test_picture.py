@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.demo.picture import curves, main
+from tools.demo.picture import CLI, curves, main
+from trainer.config.command_line import call
 from trainer.detection.error_rates import summarise
 from trainer.detection.figures import det_points
 from trainer.errors import DataError
@@ -50,7 +51,7 @@ def demo(tmp_path: Path) -> Path:
 def test_the_picture_is_drawn_from_the_newest_step_and_evaluation(
     demo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(demo)]) == 0
+    assert call(main, CLI, [str(demo)]) == 0
     path = demo / "results" / "overview.png"
     assert str(path) in capsys.readouterr().out
     with Image.open(path) as picture:
@@ -72,4 +73,4 @@ def test_the_curves_are_the_lora_detectors_and_the_best_shortcuts(demo: Path) ->
 
 def test_a_demo_that_was_not_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no step-\*\.png: run 'make demo' first"):
-        main([str(tmp_path)])
+        call(main, CLI, [str(tmp_path)])

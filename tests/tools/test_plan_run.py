@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.runs import ROOT, environment
 from tools import plan_run
+from trainer.config.command_line import call
 from trainer.config.parse import with_flags
 from trainer.config.recipes import DETECTOR_RECIPES, RECIPES
-from trainer.config.settings import Recipe
+from trainer.config.settings import Recipe, Runtime
 from trainer.distributed import cost_model as planning
 from trainer.distributed.cost_model import Failures, Weights, Zero
 from trainer.errors import ConfigError
@@ -54,6 +55,12 @@ def ds_config(stage: int, precision: str, accum: str) -> dict[str, Any]:
 
 def count(recipe: Recipe, precision: str) -> ModelCost:
     return count_model(recipe, plan_run.builder_of(recipe), precision)
+
+
+def planned(words: list[str]) -> tuple[plan_run.Settings, Recipe, Runtime]:
+    line = plan_run.CLI.read(words)
+    assert line is not None
+    return line.settings, line.recipe, plan_run.fitting_runtime(line)
 
 
 def recipe_of(name: str, flags: dict[str, str]) -> Recipe:
@@ -266,20 +273,20 @@ WORDS = ["--recipe", "mae_vit_base", "--nodes", "2", "--gpus", "8", "--images", 
 )
 def test_what_cannot_be_planned_is_refused_before_any_work(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan_run.make_plan(*plan_run.configure(words))
+        plan_run.make_plan(*planned(words))
 
 
 def test_stage_0_with_two_types_of_gradients_is_refused_as_deepspeed_does(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(ds_config(0, "bf16", "fp32")))
     with pytest.raises(ConfigError, match=r"choose stage 1, or data_types\.grad_accum_dtype"):
-        plan_run.make_plan(*plan_run.configure([*WORDS, "--ds_config", str(tmp_path / "ds.json")]))
+        plan_run.make_plan(*planned([*WORDS, "--ds_config", str(tmp_path / "ds.json")]))
 
 
 @pytest.mark.slow
 def test_a_plan_names_what_fits_what_limits_and_how_often_to_save(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan_run.main([*WORDS, "--plot", str(tmp_path / "plan.png")]) == 0
+    assert call(plan_run.main, plan_run.CLI, [*WORDS, "--plot", str(tmp_path / "plan.png")]) == 0
     text = capsys.readouterr().out
     for said in (
         "4096 = 16 GPUs x 256 images",
@@ -292,7 +299,7 @@ def test_a_plan_names_what_fits_what_limits_and_how_often_to_save(
         assert said in text
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     alone = ["--recipe", "mae_vit_huge", "--gpus", "1", "--images", "1000000", "--hardware", "a100", "--micro_batch"]
-    plan = plan_run.make_plan(*plan_run.configure([*alone, "1024"]))
+    plan = plan_run.make_plan(*planned([*alone, "1024"]))
     verdict = plan_run.describe_memory(plan)[-1]
     assert "DOES NOT FIT" in verdict
     largest = int(verdict.partition("--micro_batch ")[2].split()[0])

@@ -11,11 +11,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.helpers.runs import ROOT, TINY, argv_of, forks, launch, metrics
 from tools import run_status
+from trainer.config.command_line import call
 from trainer.fault_tolerance.attempts import Lease, acquire, attempts_of
 
 
+def asked(words: list[str]) -> int:
+    return call(run_status.main, run_status.CLI, words)
+
+
 def test_a_folder_without_a_run_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_status.main(["--run", str(tmp_path)]) == 2
+    assert asked(["--run", str(tmp_path)]) == 2
     assert "holds no run: name the output_dir" in capsys.readouterr().err
 
 
@@ -64,10 +69,10 @@ def test_a_run_is_running_then_killed_then_finished_and_its_records_say_what_ran
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(output.glob("checkpoints/step-*")):
         time.sleep(0.02)
-    assert run_status.main(["--run", str(output)]) == run_status.EXIT_RUNNING, (tmp_path / "log").read_text()
+    assert asked(["--run", str(output)]) == run_status.EXIT_RUNNING, (tmp_path / "log").read_text()
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
-    assert run_status.main(["--run", str(output)]) == run_status.EXIT_INTERRUPTED_RUN
+    assert asked(["--run", str(output)]) == run_status.EXIT_INTERRUPTED_RUN
     told = capsys.readouterr().out
     assert f"{output}: running at step" in told
     assert f"{output}: interrupted at step" in told
@@ -77,7 +82,7 @@ def test_a_run_is_running_then_killed_then_finished_and_its_records_say_what_ran
 
     done = launch(words | {"stop_at_step": "96"})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert run_status.main(["--run", str(output)]) == 0
+    assert asked(["--run", str(output)]) == 0
     assert f"{output}: finished, 96 steps" in capsys.readouterr().out
 
     start = json.loads((output / "recipe.json").read_text())["start"]

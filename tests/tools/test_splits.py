@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tools.splits import PATTERNS, SPLITS, Photo, Settings, assign, components, main, make_splits, place
+from tools.splits import CLI, PATTERNS, SPLITS, Photo, Settings, assign, components, main, make_splits, place
+from trainer.config.command_line import call
 from trainer.data.writing.source_images import Entry, read_manifest
 from trainer.errors import ConfigError
 
@@ -107,7 +108,7 @@ def test_components_are_the_finest_groups_that_no_morph_crosses(photos: list[Pho
 def test_a_pattern_finds_both_parents_of_a_morph(tmp_path: Path, naming: str, name: str, people: tuple[str]) -> None:
     write(tmp_path / "m.csv", "path", [name])
     words = ["--source", str(tmp_path / "m.csv"), "--identity_pattern", naming, "--output_dir", str(tmp_path / "out")]
-    main([*words, "--shares", "1,0,0", "--keep_components", "true"])
+    call(main, CLI, [*words, "--shares", "1,0,0", "--keep_components", "true"])
     row = rows(tmp_path / "out" / "train.csv")[0]
     assert (row["identity"], *filter(None, [row["identity_2"]])) == people
 
@@ -225,7 +226,7 @@ def test_a_folder_tree_is_split_with_its_folders_as_labels(tmp_path: Path) -> No
 def test_a_wrong_setting_is_refused_before_any_work(tmp_path: Path, flags: dict[str, str], rule: str) -> None:
     given_flags = {"source": "/nowhere", "output_dir": str(tmp_path / "out")} | flags
     with pytest.raises(ConfigError, match=rule):
-        main([word for name, value in given_flags.items() for word in (f"--{name}", value)])
+        call(main, CLI, [word for name, value in given_flags.items() for word in (f"--{name}", value)])
     assert not (tmp_path / "out").exists()
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers.runs import ROOT
 from tools import submit
+from trainer.config.command_line import call
 from trainer.errors import ConfigError
 
 SLURM = ROOT / "launch" / "slurm"
@@ -24,7 +25,7 @@ def bash(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_job_holds_its_size_and_every_word_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
     awkward = ["--data", "/my shards/*.tar", "--sweep", "mask_ratio 0.6,0.75", "--partition", "gpu", "--dry_run"]
-    assert submit.main([*WORDS[:-4], "--output_dir", "/runs/a", *awkward]) == 0
+    assert call(submit.main, submit.CLI, [*WORDS[:-4], "--output_dir", "/runs/a", *awkward]) == 0
     lines = capsys.readouterr().out.splitlines()
     for asked in ("nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "signal=B:USR1@600", "array=0-1", "partition=gpu"):
         assert f"#SBATCH --{asked}" in lines
@@ -50,13 +51,13 @@ def test_a_job_holds_its_size_and_every_word_as_it_was(capsys: pytest.CaptureFix
 )
 def test_what_the_training_would_refuse_is_refused_here(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        submit.main([*(WORDS[:-2] if "--output_dir" in words else WORDS), "--dry_run", *words])
+        call(submit.main, submit.CLI, [*(WORDS[:-2] if "--output_dir" in words else WORDS), "--dry_run", *words])
     assert message in str(caught.value)
 
 
 def test_paths_that_all_nodes_need_must_be_named() -> None:
     with pytest.raises(ConfigError, match="output_dir is not given"):
-        submit.main([*WORDS[:-2], "--dry_run"])
+        call(submit.main, submit.CLI, [*WORDS[:-2], "--dry_run"])
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune", "evaluate"])

@@ -157,12 +157,12 @@ def test_any_two_runtimes_give_the_same_losses(script: str, train: Path, tmp_pat
 
 def test_a_micro_batch_that_would_cut_the_mixed_groups_is_refused(train: Path, tmp_path: Path) -> None:
     from trainer.config.command_line import configure
-    from trainer.config.recipes import DETECTOR_DEFAULT, DETECTOR_RECIPES
+    from trainer.config.recipes import FINETUNING
     from trainer.detection.finetuning import check_groups
     from trainer.errors import ConfigError
 
     def checked(words: str) -> None:
-        recipe, runtime = configure(words.split(), DETECTOR_RECIPES, DETECTOR_DEFAULT)
+        recipe, runtime = configure(words.split(), FINETUNING)
         check_groups(recipe, runtime.micro_batch)
 
     checked("--recipe detector_demo --micro_batch 4")  # nothing is mixed

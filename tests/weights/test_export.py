@@ -23,7 +23,8 @@ from scipy.special import logit
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from tests.helpers.runs import ROOT, TINY, argv_of, forks, launch
-from tools.export import main
+from tools.export import CLI, main
+from trainer.config.command_line import call
 from trainer.config.record import to_dict
 from trainer.config.settings import DetectorRecipe, PretrainRecipe
 from trainer.data.sources import pixels_of
@@ -51,7 +52,7 @@ PIXELS = (IMAGES.float() / 255 - MEAN) / STD
 
 
 def export(source: Path | str, to: str, output: Path, **flags: str) -> Path:
-    assert main(argv_of({"source": str(source), "format": to, "output": str(output)} | flags)) == 0
+    assert call(main, CLI, argv_of({"source": str(source), "format": to, "output": str(output)} | flags)) == 0
     return output
 
 
@@ -557,7 +558,7 @@ def test_what_cannot_be_exported_is_one_clear_message_and_leaves_nothing(
     chosen = {name: made[value]() if value in made else value for name, value in chosen.items()}
     before = sorted(tmp_path.iterdir())
     with pytest.raises(TrainerError, match=re.escape(message)):
-        main(argv_of(chosen))
+        call(main, CLI, argv_of(chosen))
     assert sorted(tmp_path.iterdir()) == before
     assert "the payload ran" not in capfd.readouterr().out
 
@@ -598,4 +599,4 @@ def test_a_missing_library_is_named_before_any_work(to: str, package: str, monke
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
     with pytest.raises(ConfigError, match=rf"needs {package}: pip install 'face-mae-trainer\[export\]'"):
-        main(argv_of({"source": "/nowhere", "format": to, "output": "/nowhere/else"}))
+        call(main, CLI, argv_of({"source": "/nowhere", "format": to, "output": "/nowhere/else"}))

@@ -11,18 +11,17 @@ and bandwidth with the writer for a while. Rounds of both ways are interleaved i
 Usage: python tools/bench/checkpoint.py [--model NAME] [--steps N] [--repeats N]
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/../.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.config.command_line import configure_tool
+from trainer.config.command_line import CommandLine
 from trainer.config.settings import PretrainRecipe, PretrainRuntime, check_types
 from trainer.distributed.ds_config import engine_settings
 from trainer.distributed.engine import Engine, connect
@@ -93,16 +92,11 @@ class Training:
         return times
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__)
+CLI = CommandLine(Settings, __doc__)
 
 
-def main(words: list[str]) -> int:
+def main(settings: Settings) -> int:
     """Measure and print; returns the exit code."""
-    settings = read(words)
-    if settings is None:
-        return 0
     training = Training(settings)
     training.steps(2)
     stall: dict[str, list[float]] = {"at once": [], "in background": []}
@@ -145,5 +139,10 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

@@ -15,19 +15,18 @@ that stays in memory.
 Usage: python tools/bench/loader.py [--repeats 5] [--train true]
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/../.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import io
 import os
 import platform
 import statistics
-import sys
 import tarfile
 import tempfile
 import time
@@ -43,7 +42,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from trainer.config.command_line import configure_tool
+from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.data.loader import Loader
 from trainer.data.order.plan import Plan, Repeated
@@ -227,16 +226,11 @@ class Settings:
             raise ConfigError(f"repeats is {self.repeats}, but must be at least 1")
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__)
+CLI = CommandLine(Settings, __doc__)
 
 
-def main(argv: list[str]) -> int:
+def main(settings: Settings) -> int:
     """Print the comparison."""
-    settings = read(argv)
-    if settings is None:
-        return 0
     cores = os.cpu_count()
     print(f"{platform.processor() or platform.machine()}, {cores} cores, torch {torch.__version__}, one process")
     threads = torch.get_num_threads()
@@ -251,5 +245,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

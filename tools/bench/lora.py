@@ -7,20 +7,19 @@ one process and their medians compared; memory is the peak of a process of its o
 Usage: python tools/bench/lora.py [--model NAME] [--micro_batch N] [--repeats N]
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/../.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import os
 import platform
 import resource
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainer.config.command_line import configure_tool
+from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.fault_tolerance.exit_codes import run
 from trainer.models.detector import HeadOptions, MorphDetector
@@ -87,23 +86,18 @@ class Mode:
         return sum(2 * 4 * parameter.numel() for parameter in self.trained)
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__)
+CLI = CommandLine(Settings, __doc__)
 
 
-def main(words: list[str]) -> int:
+def main(settings: Settings) -> int:
     """Measure and print; returns the exit code."""
-    settings = read(words)
-    if settings is None:
-        return 0
     if settings.only:
         mode = Mode(settings, lora=settings.only == "lora")
         mode.step()
         mode.step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return 0
-    memory = {name: _peak_bytes(name, words) for name in ("full", "lora")}
+    memory = {name: _peak_bytes(name, sys.argv[1:]) for name in ("full", "lora")}
     modes = {"full": Mode(settings, lora=False), "lora": Mode(settings, lora=True)}
     for mode in modes.values():
         mode.step()
@@ -139,5 +133,10 @@ def _peak_bytes(name: str, words: list[str]) -> int:
     return int(done.stdout.split()[-1])
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

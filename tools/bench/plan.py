@@ -6,20 +6,19 @@ shard ends, what 10,000 samples a shard give. Each size is measured in a process
 Usage: python tools/bench/plan.py [--largest 1000000000] [--plot plan_scale.png]
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/../.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import json
 import os
 import platform
 import resource
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
-from trainer.config.command_line import configure_tool
+from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.data.order.plan import Plan, positions_of
 from trainer.data.shards.index import INDEX_VERSION, SHARD_COLUMNS, ShardIndex
@@ -162,16 +161,11 @@ class Settings:
         check_types(self)
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__)
+CLI = CommandLine(Settings, __doc__)
 
 
-def main(argv: list[str]) -> int:
+def main(settings: Settings) -> int:
     """Print the tables."""
-    settings = read(argv)
-    if settings is None:
-        return 0
     if settings.one is not None:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(measure(Path(folder), settings.one)))
@@ -195,5 +189,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

@@ -8,13 +8,13 @@ forward and the backward pass.
 Usage: python tools/bench/scaling.py [--model NAME] [--micro_batch N] [--steps N] [--repeats N] [--stages 0,1,2,3]
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/../.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import json
 import os
@@ -22,7 +22,6 @@ import platform
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.config.command_line import configure_tool
+from trainer.config.command_line import CommandLine
 from trainer.config.settings import PretrainRecipe, PretrainRuntime, check_types
 from trainer.distributed.ds_config import engine_settings
 from trainer.distributed.engine import Engine, connect, disconnect
@@ -127,16 +126,11 @@ def measure(words: list[str], stage: int, worlds: list[int]) -> tuple[float, flo
     return max(seconds), max(gib)
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__)
+CLI = CommandLine(Settings, __doc__)
 
 
-def main(words: list[str]) -> int:
+def main(settings: Settings) -> int:
     """Measure and print; returns the exit code."""
-    settings = read(words)
-    if settings is None:
-        return 0
     if settings.stage is not None:
         print(*rank(settings, settings.stage))
         return 0
@@ -148,7 +142,7 @@ def main(words: list[str]) -> int:
         seen: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
         for _ in range(settings.repeats):
             for name, worlds in kinds.items():
-                seen[name].append(measure(words, stage, worlds))
+                seen[name].append(measure(sys.argv[1:], stage, worlds))
         one, apart, two = (statistics.median(seconds for seconds, _ in seen[name]) for name in kinds)
         alone, shared = (statistics.median(gib for _, gib in seen[name]) for name in ("one", "two"))
         print(
@@ -159,5 +153,10 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

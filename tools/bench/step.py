@@ -14,20 +14,19 @@ Usage: python tools/bench/step.py [--model NAME] [--micro_batch N] [--repeats N]
            [--device cuda] [--num_threads N] [--memory true]
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/../.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import functools
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +39,7 @@ from torch import nn
 from transformers import ViTMAEForPreTraining
 
 from tools.bench.scaling import forget_peak
-from trainer.config.command_line import configure_tool
+from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
@@ -249,16 +248,11 @@ def peak_of(settings: Settings, name: str) -> float:
     return torch.cuda.max_memory_allocated() / 2**30 if settings.device == "cuda" else peak_resident_gib() - idle
 
 
-def read(argv: list[str]) -> Settings | None:
-    """Read the command line; None where it asked for help."""
-    return configure_tool(argv, Settings(), __doc__)
+CLI = CommandLine(Settings, __doc__)
 
 
-def main(words: list[str]) -> int:
+def main(settings: Settings) -> int:
     """Measure and print; returns the exit code."""
-    settings = read(words)
-    if settings is None:
-        return 0
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but torch sees no GPU: leave it out")
     torch.set_num_threads(settings.num_threads)
@@ -270,5 +264,10 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

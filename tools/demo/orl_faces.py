@@ -9,20 +9,20 @@ Examples:
     python tools/demo/orl_faces.py demo/orl
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/../.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import csv
 import importlib.util
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config.command_line import read_folder
+from trainer.config.command_line import CommandLine
 from trainer.errors import DataError
 from trainer.fault_tolerance.exit_codes import run
 
@@ -65,21 +65,29 @@ def write_manifests(faces: Path, output: Path) -> dict[str, int]:
     return {name: len(members) * IMAGES_A_PERSON for name, members in people.items()}
 
 
-def read(argv: list[str]) -> Path | None:
-    """Read the command line; None where it asked for help."""
-    return read_folder(argv, __doc__)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """What the user may set."""
+
+    folder: str = ""
+    """Where the manifests go; may be given as the first word."""
 
 
-def main(words: list[str]) -> int:
+CLI = CommandLine(Target, __doc__, required=("folder",), positional="folder")
+
+
+def main(settings: Target) -> int:
     """Write the manifests into the folder named on the command line."""
-    folder = read(words)
-    if folder is None:
-        return 0
-    counts = write_manifests(find_faces(), folder)
+    counts = write_manifests(find_faces(), Path(settings.folder))
     print(", ".join(f"{name}: {count} photographs" for name, count in counts.items()))
     print("Photographs: AT&T Laboratories Cambridge (the ORL database of faces)")
     return 0
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

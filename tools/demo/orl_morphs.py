@@ -12,22 +12,21 @@ Examples:
     python tools/demo/orl_morphs.py demo/detect
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/../.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import csv
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tools.demo.orl_faces import IMAGES_A_PERSON, NUM_PEOPLE, TRAIN_PEOPLE, VALIDATION_PEOPLE, find_faces
+from tools.demo.orl_faces import IMAGES_A_PERSON, NUM_PEOPLE, TRAIN_PEOPLE, VALIDATION_PEOPLE, Target, find_faces
 from tools.make_morphs import Settings, make_morphs
-from trainer.config.command_line import read_folder
+from trainer.config.command_line import CommandLine
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import data_file
 
@@ -97,19 +96,19 @@ def _write(path: Path, rows: list[Row], columns: tuple[str, ...]) -> None:
         writer.writerows(rows)
 
 
-def read(argv: list[str]) -> Path | None:
-    """Read the command line; None where it asked for help."""
-    return read_folder(argv, __doc__)
+CLI = CommandLine(Target, __doc__, required=("folder",), positional="folder")
 
 
-def main(words: list[str]) -> int:
+def main(settings: Target) -> int:
     """Write the manifests into the folder named on the command line."""
-    folder = read(words)
-    if folder is None:
-        return 0
-    print(", ".join(f"{name}: {count} images" for name, count in write_manifests(folder).items()))
+    print(", ".join(f"{name}: {count} images" for name, count in write_manifests(Path(settings.folder)).items()))
     return 0
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

@@ -11,34 +11,34 @@ Examples:
 Shapes: HWC uint8 RGB; T points of a curve.
 """
 
+import sys
+
 if __name__ == "__main__":
-    import sys
+    sys.path[0] = __file__.rpartition("/")[0] + "/../.."
+    from trainer.startup import guard_imports
 
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/../..")
-    from launch.early import read_early
-
-    read_early(__file__)
+    guard_imports()
 
 import csv
 import json
-import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.special import ndtri
 
-from trainer.config.command_line import read_folder
-from trainer.detection.figures import det_points, percent
+from trainer.config.command_line import CommandLine
 from trainer.errors import DataError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import atomic_draft
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DETECTOR, TEST_SET = "lora", "whole"
 _NUM_FACES = 5
@@ -48,16 +48,20 @@ _ENDS = (0.01, 0.98)
 _STYLE: Any = ["default", {"font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False}]
 
 
-def read(argv: list[str]) -> Path | None:
-    """Read the command line; None where it asked for help."""
-    return read_folder(argv, __doc__)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the user may set."""
+
+    folder: str = ""
+    """The demo's folder; may be given as the first word."""
 
 
-def main(argv: list[str]) -> int:
+CLI = CommandLine(Settings, __doc__, required=("folder",), positional="folder")
+
+
+def main(settings: Settings) -> int:
     """Draw the picture; returns the exit code."""
-    folder = read(argv)
-    if folder is None:
-        return 0
+    folder = Path(settings.folder)
     figure = draw(reconstructions(folder / "run"), curves(folder / "results"))
     output = folder / "results" / "overview.png"
     with atomic_draft(output) as draft:
@@ -84,6 +88,8 @@ def curves(results: Path) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         DataError: no evaluation is there, or it lacks the detector or the shortcuts.
     """
+    from trainer.detection.figures import det_points, percent
+
     path = newest(results, "*_eval.json")
     evaluation = json.loads(path.read_text())
     found = [r["summary"] for r in evaluation["results"] if (r["model"], r["test_set"]) == (DETECTOR, TEST_SET)]
@@ -119,8 +125,11 @@ def newest(folder: Path, pattern: str) -> Path:
     return found[-1]
 
 
-def draw(rows_HWC: NDArray[np.uint8], found: list[tuple[str, dict[str, Any]]]) -> Figure:
+def draw(rows_HWC: NDArray[np.uint8], found: list[tuple[str, dict[str, Any]]]) -> "Figure":
     """Draw faces left and curves right; sizes are inches."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
     side = rows_HWC.shape[0] // len(_ROWS)
     with style.context(_STYLE):
         figure = Figure(figsize=(10.0, 4.1), facecolor="white")
@@ -139,7 +148,7 @@ def draw(rows_HWC: NDArray[np.uint8], found: list[tuple[str, dict[str, Any]]]) -
     return figure
 
 
-def _draw_curves(axis: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
+def _draw_curves(axis: "Axes", found: list[tuple[str, dict[str, Any]]]) -> None:
     ends, places, texts = ndtri(_ENDS), ndtri(_TICKS), [f"{100 * tick:g}" for tick in _TICKS]
     axis.plot(ends, ends, color="#767676", linewidth=0.8, linestyle=(0, (6, 3)))
     for (name, rates), colour, dash in zip(found, ("#0072b2", "#d55e00"), ("-", (0, (5, 2))), strict=True):
@@ -152,5 +161,10 @@ def _draw_curves(axis: Axes, found: list[tuple[str, dict[str, Any]]]) -> None:
     axis.legend(loc="upper right", fontsize=8)
 
 
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command()

@@ -1,4 +1,16 @@
-"""From a command line to a validated recipe, and from an error to one message and an exit code.
+"""How a command declares its command line, and what its `main` gets of it.
+
+A command file holds a frozen dataclass of settings, a docstring that is its help, and three names::
+
+    CLI = CommandLine(Settings, __doc__, required=("source",))      # TrainingCommandLine where recipes are read
+
+    def main(settings: Settings) -> int: ...
+
+    def command() -> None:
+        run(main, CLI)                                              # trainer.fault_tolerance.exit_codes
+
+Help, version and mistakes are answered before `main` runs. So a command imports what takes seconds (torch, DeepSpeed)
+inside `main`, within `trainer.startup.loading`.
 
 fire takes the command line apart. It would call the function first and complain about unknown flags afterwards, turn
 ``2024_01`` into a number and keep only the last of several ``--override``; so it is asked for raw text only, and names,
@@ -6,53 +18,279 @@ types and ranges are checked by `trainer.config.settings` before any work.
 """
 
 import contextlib
-import dataclasses
 import difflib
-import functools
 import json
 import logging
 import os
 import platform
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-import fire
-from fire.core import FireExit
-from fire.decorators import SetParseFn
-
-from trainer.config.parse import Bare, expand_home, help_text, refuse_unknown, resolve, with_flags
+from trainer.config.parse import Bare, from_flags, help_text, refuse_unknown, resolve
+from trainer.config.recipes import Recipes
 from trainer.config.record import keep_legacy_values
-from trainer.config.settings import Recipe, Runtime
-from trainer.errors import ConfigError
+from trainer.config.settings import Launch, Recipe, Runtime, field_names
+from trainer.config.settings_file import SettingsFile, read_settings_file
+from trainer.errors import ConfigError, TrainerError
 from trainer.progress import is_main
 
 logger = logging.getLogger(__name__)
 
 _HELP, _VERSION = frozenset({"--help", "-h"}), frozenset({"--version", "-V"})
+_REMEDIES = {"data": "name the shards, for example --data 'shards/*.tar'"}
+"""Required setting -> what to do where it is empty."""
+_FOR_ALL = """
+Also: --config FILE takes settings from a YAML or JSON file (flags win over it), --override name=value (repeatable) is
+the same as --name value, --version, --help.
+"""
 
+L = TypeVar("L")
+L_co = TypeVar("L_co", covariant=True)
 S = TypeVar("S", bound=Any)
 R = TypeVar("R", bound=Recipe)
 T = TypeVar("T", bound=Runtime)
-Recipes = Mapping[str, Callable[[], tuple[R, T]]]
+
+
+class Reader(Protocol[L_co]):
+    """Reads a command line: `CommandLine` or `TrainingCommandLine`."""
+
+    def read(self, argv: Sequence[str]) -> L_co | None:
+        """Return what `main` gets, or print help or version and return None."""
+
+
+def call(main: Callable[[L], int], cli: Reader[L], argv: Sequence[str]) -> int:
+    """Read a command line and run the command; returns the exit code.
+
+    Raises:
+        ConfigError: an unknown argument, name or value, or what the command itself raises.
+    """
+    line = cli.read(argv)
+    return 0 if line is None else main(line)
 
 
 @dataclass(frozen=True, slots=True)
-class CommandLine(Generic[R, T]):
-    """What the command line of a training says."""
+class CommandLine(Generic[S]):
+    """The command line of a tool: one dataclass of settings."""
 
+    settings: type[S]
+    doc: str | None
+    """The help, which ends with usage and examples; the settings follow it."""
+    required: tuple[str, ...] = ()
+    """Settings that may not stay empty."""
+    positional: str = ""
+    """A setting that may also be given as the first word, without its name."""
+
+    def read(self, argv: Sequence[str]) -> S | None:
+        """Read the settings, or print help or version and return None.
+
+        Raises:
+            ConfigError: an unknown argument, name or value, or a required setting is empty.
+        """
+        if _answered(argv, self.help):
+            return None
+        if self.positional and argv and not argv[0].startswith("-"):
+            argv = [f"--{self.positional}={argv[0]}", *argv[1:]]
+        given = _Given.of(argv)
+        given.refuse_unknown(field_names(self.settings))
+        with given.naming_the_file():
+            settings = from_flags(self.settings, given.named)
+        _refuse_empty(self.required, settings)
+        check_places(settings)
+        return settings
+
+    def help(self, argv: Sequence[str] = ()) -> str:
+        """Describe the command and its settings, whatever else stands on the command line."""
+        del argv
+        return f"{self.doc}{_FOR_ALL}{help_text(self.settings, 'Settings', required=self.required)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Training(Generic[S, R, T]):
+    """What the command line of a training, or of a tool that reads one, gives."""
+
+    settings: S
+    """The command's own settings; `Launch` for a training."""
     recipe: R
     runtime: T
     given: frozenset[str]
-    """Settings that were given by name; the others are the recipe's or defaults."""
-    dry_run: bool
-    """Show what would run, and leave."""
+    """Settings of the training that were given by name; the others are the recipe's or defaults."""
+    argv: tuple[str, ...]
+    """The training's part of the command line."""
+    file_argv: tuple[str, ...]
+    """What a file of settings gave of the training, written as words of a command line."""
 
 
-def answered(argv: Sequence[str], help_of: Callable[[list[str]], str]) -> bool:
+@dataclass(frozen=True, slots=True)
+class TrainingCommandLine(Generic[S, R, T]):
+    """The command line of a training, or of a tool that takes one: recipe and runtime, and settings of its own."""
+
+    settings: type[S]
+    """Has a setting ``recipe``, and ``script`` where there is a choice of trainings."""
+    doc: str | None
+    trainings: tuple[Recipes[R, T], ...]
+    required: tuple[str, ...] = ()
+    """Settings, of the command or of the training, that may not stay empty."""
+    trains: bool = False
+    """The command is that training: its help lists the training's settings, and it writes into output_dir."""
+
+    def read(self, argv: Sequence[str]) -> Training[S, R, T] | None:
+        """Read settings, recipe and runtime, or print help or version and return None.
+
+        Raises:
+            ConfigError: an unknown argument, name or value, or a required setting is empty.
+        """
+        if _answered(argv, self.help):
+            return None
+        training = self.parse(argv)
+        _refuse_empty(self.required, training.settings, training.recipe, training.runtime)
+        check_places(training.settings)
+        if self.trains:
+            check_places(training.runtime)
+        return training
+
+    def parse(self, argv: Sequence[str]) -> Training[S, R, T]:
+        """Read settings, recipe and runtime, without looking at the place where the run would be.
+
+        Raises:
+            ConfigError: an unknown argument, name or value.
+        """
+        given, own = _Given.of(argv), field_names(self.settings)
+        defaults = [recipes.functions[recipes.default]() for recipes in self.trainings]
+        given.refuse_unknown(own.union(*(field_names(type(config)) for pair in defaults for config in pair)))
+        with given.naming_the_file():
+            settings = from_flags(self.settings, given.named)
+            recipe, runtime = self._chosen(settings)
+            names = field_names(type(recipe)) | field_names(type(runtime))
+            given.refuse_unknown(own | names)
+            flags = given.of_training(type(recipe), names)
+            recipe, runtime = resolve(recipe, runtime, flags)
+        recipe = _as_it_began(recipe, Path(runtime.output_dir, "recipe.json"), flags)
+        rest, file_argv = without_settings(argv, own - {"recipe"}), given.words_of_file(names - own)
+        return Training(settings, recipe, runtime, frozenset(flags), tuple(rest), tuple(file_argv))
+
+    def _chosen(self, settings: S) -> tuple[R, T]:
+        script = getattr(settings, "script", "")
+        choice = [recipes for recipes in self.trainings if recipes.script == script] or self.trainings
+        functions = {name: function for recipes in choice for name, function in recipes.functions.items()}
+        name = settings.recipe or choice[0].default
+        if name not in functions:
+            near = difflib.get_close_matches(name, functions, n=1, cutoff=0.3)
+            remedy = "".join(f" (try {n})" for n in near)
+            raise ConfigError(f"recipe is {name!r}, but must be one of {', '.join(functions)}{remedy}")
+        return functions[name]()
+
+    def help(self, argv: Sequence[str] = ()) -> str:
+        """Describe the command, its recipes and every setting, with the values that the command line would run with.
+
+        Raises:
+            ConfigError: the command line is wrong.
+        """
+        if not self.trains:
+            names = " or ".join(f"launch/{recipes.script}.py" for recipes in self.trainings)
+            note = f"\nEvery setting of {names} may follow: their --help lists them."
+            return f"{self.doc}{_FOR_ALL}{help_text(self.settings, 'Settings', required=self.required)}\n{note}"
+        training, recipes = self.parse(argv), self.trainings[0]
+        lines = [
+            f"{self.doc}{_FOR_ALL}",
+            f"Recipes (default {recipes.default}); settings change single values of them:",
+        ]
+        for name, function in recipes.functions.items():
+            text = "\n        ".join(filter(None, map(str.strip, (function.__doc__ or "").splitlines())))
+            lines.append(f"  --recipe {name}\n        {text}")
+        chosen = training.settings.recipe or recipes.default
+        lines += [
+            f"\nThe values below are those of --recipe {chosen} and of this command line.",
+            help_text(training.recipe, "Recipe (changes the numbers)"),
+            help_text(training.runtime, "Runtime (does not)"),
+        ]
+        return "\n".join(lines)
+
+
+def configure(argv: Sequence[str], recipes: Recipes[R, T]) -> tuple[R, T]:
+    """Read flags, overrides and the recipe's name into validated configurations.
+
+    Raises:
+        ConfigError: an unknown argument, name or value.
+    """
+    line = TrainingCommandLine(Launch, "", (recipes,)).parse(argv)
+    return line.recipe, line.runtime
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What the command line and its file of settings name."""
+
+    flags: Mapping[str, str]
+    file: SettingsFile
+
+    @classmethod
+    def of(cls, argv: Sequence[str]) -> "_Given":
+        flags = read_flags(argv)
+        path = flags.pop("config", None)
+        if isinstance(path, Bare):
+            raise ConfigError("config has no value: write --config FILE")
+        return cls(flags, SettingsFile() if path is None else read_settings_file(path))
+
+    def refuse_unknown(self, known: set[str]) -> None:
+        """Raise `ConfigError` for a name that is no setting."""
+        refuse_unknown(self.flags, known)
+        refuse_unknown(self.file.values, known, path=self.file.path)
+
+    @property
+    def named(self) -> dict[str, str]:
+        """All that is named; the command line wins over the file."""
+        return {**self.file.values, **self.flags}
+
+    @contextlib.contextmanager
+    def naming_the_file(self) -> Iterator[None]:
+        """Say of a wrong value that it stands in the file."""
+        try:
+            yield
+        except ConfigError as error:
+            found = re.match(r"\w+", str(error))
+            if found and found[0] in self.file.values and found[0] not in self.flags:
+                raise ConfigError(f"{error} ({found[0]} stands in {self.file.path})") from error
+            raise
+
+    def of_training(self, recipe: type[Recipe], names: set[str]) -> dict[str, str]:
+        """Return what is given of the training; the command line wins over the file.
+
+        Raises:
+            ConfigError: two settings contradict each other, or one is not in the record of a run.
+        """
+        flags = {name: text for name, text in self.flags.items() if name in names}
+        filed = {name: text for name, text in self.file.complete(field_names(recipe)).items() if name in names}
+        if "epochs" in flags:
+            filed.pop("max_steps", None)
+        for places in (flags, {} if self.file.is_record else filed):
+            if "epochs" in places and places.get("max_steps", "none").lower() not in ("none", "null"):
+                raise ConfigError(
+                    "epochs and max_steps are both given, but each sets the length of the schedule: keep one"
+                )
+        for name, text in filed.items():
+            if self.file.is_record and "?..." in text and name not in flags:
+                raise ConfigError(f"{name} in {self.file.path} lacks its key, which no run records: pass --{name}")
+        return filed | flags
+
+    def words_of_file(self, names: set[str]) -> list[str]:
+        """Write what the file says of these settings, and the command line does not, as words of a command line."""
+        named = {name: text for name, text in self.file.values.items() if name in names | {"recipe"}}
+        return [f"--{name}={text}" for name, text in named.items() if name not in self.flags]
+
+
+def _refuse_empty(names: Sequence[str], *configs: Any) -> None:
+    for name in names:
+        values = [getattr(config, name) for config in configs if hasattr(config, name)]
+        if not any(values):
+            raise ConfigError(f"{name} is empty: {_REMEDIES.get(name, f'pass --{name}')}")
+
+
+def _answered(argv: Sequence[str], help_of: Callable[[list[str]], str]) -> bool:
     """Print what ``--help`` or ``--version`` ask for, on one rank; False if neither stands there.
 
     Args:
@@ -66,7 +304,7 @@ def answered(argv: Sequence[str], help_of: Callable[[list[str]], str]) -> bool:
     else:
         return False
     if is_main():
-        print(text)
+        print(text.strip("\n"))
     return True
 
 
@@ -77,38 +315,6 @@ def version_text() -> str:
         with contextlib.suppress(PackageNotFoundError):
             found.append(f"{name} {version(name)}")
     return ", ".join([*found, f"Python {platform.python_version()}"])
-
-
-def configure(argv: Sequence[str], recipes: Recipes[R, T], default: str) -> tuple[R, T]:
-    """Read flags, overrides and the recipe's name into validated configurations.
-
-    Raises:
-        ConfigError: an unknown argument, name or value.
-    """
-    line = read_command(argv, recipes, default)
-    return line.recipe, line.runtime
-
-
-def read_command(argv: Sequence[str], recipes: Recipes[R, T], default: str) -> CommandLine[R, T]:
-    """Read the command line of a training.
-
-    Raises:
-        ConfigError: an unknown argument, name or value.
-    """
-    flags = read_flags(argv)
-    dry_run = with_flags(_Asked(), flags).dry_run
-    flags.pop("dry_run", None)
-    name = flags.pop("recipe", default)
-    if name not in recipes:
-        near = difflib.get_close_matches(name, recipes, n=1, cutoff=0.3)
-        raise ConfigError(
-            f"recipe is {name!r}, but must be one of {', '.join(recipes)}" + "".join(f" (try {n})" for n in near)
-        )
-    if {"epochs", "max_steps"} <= flags.keys():
-        raise ConfigError("epochs and max_steps are both given, but each sets the length of the schedule: keep one")
-    recipe, runtime = resolve(*recipes[name](), flags)
-    recipe = _as_it_began(recipe, Path(runtime.output_dir, "recipe.json"), flags)
-    return CommandLine(recipe, runtime, frozenset(flags), dry_run)
 
 
 def _as_it_began(recipe: R, record: Path, flags: Mapping[str, str]) -> R:
@@ -122,44 +328,6 @@ def _as_it_began(recipe: R, record: Path, flags: Mapping[str, str]) -> R:
         told = ", ".join(f"{name} {value!r}" for name, value in kept.items())
         logger.warning("this run began before an update of the defaults and goes on as it began, with %s", told)
     return recipe
-
-
-def read_training(argv: Sequence[str], recipes: Recipes[R, T], default: str) -> CommandLine[R, T] | None:
-    """Read the command line of a training, or print its help or version and return None.
-
-    Raises:
-        ConfigError: an unknown argument, name or value.
-    """
-    if answered(argv, functools.partial(recipes_help, recipes, default)):
-        return None
-    line = read_command(argv, recipes, default)
-    if not line.runtime.data:
-        raise ConfigError("--data is empty: name the shards, for example --data 'shards/*.tar'")
-    check_places(line.runtime)
-    return line
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    dry_run: bool = False
-
-
-def configure_tool(argv: Sequence[str], settings: S, doc: str, *, required: tuple[str, ...] = ()) -> S | None:
-    """Read the flags of a tool into its settings, or print its help or version and return None.
-
-    Raises:
-        ConfigError: an unknown argument, name or value, or a required setting is empty.
-    """
-    if answered(argv, lambda _: f"{doc} {help_text(type(settings), 'Settings')}"):
-        return None
-    flags = read_flags(argv)
-    refuse_unknown(flags, [entry.name for entry in dataclasses.fields(settings)])
-    configured = with_flags(settings, flags)
-    for name in required:
-        if not getattr(configured, name):
-            raise ConfigError(f"{name} is empty: pass --{name}")
-    check_places(configured)
-    return configured
 
 
 _FOLDERS, _PLACES = ("output_dir", "cache_dir", "sample_ledger", "repair", "folder"), ("output", "plot")
@@ -188,19 +356,6 @@ def _check_place(name: str, value: str) -> None:
         raise ConfigError(f"{name} is {value!r}, but you may not write in {there}: name another {noun}")
 
 
-def read_folder(argv: Sequence[str], doc: str) -> Path | None:
-    """Read the command line of a tool that takes one folder, or print its help or version and return None.
-
-    Raises:
-        ConfigError: anything else stands there.
-    """
-    if answered(argv, lambda _: doc):
-        return None
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise ConfigError(f"{' '.join(argv) or 'nothing'!r} is given, but one folder is needed: --help shows how")
-    return Path(expand_home(argv[0]))
-
-
 def read_flags(argv: Sequence[str]) -> dict[str, str]:
     """Collect ``--name value``, ``--name=value`` and ``--override name=value`` as text.
 
@@ -210,6 +365,10 @@ def read_flags(argv: Sequence[str]) -> dict[str, str]:
     Raises:
         ConfigError: an argument belongs to no setting, or a setting is given twice with different values.
     """
+    import fire  # here: a script explains a missing package once it runs
+    from fire.core import FireExit
+    from fire.decorators import SetParseFn
+
     overrides, rest = _split_overrides(argv)
     if "--" in rest:
         raise ConfigError("a lone -- stands on the command line: write every setting as --name value")
@@ -284,36 +443,27 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[s
     return overrides, rest
 
 
-_EXAMPLES = r"""
-Examples:
-    deepspeed launch/pretrain.py --recipe mae_vit_base --data 'shards/train/*.tar' \
-        --val_data 'shards/val/*.tar' --output_dir runs/base
-    deepspeed launch/finetune.py --recipe lora --init runs/base --data 'detect/train/*.tar' \
-        --val_data 'detect/dev/*.tar'
-"""
+def without_settings(argv: Sequence[str], names: Collection[str]) -> list[str]:
+    """Return a command line without these settings, their values, and ``--config``; other words keep their order."""
+    kept: list[str] = []
+    words = zip(argv, [*argv[1:], "--"], strict=False)
+    for word, after in words:
+        name, equals, _ = word.removeprefix("--").partition("=")
+        if name == "override":
+            name = (word.partition("=")[2] if equals else after).partition("=")[0].lstrip("-")
+        dropped = word.startswith("--") and name.replace("-", "_") in {*names, "config"}
+        if not dropped:
+            kept.append(word)
+        if word == "--override" or (dropped and not equals and not after.startswith("--")):
+            value, _ = next(words, ("", ""))
+            kept += [] if dropped else [value]
+    return kept
 
 
-def recipes_help(recipes: Recipes[R, T], default: str, argv: Sequence[str] = ()) -> str:
-    """Describe the recipes and every setting, with the values that the command line would run with.
-
-    Raises:
-        ConfigError: the command line is wrong.
-    """
-    line = read_command(argv, recipes, default)
-    chosen, script = read_flags(argv).get("recipe", default), Path(sys.argv[0]).name
-    lines = [
-        f"usage: deepspeed launch/{script} --recipe NAME --data 'shards/*.tar' [--name value] [--override name=value]",
-        f"\nRecipes (default {default}); flags change single settings of them:",
-    ]
-    for name, function in recipes.items():
-        text = "\n        ".join(line.strip() for line in (function.__doc__ or "").strip().splitlines() if line.strip())
-        lines.append(f"  --recipe {name}\n        {text}")
-    lines += [
-        "\nAlso: --dry_run (show settings, steps, memory and cost, and leave), --version, --override name=value",
-        "(repeatable), --deepspeed_config FILE or --deepspeed FILE (same as --ds_config)",
-        _EXAMPLES,
-        f"The values below are those of --recipe {chosen} and of this command line.",
-        help_text(line.recipe, "Recipe (changes the numbers)"),
-        help_text(line.runtime, "Runtime (does not)"),
-    ]
-    return "\n".join(lines)
+def given_places(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the settings of a command line and of its ``--config`` as text, to find the one that leads to a file."""
+    pairs = flag_pairs(argv)
+    with contextlib.suppress(TrainerError):
+        for path in [value for name, value in pairs if name == "config"]:
+            pairs += read_settings_file(path).values.items()
+    return pairs

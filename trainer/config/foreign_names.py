@@ -70,8 +70,8 @@ ADVICE = {
     **dict.fromkeys(("device", "gpu", "cpu", "cuda", "use_cpu", "no_cuda"), _DEVICE),
     **dict.fromkeys(("accum_iter", "gradient_accumulation_steps", "accumulate_grad_batches"), _ACCUMULATION),
     **dict.fromkeys(
-        ("config", "cfg", "config_file", "conf", "c"),
-        "--recipe NAME chooses settings that belong together, --ds_config FILE is DeepSpeed's JSON",
+        ("cfg", "config_file", "conf", "c"),
+        "--config FILE reads settings from a YAML or JSON file, --ds_config FILE is DeepSpeed's JSON",
     ),
     "zero_stage": "it stands in the DeepSpeed JSON: --ds_config ds_configs/zero2_bf16.json",
     **dict.fromkeys(("wandb", "report_to", "tensorboard"), "TensorBoard is always written, below --output_dir"),

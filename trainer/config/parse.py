@@ -4,8 +4,10 @@ import ast
 import dataclasses
 import inspect
 import re
+import textwrap
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,11 +32,13 @@ def resolve(recipe: R, runtime: T, flags: Mapping[str, str]) -> tuple[R, T]:
     return with_flags(recipe, flags), with_flags(runtime, flags)
 
 
-def refuse_unknown(flags: Mapping[str, str], known: Collection[str]) -> None:
-    """Raise `ConfigError` with the nearest valid names if a flag is unknown."""
+def refuse_unknown(flags: Iterable[str], known: Collection[str], *, path: str = "") -> None:
+    """Raise `ConfigError` with the nearest valid names if a flag, or a name in the file ``path``, is unknown."""
     for name in flags:
         if name not in known:
-            raise ConfigError(f"unknown setting --{name}: {foreign_names.hint(name, known)}")
+            hint = foreign_names.hint(name, {*known, "config"})
+            shown = f"unknown setting {name} in {path}" if path else f"unknown setting --{name}"
+            raise ConfigError(f"{shown}: {hint}")
 
 
 def with_flags(config: C, flags: Mapping[str, str]) -> C:
@@ -43,18 +47,72 @@ def with_flags(config: C, flags: Mapping[str, str]) -> C:
     Raises:
         ConfigError: a value has the wrong type or range.
     """
-    hints = typing.get_type_hints(type(config))
-    mine = {name: _parse(name, text, hints[name]) for name, text in flags.items() if name in hints}
-    return dataclasses.replace(config, **mine)
+    return dataclasses.replace(config, **_own(type(config), flags))
 
 
-def help_text(config: Any, title: str) -> str:
-    """Describe every setting with its meaning, unit and default; of a configuration instead of a class, its value."""
+def from_flags(config: type[C], flags: Mapping[str, str]) -> C:
+    """Make the dataclass from those of the flags that are its own, and its defaults.
+
+    Raises:
+        ConfigError: a value has the wrong type or range.
+    """
+    made: C = config(**_own(config, flags))
+    return made
+
+
+def _own(config: type, flags: Mapping[str, str]) -> dict[str, Any]:
+    hints = typing.get_type_hints(config)
+    return {name: _parse(name, text, hints[name]) for name, text in flags.items() if name in hints}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting as --help and the reference of all settings describe it."""
+
+    name: str
+    kind: str
+    """Its type, as `type_text` writes it."""
+    doc: str
+    """Its meaning and unit: the docstring under the field."""
+    section: str
+    """The comment above it, or above one of the fields before it, in the class that declares it."""
+    value: Any
+    """Of a configuration its value, of a class the default."""
+
+
+def settings_of(config: Any) -> list[Setting]:
+    """Describe the fields of a configuration, or of its class, section by section.
+
+    Sections come in the order in which they first appear; fields of one section stand together, also those of
+    different classes.
+    """
     is_class = isinstance(config, type)
-    lines, docs = [f"\n{title}:"], field_docs(config if is_class else type(config))
-    for entry in dataclasses.fields(config):
-        shown = f"Default: {as_text(entry.default)}" if is_class else f"Value: {as_text(getattr(config, entry.name))}"
-        lines.append(f"  --{entry.name} {_type_name(entry)}\n        {docs[entry.name]} {shown}")
+    notes = _field_notes(config if is_class else type(config))
+    found = [
+        Setting(
+            entry.name,
+            type_text(entry.type),
+            *notes[entry.name],
+            entry.default if is_class else getattr(config, entry.name),
+        )
+        for entry in dataclasses.fields(config)
+    ]
+    order = list(dict.fromkeys(setting.section for setting in found))
+    return sorted(found, key=lambda setting: order.index(setting.section))
+
+
+def help_text(config: Any, title: str, *, required: Collection[str] = ()) -> str:
+    """Describe every setting by section, with its meaning, unit and value; of a class, with its default."""
+    lines, section = [f"\n{title}:"], ""
+    for setting in settings_of(config):
+        if setting.section != section:
+            section = setting.section
+            lines.append(f"\n  {section}")
+        shown = "(required)" if setting.name in required and not setting.value else f"= {as_text(setting.value)}"
+        lines.append(f"    --{setting.name} {setting.kind} {shown}")
+        lines += textwrap.wrap(
+            setting.doc, 112, initial_indent=" " * 8, subsequent_indent=" " * 8, break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 
@@ -115,17 +173,19 @@ def _parse(name: str, text: str, hint: Any) -> Any:
     return expand_home(text)
 
 
-def _type_name(entry: "dataclasses.Field[Any]") -> str:
-    return type_text(entry.type)
+_SECTION = re.compile(r"    # (.+)")
 
 
-def field_docs(config: type) -> dict[str, str]:
-    """Read the docstring that stands under each field, which Python itself does not keep."""
-    docs = {}
+def _field_notes(config: type) -> dict[str, tuple[str, str]]:
+    """Read what stands in the source around each field: the docstring under it, and the section comment above it."""
+    notes = {}
     for owner in reversed(config.__mro__[:-1]):
-        body = ast.parse(inspect.getsource(owner)).body[0]
+        source, section = inspect.getsource(owner), ""
+        lines, body = source.splitlines(), ast.parse(source).body[0]
         assert isinstance(body, ast.ClassDef)
         for field, below in zip(body.body, body.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-                docs[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
-    return docs
+                if above := _SECTION.fullmatch(lines[field.lineno - 2]):
+                    section = above[1]
+                notes[field.target.id] = (" ".join(str(ast.literal_eval(below.value)).split()), section)
+    return notes

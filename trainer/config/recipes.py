@@ -4,10 +4,24 @@ Each returns a recipe (the numbers) and a runtime (a first guess for the hardwar
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-from trainer.config.command_line import configure
 from trainer.config.settings import DetectorRecipe, DetectorRuntime, PretrainRecipe, PretrainRuntime, Recipe, Runtime
+
+R_co = TypeVar("R_co", bound=Recipe, covariant=True)
+T_co = TypeVar("T_co", bound=Runtime, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipes(Generic[R_co, T_co]):
+    """The recipes of a training command."""
+
+    script: str
+    """The command: launch/SCRIPT.py."""
+    functions: Mapping[str, Callable[[], tuple[R_co, T_co]]]
+    default: str
 
 
 def demo() -> tuple[PretrainRecipe, PretrainRuntime]:
@@ -110,7 +124,7 @@ def mae_vit_huge() -> tuple[PretrainRecipe, PretrainRuntime]:
 
 _PRETRAINING = (demo, mae_vit_small, mae_vit_base, mae_vit_base_fast, mae_vit_large, mae_vit_huge)
 RECIPES = {function.__name__: function for function in _PRETRAINING}
-DEFAULT = "mae_vit_base"
+PRETRAINING = Recipes("pretrain", RECIPES, "mae_vit_base")
 
 
 def lora() -> tuple[DetectorRecipe, DetectorRuntime]:
@@ -173,7 +187,8 @@ def detector_demo() -> tuple[DetectorRecipe, DetectorRuntime]:
 
 
 DETECTOR_RECIPES = {function.__name__: function for function in (lora, probe, full, detector_demo)}
-DETECTOR_DEFAULT = "lora"
+FINETUNING = Recipes("finetune", DETECTOR_RECIPES, "lora")
+TRAININGS: tuple[Recipes[Recipe, Runtime], ...] = (PRETRAINING, FINETUNING)
 
 
 def _published(model: str) -> PretrainRecipe:
@@ -214,14 +229,3 @@ def _detector(**changes: Any) -> DetectorRecipe:
 
 def _detecting() -> DetectorRuntime:
     return DetectorRuntime(output_dir="runs/detector", micro_batch=64, num_workers=8, log_every=20, val_every=200)
-
-
-def configure_script(script: str, argv: list[str]) -> tuple[Recipe, Runtime]:
-    """Read the command line of ``pretrain`` or ``finetune`` as that script does.
-
-    Raises:
-        ConfigError: as `configure`.
-    """
-    if script == "pretrain":
-        return configure(argv, RECIPES, DEFAULT)
-    return configure(argv, DETECTOR_RECIPES, DETECTOR_DEFAULT)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.config.parse import as_text, field_docs
+from trainer.config.parse import as_text, settings_of
 from trainer.config.recipes import DETECTOR_RECIPES, RECIPES
 from trainer.config.settings import (
     DetectorRecipe,
@@ -54,7 +54,7 @@ def reference() -> str:
 
 
 def _table(config: type, inherited: set[str]) -> str:
-    docs, hints = field_docs(config), typing.get_type_hints(config)
+    docs, hints = {setting.name: setting.doc for setting in settings_of(config)}, typing.get_type_hints(config)
     lines = ["| setting | type, default | meaning [unit] |", "| --- | --- | --- |"]
     for entry in dataclasses.fields(config):
         if entry.name not in inherited:

@@ -2,7 +2,8 @@
 
 Pre-training and detection share most of both and add their own. All are flat, frozen and disjoint, so every field is a
 flag of its own. Text from the command line becomes typed values here, and every value is checked before any work. The
-docstring under a field is its help text; its unit stands in brackets at the end.
+docstring under a field is its help text; its unit stands in brackets at the end. A comment above a field names the
+section of --help to which it and the fields below it belong.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from trainer.errors import ConfigError
@@ -21,10 +23,11 @@ C = TypeVar("C", bound=Any)
 class Recipe:
     """What changes the numbers of any training. Two runs with equal recipes and data compute the same thing."""
 
+    # Reproducibility
     seed: int = 0
     """Root of all randomness: order, crops, masks, initial weights."""
 
-    # The encoder
+    # Model
     model: str = "vit_base_patch16_224"
     """Encoder: the name of any timm VisionTransformer with absolute positions."""
     image_size: int = 224
@@ -34,7 +37,7 @@ class Recipe:
     encoder_depth: int | None = None
     """Transformer blocks in the encoder; none keeps the model's own."""
 
-    # Optimisation
+    # Schedule
     global_batch: int = 4096
     """Samples in one optimizer step, over all ranks and accumulation steps [images]."""
     epochs: float = 800.0
@@ -44,6 +47,7 @@ class Recipe:
     """Length of the schedule instead of epochs; the warm-up keeps its share, warmup_epochs / epochs [steps]."""
     warmup_epochs: float = 40.0
     """Linear warm-up from zero [epochs]."""
+    # Optimizer
     base_learning_rate: float = 1.5e-4
     """Peak learning rate for a global batch of 256; scaled linearly with global_batch."""
     learning_rate: float | None = None
@@ -58,6 +62,7 @@ class Recipe:
     """AdamW's second-moment decay."""
     clip_grad_norm: float = 0.0
     """Clip the global gradient norm to this; 0 leaves it alone."""
+    # Loss spikes
     spike_threshold: float = 0.0
     """A loss so far above the median of the last 128 is a spike [median absolute deviations]; 0 looks for none."""
     spike_patience: int = 3
@@ -69,6 +74,7 @@ class Recipe:
     image_member: str | None = None
     """Suffix of the image to read where samples hold several, as left.jpg or left; none: the only one, or the plain
     one (jpg beside seg.png)."""
+    # Augmentation
     crop_scale_min: float = 0.2
     """Smallest share of the image that a random crop keeps."""
     crop_scale_max: float = 1.0
@@ -81,6 +87,7 @@ class Recipe:
     colours: Literal["stored", "srgb"] = "stored"
     """stored: numbers as they stand in the file; srgb: images with another colour profile (Display P3 of phones, Adobe
     RGB) are converted to sRGB, in tests as well."""
+    # Order of the data
     balance_by: Literal["none", "label", "source", "attack"] = "none"
     """Give each class, or each value of that field of the samples' json, an equal part of every batch."""
     use_balanced_sampler: bool = False
@@ -146,6 +153,7 @@ class Recipe:
 class PretrainRecipe(Recipe):
     """What changes the numbers of masked pre-training."""
 
+    # Masking
     mask_ratio: float = 0.75
     """Share of patches hidden, strictly between 0 and 1."""
     mask_strategy: Literal["random", "block", "grid"] = "random"
@@ -158,6 +166,7 @@ class PretrainRecipe(Recipe):
     """Give the decoder its own positions; otherwise it sees the encoder's, projected."""
     fixed_pos_embed: bool = True
     """Use fixed sine-cosine positions as the published MAE does; otherwise they are learned."""
+    # Decoder
     decoder_width: int = 512
     """Width of the decoder's tokens."""
     decoder_depth: int = 4
@@ -168,8 +177,10 @@ class PretrainRecipe(Recipe):
     """self: all tokens attend to each other, as published; cross: hidden patches attend to the seen ones only."""
     predict_share: float = 1.0
     """Share of the hidden patches that a training step predicts; below 1 needs decoder_type cross."""
+    # Loss
     norm_pix_loss: bool = True
     """Predict each patch normalised by its own mean and variance."""
+    # Data
     aug_repeats: int = 1
     """Views of each image in a batch, of one decoding (repeated augmentation); an epoch counts views. For runs that
     wait for decoding or storage."""
@@ -196,7 +207,7 @@ class PretrainRecipe(Recipe):
 class DetectorRecipe(Recipe):
     """What changes the numbers of a morph detector. Classes are [bonafide, morph] = [0, 1]."""
 
-    # Where the encoder comes from
+    # Model
     use_learned_mask_token: bool | None = None
     """Refuse an --init that was not pre-trained so (true or false); none takes either."""
     use_separate_pos_embed: bool | None = None
@@ -207,6 +218,7 @@ class DetectorRecipe(Recipe):
     # What is trained
     freeze_backbone: bool | None = None
     """Keep the encoder's own weights as they are; none: with LoRA yes, otherwise no. Alone: a linear probe."""
+    # LoRA
     use_lora: bool = False
     """Train low-rank adapters inside the encoder."""
     lora_r: int = 4
@@ -221,15 +233,17 @@ class DetectorRecipe(Recipe):
     """Scale by lora_alpha / sqrt(lora_r) instead (Kalajdzievski 2023, arXiv 2312.03732)."""
     use_dora: bool = False
     """Train magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353)."""
+    # Optimizer
     layer_decay: float = 1.0
     """Each block's learning rate is this times that of the block above it; 1 for all alike (0.75 in the MAE paper)."""
     decay_embeddings: bool = False
     """Let weight_decay reach the encoder's positions, class and register tokens as well; in timm's and the published
     fine-tuning it does not."""
+    # What is trained
     drop_path: float = 0.0
     """Chance of skipping a block in training, rising linearly with depth to this (0.1 in the MAE paper)."""
 
-    # The head and the loss
+    # Head
     pooling: Literal["avg", "avg_fc_norm", "cls"] = "avg"
     """What the head sees. avg: the mean of the patch tokens behind the encoder's last norm; avg_fc_norm: the norm of
     their mean, as the published MAE fine-tunes (timm's fc_norm); cls: the class token."""
@@ -243,6 +257,7 @@ class DetectorRecipe(Recipe):
     """Classify with a small perceptron (MorphClassifier) instead of one linear layer."""
     cls_hidden_dim: int | None = None
     """Hidden width of that perceptron; none: that of its input."""
+    # Loss
     use_margin_loss: bool = False
     """Additive cosine margin between the classes (CosFace) instead of plain cross-entropy."""
     margin: float = 0.3
@@ -253,13 +268,13 @@ class DetectorRecipe(Recipe):
     """Weights of the loss of [bonafide, morph]."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over both classes; blurs thresholds, hence off."""
+    # MixStyle and mixup
     mixup_alpha: float = 0.0
     """Blend training images and labels with Beta(alpha, alpha); 0 is off: blends of faces are the attack itself."""
     mix_group: int = 8
     """Where mixup or MixStyle is on, samples find partners in groups of so many, spread over the global batch; every
     micro_batch holds whole groups, so that partners do not depend on it [images]."""
 
-    # MixStyle
     use_mixstyle: bool = False
     """Mix the feature statistics of samples in early blocks, in training (Zhou et al. 2021, arXiv 2104.02008)."""
     mixstyle_p: float = 0.5
@@ -326,11 +341,14 @@ class DetectorRecipe(Recipe):
 class Runtime:
     """What does not change the numbers of any training: where things are, how fast, how often we look."""
 
+    # Data
     data: str = ""
     """Training shards: paths, globs, URLs or {000..099} ranges, separated by commas; a share of every batch may
     follow each, as in a/*.tar@0.7,b/*.tar@0.3, or a YAML file lists {shards, share}."""
+    # Run
     output_dir: str = "runs/pretrain"
     """Where checkpoints, logs and pictures go."""
+    # Data
     index_dir: str | None = None
     """Where shard indices are kept; none keeps them beside the shards."""
     cache_dir: str | None = None
@@ -341,10 +359,12 @@ class Runtime:
     """Go on although the shards or their shares are not those of the checkpoint; the change is recorded in it."""
     sample_ledger: str | None = None
     """Folder for JSON lines of every sample that the optimizer consumed; none writes nothing."""
+    # Run
     ds_config: str | None = None
     """DeepSpeed JSON file (also --deepspeed_config); none picks cpu_fp32 or zero1_bf16 by the device."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: go on where output_dir stands; must: fail if it is empty; never: fail if it is not."""
+    # Speed and memory
     micro_batch: int = 64
     """Samples a rank holds in one forward pass [images]."""
     num_workers: int = 2
@@ -355,6 +375,7 @@ class Runtime:
     """Recompute the encoder's activations in the backward pass: less memory, more time."""
     num_threads: int | None = None
     """CPU threads a rank computes with; none shares the cores among the ranks of the host."""
+    # Logging and checkpoints
     log_every: int = 20
     """Interval of metrics [steps]."""
     save_every: int = 500
@@ -363,10 +384,12 @@ class Runtime:
     """How many of the newest checkpoints stay on disk."""
     background_saves: bool = True
     """Write checkpoints while the training goes on; it waits for a copy of the state only. Needs host memory for it."""
+    # Run
     max_restarts: int = 10
     """Refuse to start after so many attempts died in a row without a newer checkpoint; 0 never refuses."""
     stop_at_step: int | None = None
     """Save and leave after this step without shortening the schedule [steps]."""
+    # Limits
     max_bad_steps: int = 5
     """Stop when the loss or a gradient was not finite in so many steps in a row; each such step moves nothing."""
     max_bad_sample_share: float = 0.001
@@ -379,8 +402,10 @@ class Runtime:
     """Waiting longer for the batches of a step ends the job, likewise; 0 for ever [seconds]."""
     save_timeout_s: int = 7200
     """Saving, measuring or drawing longer ends the job, likewise; 0 for ever [seconds]."""
+    # Speed and memory
     oversubscribe: bool = False
     """Allow more CPU ranks than cores."""
+    # Logging and checkpoints
     progress_bar: bool = True
     """Show on rank 0 how far the run is: a bar in a terminal, a line every half minute in a log."""
 
@@ -397,11 +422,13 @@ class Runtime:
 class PretrainRuntime(Runtime):
     """What does not change the numbers of pre-training, but for `init`, whose weights are part of its identity."""
 
+    # Initial weights
     init: str = ""
     """Weights to start from instead of random ones: a run of pretrain.py, an official MAE .pth file, a folder of
     transformers' ViTMAE, or encoders as finetune.py takes them. Positions of another image_size are interpolated."""
     init_encoder_only: bool = False
     """Leave the decoder of --init behind."""
+    # Validation
     val_data: str = ""
     """Validation shards for the validation loss and the pictures; empty for none."""
     val_every: int = 500
@@ -410,8 +437,10 @@ class PretrainRuntime(Runtime):
     """Interval of reconstruction pictures [steps]."""
     val_samples: int = 1024
     """How many validation images are measured; 0 for all [images]."""
+    # Speed and memory
     compile_mode: Literal["off", "default", "reduce-overhead"] = "off"
     """How torch.compile compiles the model, which takes minutes; reduce-overhead replays CUDA graphs."""
+    # Validation
     val_mask_ratio: float | None = None
     """Share of patches hidden in validation images; none: mask_ratio. One value lets runs of several ratios compare."""
 
@@ -428,12 +457,14 @@ class PretrainRuntime(Runtime):
 class DetectorRuntime(Runtime):
     """What does not change the numbers of a detector, but for `init`, whose bytes are part of the run's identity."""
 
+    # Initial weights
     init: str = ""
     """Encoder weights: a run or checkpoint of pretrain.py, a detector that was trained in full, a .safetensors file or
     folder of timm's, tools/export.py's or transformers' ViTMAE, an official MAE .pth file; or a timm model's name with
     --pretrained true; empty starts from random weights."""
     pretrained: bool = False
     """Take --init as the name of a timm model, whose weights are downloaded."""
+    # Validation
     val_data: str = ""
     """Validation shards, never a test set. They fit thresholds and calibration, and choose the step that is kept: the
     latest whose D-EER is at most one standard error, over people, above the lowest one before it."""
@@ -441,6 +472,77 @@ class DetectorRuntime(Runtime):
     """Interval of validation [steps]."""
     allow_overlap: bool = False
     """Go on although people or images of the training set are in the validation set; recorded in the detector."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """What the command of a training takes beside recipe and runtime."""
+
+    recipe: str = ""
+    """Name of the recipe to start from."""
+    dry_run: bool = False
+    """Show settings, steps, memory and cost, and leave."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSettings:
+    """What an evaluation of detectors may set."""
+
+    models: str = ""
+    """Detectors, as NAME=RUN;NAME=RUN, where RUN is an output_dir of launch/finetune.py or its detector folder."""
+    test_sets: str = ""
+    """Labelled shards, as NAME=SHARDS;NAME=SHARDS, where SHARDS is what --data takes."""
+    output_dir: str = "results"
+    """Where the three files go."""
+    threshold: str = "d_eer"
+    """Which of a detector's thresholds decides isMorph: d_eer, macer_0.01 ... 0.20, bscer_0.01, bscer_0.10."""
+    init: str | None = None
+    """Where the frozen encoder's weights are now, if not where training found them; they are checked."""
+    image_size: int | None = None
+    """Refuse detectors of another image size; none takes each at its own [pixels]."""
+    allow_overlap: bool = False
+    """Measure although people or images of a test set were trained on or chose the model; the report says so."""
+    num_replicates: int = 1000
+    """Replicates of the bootstrap over people, for the intervals; 0 for none."""
+    seed: int = 0
+    """Of the bootstrap."""
+    num_hardest: int = 8
+    """So many hardest morphs, and as many hardest bona fides, of each model and test set in the report [images]."""
+    baselines: str | None = None
+    """JSON of tools/shortcut_baselines.py, to stand beside the models."""
+    markdown: str | None = None
+    """Also write a table of D-EERs in Markdown into this file, for a README."""
+    micro_batch: int = 64
+    """Images in one forward pass [images]."""
+    num_workers: int = 2
+    """Loader processes; 0 loads in this one."""
+    index_dir: str | None = None
+    """Where shard indices are kept; none keeps them beside the shards."""
+    image_member: str | None = None
+    """Suffix of the image to read where samples hold several, as left.jpg; none: the only one, or the plain one."""
+    num_threads: int | None = None
+    """CPU threads; none leaves torch's choice."""
+    progress_bar: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("micro_batch", "num_threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, but must be at least 1")
+        for name in ("num_workers", "num_replicates", "num_hardest"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
+        if self.markdown is not None:
+            path = Path(self.markdown)
+            will_exist = path.parent.is_dir() or path.parent == Path(self.output_dir)
+            if path.is_dir() or not will_exist:
+                raise ConfigError(
+                    f"markdown is {self.markdown}, but must be a file in a folder that exists: create the folder"
+                )
 
 
 _AT_LEAST_ONE = {

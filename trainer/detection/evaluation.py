@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.config.settings import DetectorRecipe, DetectorRuntime, check_types
+from trainer.config.settings import DetectorRecipe, DetectorRuntime, EvaluationSettings
 from trainer.data.loader import Loader
 from trainer.data.shards.index import ShardIndex, describe_index, list_shards, open_index
 from trainer.data.sources import byte_range_reader, pixels_of
@@ -36,64 +36,6 @@ from trainer.models.detector import MorphDetector
 from trainer.progress import Progress
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """What the user may set."""
-
-    models: str = ""
-    """Detectors, as NAME=RUN;NAME=RUN, where RUN is an output_dir of launch/finetune.py or its detector folder."""
-    test_sets: str = ""
-    """Labelled shards, as NAME=SHARDS;NAME=SHARDS, where SHARDS is what --data takes."""
-    output_dir: str = "results"
-    """Where the three files go."""
-    threshold: str = "d_eer"
-    """Which of a detector's thresholds decides isMorph: d_eer, macer_0.01 ... 0.20, bscer_0.01, bscer_0.10."""
-    init: str | None = None
-    """Where the frozen encoder's weights are now, if not where training found them; they are checked."""
-    image_size: int | None = None
-    """Refuse detectors of another image size; none takes each at its own [pixels]."""
-    allow_overlap: bool = False
-    """Measure although people or images of a test set were trained on or chose the model; the report says so."""
-    num_replicates: int = 1000
-    """Replicates of the bootstrap over people, for the intervals; 0 for none."""
-    seed: int = 0
-    """Of the bootstrap."""
-    num_hardest: int = 8
-    """So many hardest morphs, and as many hardest bona fides, of each model and test set in the report [images]."""
-    baselines: str | None = None
-    """JSON of tools/shortcut_baselines.py, to stand beside the models."""
-    markdown: str | None = None
-    """Also write a table of D-EERs in Markdown into this file, for a README."""
-    micro_batch: int = 64
-    """Images in one forward pass [images]."""
-    num_workers: int = 2
-    """Loader processes; 0 loads in this one."""
-    index_dir: str | None = None
-    """Where shard indices are kept; none keeps them beside the shards."""
-    image_member: str | None = None
-    """Suffix of the image to read where samples hold several, as left.jpg; none: the only one, or the plain one."""
-    num_threads: int | None = None
-    """CPU threads; none leaves torch's choice."""
-    progress_bar: bool = True
-    """Show a progress bar."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("micro_batch", "num_threads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} is {value}, but must be at least 1")
-        for name in ("num_workers", "num_replicates", "num_hardest"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
-        if self.markdown is not None:
-            path = Path(self.markdown)
-            will_exist = path.parent.is_dir() or path.parent == Path(self.output_dir)
-            if path.is_dir() or not will_exist:
-                raise ConfigError(
-                    f"markdown is {self.markdown}, but must be a file in a folder that exists: create the folder"
-                )
-
-
 @dataclass(frozen=True, slots=True)
 class TestSet:
     """A named set of labelled shards."""
@@ -113,7 +55,7 @@ class Detector:
     model: MorphDetector
 
 
-def evaluate(settings: Settings) -> Path:
+def evaluate(settings: EvaluationSettings) -> Path:
     """Measure every model on every test set; returns the path of the report.
 
     Raises:
@@ -150,7 +92,7 @@ def evaluate(settings: Settings) -> Path:
     return results.path("report.html")
 
 
-def open_detector(name: str, path: Path, settings: Settings) -> Detector:
+def open_detector(name: str, path: Path, settings: EvaluationSettings) -> Detector:
     """Load a detector and the encoder that it stands on.
 
     Raises:
@@ -176,7 +118,7 @@ def open_detector(name: str, path: Path, settings: Settings) -> Detector:
     return Detector(name, saved, recipe, model.eval().to(default_device()))
 
 
-def open_test_set(name: str, shards: str, settings: Settings) -> TestSet:
+def open_test_set(name: str, shards: str, settings: EvaluationSettings) -> TestSet:
     """Open the shards of a test set.
 
     Raises:
@@ -190,7 +132,7 @@ def open_test_set(name: str, shards: str, settings: Settings) -> TestSet:
     return TestSet(name, index, truth_of(index, np.arange(len(index))))
 
 
-def overlaps(detector: Detector, test_set: TestSet, settings: Settings) -> list[str]:
+def overlaps(detector: Detector, test_set: TestSet, settings: EvaluationSettings) -> list[str]:
     """Name what a test set shares with the data that made or chose a detector.
 
     Raises:
@@ -234,7 +176,7 @@ def read_baselines(path: Path, sets: Sequence[TestSet]) -> list[dict[str, Any]]:
     return rows
 
 
-def score_set(detector: Detector, test_set: TestSet, settings: Settings) -> Scores:
+def score_set(detector: Detector, test_set: TestSet, settings: EvaluationSettings) -> Scores:
     """Score every image of a test set; one that cannot be read has a reason instead.
 
     Raises:
@@ -270,7 +212,7 @@ def score_set(detector: Detector, test_set: TestSet, settings: Settings) -> Scor
     return scores
 
 
-def scored_set(detector: Detector, test_set: TestSet, scores: Scores, settings: Settings) -> ScoredSet:
+def scored_set(detector: Detector, test_set: TestSet, scores: Scores, settings: EvaluationSettings) -> ScoredSet:
     """Put scores beside what is known of the images; the figures come later."""
     index, truth, decision = test_set.index, test_set.truth, detector.saved.decision
     return ScoredSet(
@@ -286,7 +228,7 @@ def scored_set(detector: Detector, test_set: TestSet, scores: Scores, settings: 
     )
 
 
-def summary_of(found: ScoredSet, test_set: TestSet, settings: Settings) -> dict[str, Any]:
+def summary_of(found: ScoredSet, test_set: TestSet, settings: EvaluationSettings) -> dict[str, Any]:
     """Compute every figure; images that cannot be read count as failures and not as scores.
 
     Raises:
@@ -308,7 +250,9 @@ def summary_of(found: ScoredSet, test_set: TestSet, settings: Settings) -> dict[
     )
 
 
-def hardest_of(detector: Detector, test_set: TestSet, found: ScoredSet, settings: Settings) -> list[HardSample]:
+def hardest_of(
+    detector: Detector, test_set: TestSet, found: ScoredSet, settings: EvaluationSettings
+) -> list[HardSample]:
     """Draw the images of each class on which a detector is most wrong, with the flow of its attention."""
     worst = []
     for label in range(len(CLASSES)):
@@ -337,7 +281,7 @@ def hardest_of(detector: Detector, test_set: TestSet, found: ScoredSet, settings
     return hardest
 
 
-def cautions(detectors: Sequence[Detector], scored: Sequence[ScoredSet], settings: Settings) -> list[str]:
+def cautions(detectors: Sequence[Detector], scored: Sequence[ScoredSet], settings: EvaluationSettings) -> list[str]:
     """Say where intervals claim too much, and which detectors' thresholds decide nothing."""
     found = []
     for detector in detectors:
@@ -375,7 +319,7 @@ def describe(
     codes: Mapping[tuple[str, str], list[str]],
     warnings: list[str],
     baselines: list[dict[str, Any]],
-    settings: Settings,
+    settings: EvaluationSettings,
 ) -> dict[str, Any]:
     """Put everything into one JSON-able record."""
     models = []

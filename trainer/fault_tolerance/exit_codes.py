@@ -10,15 +10,18 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
-from trainer.config.command_line import flag_pairs
+from trainer.config.command_line import Reader, call, given_places
 from trainer.config.parse import expand_home
 from trainer.distributed.refusal import report_to_ranks, wait_for_main
 from trainer.errors import SupersededError, TrainerError
 from trainer.fault_tolerance.watchdog import explain_loss, set_phase
 from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.progress import is_main
+from trainer.startup import EXIT_INTERRUPTED, EXIT_MISSING, missing_package, say_interrupted
+
+L = TypeVar("L")
 
 EXIT_USER_ERROR = 2
 
@@ -32,18 +35,25 @@ EXIT_PEER_LOST = 86
 EXIT_SUPERSEDED = 87
 
 
-EXIT_INTERRUPTED = 128 + signal.SIGINT
-
-
 _MAIN_SPEAKS_FIRST_S = 15.0
 
 
-def run(command: Callable[[], int]) -> NoReturn:
-    """Run a command and end the process.
+def run(main: Callable[[L], int], cli: Reader[L]) -> NoReturn:
+    """Run a command on the words that it was started with, and end the process; `exit_with` lists the exit codes.
 
-    The exit code is the command's own; 2 with one message on stderr if the user can mend what went wrong; 86 if another
-    rank or its host was lost, which the same command may survive; 87 if a newer attempt has taken over; 130 with one
-    line after Ctrl-C; 1 with a traceback for anything else.
+    Args:
+        main: does the work and returns the exit code.
+        cli: what the command line may hold.
+    """
+    exit_with(lambda: call(main, cli, sys.argv[1:]))
+
+
+def exit_with(work: Callable[[], int]) -> NoReturn:
+    """Do some work and end the process.
+
+    The exit code is what the work returns; 2 with one message on stderr if the user can fix what went wrong; 86 if
+    another rank or its host was lost, which the same command may survive; 87 if a newer attempt has taken over; 130
+    with one line after Ctrl-C; 1 with a traceback for anything else.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name from data must not end a command that has done its work
@@ -51,7 +61,7 @@ def run(command: Callable[[], int]) -> NoReturn:
     interrupt = _Interrupt()
     try:
         try:
-            code = command()
+            code = work()
         except Exception as error:  # noqa: BLE001  (every error is shown; this process must not linger)
             code = EXIT_INTERRUPTED if interrupt.seen else explain(error)
     except KeyboardInterrupt:
@@ -73,6 +83,10 @@ def explain(error: Exception) -> int:
         if is_main():
             report_to_ranks()
         return code
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in ("trainer", "tools"):
+        set_phase(Phase.FAILED)
+        print(missing_package(error), file=sys.stderr)
+        return EXIT_MISSING
     if isinstance(error, OSError) and (place := _place_of(error)):
         set_phase(Phase.FAILED)
         print(f"\nerror: {place}", file=sys.stderr)
@@ -95,7 +109,7 @@ def _place_of(error: OSError) -> str | None:
     if error.errno not in _REFUSALS or not isinstance(error.filename, str):
         return None
     path = Path(error.filename).absolute()
-    for name, value in flag_pairs(sys.argv[1:]):
+    for name, value in given_places(sys.argv[1:]):
         given = Path(expand_home(value)).absolute()
         above, below = path == given or path in given.parents, given in path.parents
         if above or (below and error.errno != errno.ENOENT):  # that something is missing below is not the user's doing
@@ -122,12 +136,6 @@ class _Interrupt:
         for child in multiprocessing.active_children():
             child.terminate()
         raise KeyboardInterrupt
-
-
-def say_interrupted() -> None:
-    """Write the one line of a command that Ctrl-C ends."""
-    if is_main():
-        os.write(2, b"\ninterrupted: nothing half written stays; the same command starts it again\n")
 
 
 def _main_speaks_first(code: int) -> bool:

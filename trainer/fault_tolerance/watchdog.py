@@ -24,12 +24,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.config.settings import Runtime
-from trainer.distributed.world import World
 from trainer.fault_tolerance import watchdog_process as guardian
 from trainer.fault_tolerance.watchdog_process import PHASE_RECORD, Phase, beat_interval_s, tell, verdict_path
+
+if TYPE_CHECKING:
+    from trainer.distributed.world import World  # imports torch, which a command line can do without
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +205,7 @@ def backend_timeout_s(runtime: Runtime) -> int:
     return runtime.timeout_s + BACKEND_MARGIN_S if runtime.timeout_s else _FOR_EVER_S
 
 
-def start_watchdog(output: Path, world: World, runtime: Runtime) -> None:
+def start_watchdog(output: Path, world: "World", runtime: Runtime) -> None:
     """Watch this rank from here on."""
     limits = Limits(runtime.timeout_s, runtime.data_timeout_s, runtime.save_timeout_s)
     attempt = world.on_main(lambda: f"{datetime.now():%Y-%m-%d_%H-%M-%S}")

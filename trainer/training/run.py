@@ -29,13 +29,14 @@ from trainer.distributed.world import World
 from trainer.errors import without_secrets
 from trainer.fault_tolerance import checkpoint
 from trainer.fault_tolerance.attempts import Lease
-from trainer.fault_tolerance.exit_codes import EXIT_INTERRUPTED, EXIT_REQUEUE
+from trainer.fault_tolerance.exit_codes import EXIT_REQUEUE
 from trainer.fault_tolerance.guards import BadSamples, Guards, StopRequest, name_of_signal
 from trainer.fault_tolerance.ledger import Ledger
 from trainer.fault_tolerance.nonfinite import BadSteps, SpikeWatch
 from trainer.fault_tolerance.resume import claim, describe_start, resume, versions
 from trainer.log import print_and_log
 from trainer.seeds import step_seed
+from trainer.startup import EXIT_INTERRUPTED
 from trainer.training.dry_run import describe
 from trainer.training.loop import Hooks, Inputs, Intervals, Outcome, train
 from trainer.training.model_cost import BuildModel

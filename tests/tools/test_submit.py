@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers.runs import ROOT
 from tools import submit
-from trainer.config.command_line import call
+from trainer.config.command_line import call, without_settings
 from trainer.errors import ConfigError
 
 SLURM = ROOT / "launch" / "slurm"
@@ -51,7 +51,7 @@ def test_a_job_holds_its_size_and_every_word_as_it_was(capsys: pytest.CaptureFix
 )
 def test_what_the_training_would_refuse_is_refused_here(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        call(submit.main, submit.CLI, [*(WORDS[:-2] if "--output_dir" in words else WORDS), "--dry_run", *words])
+        call(submit.main, submit.CLI, [*without_settings(WORDS, [words[0].removeprefix("--")]), "--dry_run", *words])
     assert message in str(caught.value)
 
 

@@ -201,7 +201,8 @@ def make_plan(settings: Settings, recipe: Recipe, runtime: Runtime) -> Plan:
 
     ranks, hardware = settings.nodes * settings.gpus, HARDWARE[settings.hardware]
     runtime = dataclasses.replace(runtime, ds_config=runtime.ds_config or str(data_file("ds_configs/zero1_bf16.json")))
-    config = engine_settings(recipe, runtime, World(size=ranks, local_size=settings.gpus))
+    world = World(size=ranks, local_size=settings.gpus)
+    config = engine_settings(recipe, world, runtime.micro_batch, runtime.ds_config)
     zero = planning.zero_of(config)
     if zero.stage == 0 and zero.accum != zero.precision:
         raise ConfigError(

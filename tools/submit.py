@@ -151,7 +151,8 @@ def check(job: Job, words: list[str]) -> None:
         from trainer.distributed.ds_config import engine_settings
         from trainer.distributed.world import World
     for recipe, runtime in found:
-        engine_settings(recipe, runtime, World(0, settings.nodes * settings.gpus, 0, settings.gpus))
+        world = World(0, settings.nodes * settings.gpus, 0, settings.gpus)
+        engine_settings(recipe, world, runtime.micro_batch, runtime.ds_config)
 
 
 def configurations(job: Job, words: list[str]) -> Iterator[tuple[Recipe, Runtime]]:

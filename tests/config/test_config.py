@@ -16,7 +16,7 @@ from trainer.config.settings import DetectorRecipe, DetectorRuntime, Launch, Pre
 from trainer.data.shards.index import list_shards
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import explain
-from trainer.fault_tolerance.resume import check_output
+from trainer.fault_tolerance.resume import check_run
 
 PRETRAIN = TrainingCommandLine(Launch, "Doc.\n", (PRETRAINING,), required=("data",), trains=True)
 FINETUNE = TrainingCommandLine(Launch, "Doc.\n", (FINETUNING,), required=("data",), trains=True)
@@ -239,7 +239,7 @@ def test_a_run_of_another_recipe_leads_on_to_init(tmp_path: Path) -> None:
     record = {"recipe": to_dict(PretrainRecipe(seed=1))}
     (tmp_path / "recipe.json").write_text(json.dumps(record))
     with pytest.raises(ConfigError, match=f"seed .*--init {tmp_path} there starts from this run's weights"):
-        check_output(tmp_path, PretrainRecipe(seed=2), "auto")
+        check_run(PretrainRecipe(seed=2), PretrainRuntime(output_dir=str(tmp_path)))
 
 
 def test_images_instead_of_shards_lead_to_the_tool_that_packs_them(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_truth_names_tools_of_morphs_and_the_people_in_each_image(tmp_path: Path
         ([{"label": 0}, {"label": 1}, {}], "--data: 1 of 3 samples .* 002 in .* has no label"),
         ([{"label": 0}, {"label": 2}, {"label": 1}], "001 in .* has label 2"),
         ([{"label": 0}, {"label": 0}], r"none of 2 samples is a morph \(label 1\)"),
-        ([{"label": 1}, {"label": 1}], r"none of 2 samples is a bonafide \(label 0\)"),
+        ([{"label": 1}, {"label": 1}], r"none of 2 samples is a bona fide \(label 0\)"),
     ],
 )
 def test_sets_that_cannot_judge_are_refused(rows: list[Row], message: str, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from trainer.config import record
 from trainer.config.command_line import configure
 from trainer.config.recipes import PRETRAINING
 from trainer.config.record import LEGACY_VALUES, complete_record, from_dict, keep_legacy_values, to_dict
-from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe
+from trainer.config.settings import DetectorRecipe, PretrainRecipe, PretrainRuntime, Recipe
 from trainer.errors import CheckpointError, ConfigError
 from trainer.fault_tolerance import checkpoint
-from trainer.fault_tolerance.resume import check_output
+from trainer.fault_tolerance.resume import check_run
 
 # The names that releases have written, as they were. Only append new releases; never correct these.
 _COMMON_0_1 = {
@@ -137,7 +137,7 @@ def test_a_run_of_a_release_goes_on_bitwise_with_the_same_command_line(shards: P
     cut_to(PRETRAIN_BEFORE_CROSS, tmp_path / "begun")
     begun_with = from_dict(PretrainRecipe, json.loads((tmp_path / "begun" / "recipe.json").read_text())["recipe"])
     with pytest.raises(ConfigError, match=r"aug_repeats \(here 2, there 1\): undo the change, or name a new output"):
-        check_output(tmp_path / "begun", dataclasses.replace(begun_with, aug_repeats=2), "auto")
+        check_run(dataclasses.replace(begun_with, aug_repeats=2), PretrainRuntime(output_dir=str(tmp_path / "begun")))
     done = launch(begun)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [metrics(tmp_path / name) for name in ("whole", "begun")]

@@ -64,7 +64,7 @@ def main(ds_config: str, output: str, stage: str) -> None:
     config.setdefault("zero_optimization", {})["stage"] = int(stage)
     engine = start(build(), config, world)
     losses = steps(engine, 0, STEPS // 2, world, 2)
-    engine.save(Path(output, "saved"))
+    engine.capture(copy=False)(Path(output, "saved"))
     losses += steps(engine, STEPS // 2, STEPS, world, 2)
     state = engine.trainable_state()
 

@@ -3,11 +3,11 @@
 FAULTS maps data positions to a factor of their loss, kill or weight.
 """
 
-import dataclasses
 import importlib
 import json
 import math
 import os
+import pkgutil
 import signal
 from typing import Any
 
@@ -16,38 +16,33 @@ import torch
 from trainer.data.stream import Batch
 from trainer.models.detector import MorphDetector
 from trainer.models.mae import MaskedAutoencoder
-from trainer.training.run import Training
 
 FAULTS: dict[int, str] = {int(position): fault for position, fault in json.loads(os.environ["FAULTS"]).items()}
 SCRIPT = os.environ.get("SCRIPT", "pretrain")
 PARTS = {
-    "pretrain": ("trainer.training.pretraining", MaskedAutoencoder),
-    "finetune": ("trainer.detection.finetuning", MorphDetector),
+    "pretrain": ("trainer.training.pretraining.PretrainingTask", MaskedAutoencoder),
+    "finetune": ("trainer.detection.finetuning.DetectionTask", MorphDetector),
 }
 script: Any = importlib.import_module(f"launch.{SCRIPT}")
-task: Any = importlib.import_module(PARTS[SCRIPT][0])
-model = PARTS[SCRIPT][1]
-honest_training, honest_forward = task.training_of, model.forward
+task: Any = pkgutil.resolve_name(PARTS[SCRIPT][0])
+model: Any = PARTS[SCRIPT][1]
+honest_inputs, honest_forward = task.loss_inputs, model.forward
 
 
 class Faulty:
     factor = 1.0
 
 
-def training_of(*parts: Any) -> Training:
-    training = honest_training(*parts)
-
-    def inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
-        met = [FAULTS[position] for position in batch.positions if position in FAULTS]
-        if "kill" in met:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if "weight" in met:
-            met.remove("weight")
-            training.engine.module.decoder_pred.weight.data[0, 0] = torch.nan
-        Faulty.factor = math.prod(map(float, met))
-        return training.inputs(batch)
-
-    return dataclasses.replace(training, inputs=inputs)
+def loss_inputs(self: Any, batch: Batch) -> tuple[torch.Tensor, ...]:
+    met = [FAULTS[position] for position in batch.positions if position in FAULTS]
+    if "kill" in met:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "weight" in met:
+        met.remove("weight")
+        self._engine.module.decoder_pred.weight.data[0, 0] = torch.nan
+    Faulty.factor = math.prod(map(float, met))
+    inputs: tuple[torch.Tensor, ...] = honest_inputs(self, batch)
+    return inputs
 
 
 def forward(self: torch.nn.Module, *inputs: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -55,5 +50,5 @@ def forward(self: torch.nn.Module, *inputs: torch.Tensor, **options: Any) -> tor
     return result * Faulty.factor if self.training else result
 
 
-task.training_of, model.forward = training_of, forward
+task.loss_inputs, model.forward = loss_inputs, forward
 script.command()

@@ -51,7 +51,8 @@ def measure(name: str, flags: dict[str, str], folder: Path) -> dict[str, int]:
             return images, *draw(torch.rand(len(images), model.encoder.num_patches))
         return images, torch.arange(len(images)) % 2, torch.zeros(len(images), model.num_draws)
 
-    config, frozen = engine_settings(recipe, runtime, world), getattr(recipe, "backbone_is_frozen", False)
+    config = engine_settings(recipe, world, runtime.micro_batch, runtime.ds_config)
+    frozen = getattr(recipe, "backbone_is_frozen", False)
     engine = Engine(model, ds_config=config, weight_decay=0.05, world=world, save_frozen=not frozen)
     deepspeed, seen = engine._engine, {}
     take_step = deepspeed.step
@@ -65,9 +66,9 @@ def measure(name: str, flags: dict[str, str], folder: Path) -> dict[str, int]:
     parameters = list(model.parameters())
     model.register_forward_hook(lambda *_: seen.update(gathered=sum(p.nbytes for p in parameters)))
     for step in range(2):
-        engine.step((inputs() for _ in range(engine._accumulation)), learning_rate=1e-3, seed=step)
+        engine.step((inputs() for _ in range(engine.accumulation)), learning_rate=1e-3, seed=step)
     seen["after_step"] = live_bytes()
-    engine.save(folder)
+    engine.capture(copy=False)(folder)
     world.wait_for_all()
     return seen
 

@@ -94,7 +94,7 @@ def main(ds_config: str, output: str, stage: str) -> None:
     for number in range(STEPS):
         if number == SAVED:
             engine.check_finite()
-            engine.save(Path(output, "saved"))
+            engine.capture(copy=False)(Path(output, "saved"))
         before = digest(engine)
         result = step(engine, number, FAULTS.get(number, ""), stop=number == SAVED and world.rank == world.size - 1)
         seen["applied"].append(result.applied)

@@ -134,7 +134,7 @@ def main(root: str, hop: str, ranks_before: str, num_hops: str, *cases: str) -> 
             row["left"] = [path.name for path in Path(root, case).iterdir() if path.name.startswith(".")]
         row["losses"] = train(engine, case, number, number + 1, world)
         row["saved"] = prints(engine)
-        engine.save(Path(root, case, f"step-{number + 1}"))
+        engine.capture(copy=False)(Path(root, case, f"step-{number + 1}"))
         if not number:
             row["whole"] = row["losses"] + train(engine, case, 1, int(num_hops), world)
     if number == int(num_hops) - 1:

@@ -9,8 +9,8 @@ import torch
 from trainer.config.parse import with_flags
 from trainer.config.recipes import RECIPES
 from trainer.data.stream import Batch
+from trainer.training.monitor import labelled_views
 from trainer.training.plausible import doubts, fitting_batch
-from trainer.training.run import labelled_views
 from trainer.training.throughput import Forecast, duration
 
 PLAIN = {

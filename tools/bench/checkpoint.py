@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import PretrainRecipe, PretrainRuntime, check_types
+from trainer.config.settings import PretrainRecipe, check_types
 from trainer.distributed.ds_config import engine_settings
 from trainer.distributed.engine import Engine, connect
 from trainer.distributed.world import World
@@ -75,8 +75,7 @@ class Training:
         world = connect(World(), timeout_s=600)
         encoder = PatchEncoder(settings.model, image_size=size, fixed_positions=True)
         self.model = MaskedAutoencoder(encoder, DecoderOptions(decoder_depth=4))
-        recipe, runtime = PretrainRecipe(global_batch=batch), PretrainRuntime(micro_batch=batch)
-        config = engine_settings(recipe, runtime, world)
+        config = engine_settings(PretrainRecipe(global_batch=batch), world, micro_batch=batch)
         self.engine = Engine(self.model, ds_config=config, weight_decay=0.05, world=world)
         images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
         noise = torch.rand(batch, encoder.num_patches)

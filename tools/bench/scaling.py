@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import PretrainRecipe, PretrainRuntime, check_types
+from trainer.config.settings import PretrainRecipe, check_types
 from trainer.distributed.ds_config import engine_settings
 from trainer.distributed.engine import Engine, connect, disconnect
 from trainer.distributed.world import world_from_environment
@@ -81,8 +81,7 @@ def rank(settings: Settings, stage: int) -> tuple[float, float]:
         path = Path(folder, "stage.json")
         path.write_text(json.dumps(config))
         recipe = PretrainRecipe(global_batch=batch * world.size)
-        runtime = PretrainRuntime(micro_batch=batch, ds_config=str(path))
-        settings_of_engine = engine_settings(recipe, runtime, world)
+        settings_of_engine = engine_settings(recipe, world, batch, str(path))
     engine = Engine(
         MaskedAutoencoder(encoder, DecoderOptions()), ds_config=settings_of_engine, weight_decay=0.05, world=world
     )

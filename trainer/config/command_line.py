@@ -322,7 +322,7 @@ def _as_it_began(recipe: R, record: Path, flags: Mapping[str, str]) -> R:
     try:
         recorded = dict(json.loads(record.read_text())["recipe"])
     except (OSError, ValueError, KeyError, TypeError):
-        return recipe  # no run, or one that `resume.check_output` refuses
+        return recipe  # no run, or one that `resume.check_run` refuses
     recipe, kept = keep_legacy_values(recipe, recorded, flags)
     if kept and is_main():
         told = ", ".join(f"{name} {value!r}" for name, value in kept.items())

@@ -7,6 +7,9 @@ Classes of detection are [bonafide, morph] = [0, 1]. Only what has one meaning i
 import math
 import re
 
+CLASSES = ("bona fide", "morph")
+"""What messages and pictures call the classes of detection, by their number."""
+
 CLASS_NAMES: dict[str, int] = {
     "bonafide": 0,
     "genuine": 0,

@@ -30,6 +30,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import beta
 
+from trainer.data.labels import CLASSES
 from trainer.errors import DataError
 from trainer.seeds import Purpose, counts_of_draws
 
@@ -456,7 +457,7 @@ def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.i
     if not np.isin(label_N, (0, 1)).all():
         bad = int(np.flatnonzero(~np.isin(label_N, (0, 1)))[0])
         raise DataError(f"label {bad} is {label_N[bad]}, but must be 0 (bona fide) or 1 (morph): mend the labels")
-    for label, name in enumerate(("bona fide", "morph")):
+    for label, name in enumerate(CLASSES):
         if not (label_N == label).any():
             raise DataError(f"none of {len(score_N)} samples is a {name} (label {label}): error rates need both")
     return score_N, label_N.astype(np.int64)

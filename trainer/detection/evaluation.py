@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.config.settings import DetectorRecipe, DetectorRuntime, EvaluationSettings
+from trainer.config.provenance import versions
+from trainer.config.settings import DetectorRecipe, EvaluationSettings
+from trainer.data.labels import CLASSES
 from trainer.data.loader import Loader
 from trainer.data.shards.index import ShardIndex, describe_index, list_shards, open_index
-from trainer.data.sources import byte_range_reader, pixels_of
+from trainer.data.sources import pixels_of
 from trainer.data.stream import fixed_stream
 from trainer.data.transforms.views import CenterView
 from trainer.detection.build import preprocessing_of, rebuild, recipe_of
@@ -27,10 +29,9 @@ from trainer.detection.leakage import fingerprints_of
 from trainer.detection.report import HardSample, report_html
 from trainer.detection.results import Results, markdown_table, terminal_table
 from trainer.detection.saved_detector import SavedDetector, load_detector
-from trainer.detection.scoring import CLASSES, SUCCESS, Scores, Truth, check_labels, score, truth_of
+from trainer.detection.scoring import SUCCESS, Scores, Truth, check_labels, score, truth_of
 from trainer.distributed.devices import default_device, refuse_unusable_gpus
 from trainer.errors import ConfigError, DataError, without_secrets
-from trainer.fault_tolerance.resume import versions
 from trainer.files import readable
 from trainer.models.detector import MorphDetector
 from trainer.progress import Progress
@@ -190,7 +191,6 @@ def score_set(detector: Detector, test_set: TestSet, settings: EvaluationSetting
             CenterView(size=detector.recipe.image_size, pixels=pixels_of(detector.recipe)),
             batch=min(settings.micro_batch, len(index)),
             noise_per_sample=1,
-            spans=byte_range_reader(DetectorRuntime()),
             substitute=False,
         ),
         num_workers=settings.num_workers,
@@ -321,48 +321,18 @@ def describe(
     baselines: list[dict[str, Any]],
     settings: EvaluationSettings,
 ) -> dict[str, Any]:
-    """Put everything into one JSON-able record."""
-    models = []
-    for detector in detectors:
-        told, recipe = detector.saved.description, detector.recipe
-        mode, figures = "full fine-tuning", told["selection"]["figures"]
-        if recipe.use_lora:
-            mode = f"LoRA r={recipe.lora_r} on {', '.join(recipe.lora_target_modules)}"
-        elif recipe.backbone_is_frozen:
-            mode = "frozen encoder, trained head"
-        models.append(
-            {
-                "name": detector.name,
-                "path": str(detector.saved.path),
-                "mode": mode,
-                "init": told["init"]["source"],
-                "train_data": told["data"],
-                "selection": {"data": told["selection"]["data"], "d_eer": figures["d_eer"]} if figures else None,
-                "thresholds": {n: json_threshold(v) for n, v in detector.saved.decision.thresholds.items()},
-                "threshold_rule": detector.saved.decision.rule,
-                "threshold_notes": list(detector.saved.decision.notes),
-            }
-            | {name: told[name] for name in ("step", "calibration", "preprocessing", "recipe")}
-        )
-    test_sets = []
-    for test_set in sets:
-        mine = next(found for (_, name), found in codes.items() if name == test_set.name)
-        failed = np.array([code != SUCCESS for code in mine])
-        label_N, tools = test_set.truth.label_N, test_set.truth.tool_N
-        test_sets.append(
-            {
-                "name": test_set.name,
-                "shards": test_set.index.shards,
-                "fingerprint": test_set.index.fingerprint,
-                "num_bona_fide": int((label_N == 0).sum()),
-                "num_morphs": int((label_N == 1).sum()),
-                "tools": {name: tools.count(name) for name in sorted(set(tools) - {""})},
-                "num_failed_bona_fide": int((failed & (label_N == 0)).sum()),
-                "num_failed_morphs": int((failed & (label_N == 1)).sum()),
-                "num_failed": int(failed.sum()),
-                "return_codes": sorted(set(mine)),
-            }
-        )
+    """Put everything into one JSON-able record.
+
+    Args:
+        detectors: that were tested.
+        sets: on which they were.
+        scored: the figures of each pair.
+        codes: (detector, test set) -> the return code of each image.
+        warnings: about overlaps.
+        baselines: what tools/shortcut_baselines.py measured.
+        settings: of the user.
+    """
+    first = detectors[0].name  # which images can be read does not depend on the detector
     return {
         "version": 1,
         "created": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
@@ -371,8 +341,8 @@ def describe(
         "threshold_name": settings.threshold,
         "num_hardest": settings.num_hardest,
         "warnings": warnings + cautions(detectors, scored, settings),
-        "models": models,
-        "test_sets": test_sets,
+        "models": [describe_detector(detector) for detector in detectors],
+        "test_sets": [describe_test_set(test_set, codes[first, test_set.name]) for test_set in sets],
         "results": [
             {
                 "model": s.model,
@@ -383,6 +353,50 @@ def describe(
             for s in scored
         ],
         "baselines": baselines,
+    }
+
+
+def describe_detector(detector: Detector) -> dict[str, Any]:
+    """Record what a detector is and how it decides."""
+    description, decision, recipe = detector.saved.description, detector.saved.decision, detector.recipe
+    mode, figures = "full fine-tuning", description["selection"]["figures"]
+    if recipe.use_lora:
+        mode = f"LoRA r={recipe.lora_r} on {', '.join(recipe.lora_target_modules)}"
+    elif recipe.backbone_is_frozen:
+        mode = "frozen encoder, trained head"
+    return {
+        "name": detector.name,
+        "path": str(detector.saved.path),
+        "mode": mode,
+        "init": description["init"]["source"],
+        "train_data": description["data"],
+        "selection": {"data": description["selection"]["data"], "d_eer": figures["d_eer"]} if figures else None,
+        "thresholds": {name: json_threshold(value) for name, value in decision.thresholds.items()},
+        "threshold_rule": decision.rule,
+        "threshold_notes": list(decision.notes),
+    } | {name: description[name] for name in ("step", "calibration", "preprocessing", "recipe")}
+
+
+def describe_test_set(test_set: TestSet, codes: Sequence[str]) -> dict[str, Any]:
+    """Record what a test set holds, and how many of its images could not be scored.
+
+    Args:
+        test_set: in question.
+        codes: the return code of each image.
+    """
+    failed = np.array([code != SUCCESS for code in codes])
+    label_N, tools = test_set.truth.label_N, test_set.truth.tool_N
+    return {
+        "name": test_set.name,
+        "shards": test_set.index.shards,
+        "fingerprint": test_set.index.fingerprint,
+        "num_bona_fide": int((label_N == 0).sum()),
+        "num_morphs": int((label_N == 1).sum()),
+        "tools": {name: tools.count(name) for name in sorted(set(tools) - {""})},
+        "num_failed_bona_fide": int((failed & (label_N == 0)).sum()),
+        "num_failed_morphs": int((failed & (label_N == 1)).sum()),
+        "num_failed": int(failed.sum()),
+        "return_codes": sorted(set(codes)),
     }
 
 

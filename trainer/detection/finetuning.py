@@ -10,20 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trainer.config.provenance import versions
 from trainer.config.record import to_dict
 from trainer.config.settings import DetectorRecipe, DetectorRuntime
 from trainer.data.loader import Loader
-from trainer.data.order.plan import PLAN_VERSION, Order
 from trainer.data.shards.index import ShardIndex
-from trainer.data.sources import (
-    broadcast_sources,
-    byte_range_reader,
-    describe_shares,
-    find_sources,
-    open_sets,
-    order_of,
-    pixels_of,
-)
+from trainer.data.sources import byte_range_reader, find_sources, order_of, pixels_of
 from trainer.data.stream import Batch, fixed_stream
 from trainer.data.transforms.views import CenterView
 from trainer.detection.build import assemble_detector, build_detector, preprocessing_of, training_view
@@ -40,24 +32,19 @@ from trainer.detection.scoring import (
     validation_figures,
 )
 from trainer.detection.selection import FILE, RULE, Validated, judge, validated
-from trainer.distributed.devices import use_devices
-from trainer.distributed.ds_config import engine_settings
-from trainer.distributed.engine import Engine, connect, disconnect
-from trainer.distributed.world import world_from_environment
+from trainer.distributed.engine import Engine
 from trainer.errors import ConfigError
-from trainer.fault_tolerance import checkpoint
 from trainer.fault_tolerance.attempts import Lease
-from trainer.fault_tolerance.resume import begin, check_output, noting_the_end, versions
-from trainer.fault_tolerance.watchdog import backend_timeout_s, set_phase, start_watchdog
-from trainer.fault_tolerance.watchdog_process import Phase
-from trainer.log import print_and_log, start_console, start_logging
+from trainer.fault_tolerance.resume import recording_refusals
+from trainer.log import print_and_log
+from trainer.models.detector import MorphDetector
 from trainer.models.lora import save_adapter
 from trainer.progress import say
 from trainer.training.monitor import Monitor
 from trainer.training.reconstruction import share_of
-from trainer.training.run import Ending, Training, record_end, show
+from trainer.training.run import DataSets, Ending, Training, TrainingData, begin, join, leave, prepare, show
 from trainer.weights.detector_folder import read_description
-from trainer.weights.load import describe, fitting_recipe, place_of, read_init
+from trainer.weights.load import Init, describe, fitting_recipe, place_of, read_init
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +67,7 @@ def finetune(
         given: the settings that the user has named; the model's others are taken from ``init``.
         dry_run: show what would run, and leave.
     """
-    world = world_from_environment()
-    start_console(is_main=world.is_main, rank=world.rank)
-    use_devices(world, runtime)
-    ds_config = engine_settings(recipe, runtime, world)
+    world, ds_config = prepare(recipe, runtime)
     training_view(recipe)  # refuses wrong settings before any work
     check_groups(recipe, runtime.micro_batch)
     init = read_init(runtime.init, pretrained=runtime.pretrained)
@@ -91,22 +75,14 @@ def finetune(
     say(f"building {recipe.model}")
     model, init_sha256 = build_detector(recipe, init, grad_checkpointing=runtime.grad_checkpointing)
     found = find_sources(recipe, runtime, others={"val_data": runtime.val_data}) if world.is_main else None
-
     if dry_run:
         return show(recipe, runtime, ds_config, found, world, functools.partial(assemble_detector, recipe, init))
-    say(f"connecting {world.size} ranks" if world.size > 1 else "looking at the output")
-    world = connect(world, timeout_s=backend_timeout_s(runtime), start_timeout_s=runtime.start_timeout_s)
-    output = Path(runtime.output_dir)
-    world.on_main(lambda: check_output(output, recipe, runtime.resume))
-    start_logging(output, is_main=world.is_main, rank=world.rank)
-    if taken := changed_fields(asked, recipe):
-        logger.info("from --init, where the command line says nothing: %s", taken)
-    start_watchdog(output, world, runtime)
-    sources = broadcast_sources(found, world)
-    index = open_sets(sources, recipe, runtime, world)
-    overlap = world.on_main(lambda: check_sets(index, recipe, runtime))
-    order = order_of(recipe, index["data"], sources["data"], num_meeting=recipe.num_mixed)
 
+    world, sets = join(world, recipe, runtime, found)
+    if changed := changed_fields(asked, recipe):
+        logger.info("from --init, where the command line names nothing: %s", changed)
+    overlap = world.on_main(lambda: check_sets(sets.index, recipe, runtime))
+    data = training_data(model, sets, recipe)
     say("starting DeepSpeed")
     engine = Engine(
         model,
@@ -117,26 +93,13 @@ def finetune(
         world=world,
         save_frozen=not recipe.backbone_is_frozen,
     )
-    identity = checkpoint.Identity(
-        recipe=to_dict(recipe),
-        data_fingerprint=index["data"].fingerprint,
-        data_shares=describe_shares(index["data"], sources["data"]),
-        plan_version=PLAN_VERSION,
-        zero_stage=engine.zero_stage,
-        precision=engine.precision,
-        num_ranks=world.size,
-        init=init_sha256,
-    )
-    place = place_of(runtime.init, output / "detector")
-    origin = {"init": {"source": describe(init), "pretrained": runtime.pretrained, "sha256": init_sha256} | place}
-    lease = begin(output, identity, runtime, world)
-    with noting_the_end(lease, world):
-        best = BestDetector(engine, index, recipe, runtime, origin | {"overlap": overlap, "data": runtime.data}, lease)
-        ending = training_of(engine, order, index["data"], best, identity, lease, recipe, runtime).run()
-    set_phase(Phase.LEAVING)
-    world.on_main(lambda: print_summary(output, ending, best, lease))
-    disconnect()
-    return ending
+    origin = origin_of(init, init_sha256, runtime) | {"overlap": overlap, "data": runtime.data}
+    run = begin(engine, sets, recipe, runtime, init_sha256=init_sha256)
+    with recording_refusals(run):
+        best = BestDetector(engine, sets.index, recipe, runtime, origin, run.lease)
+        log_what_trains(engine.module, recipe)
+        ending = Training(run, DetectionTask(engine, runtime, best), data).train()
+    return leave(run, ending, lambda: print_summary(run.output, ending, best))
 
 
 def check_groups(recipe: DetectorRecipe, micro_batch: int) -> None:
@@ -303,62 +266,67 @@ class BestDetector:
             logger.warning("%s was chosen by another version or other data: the next step replaces it", self.folder)
 
 
-def training_of(
-    engine: Engine,
-    order: Order,
-    index: ShardIndex,
-    best: BestDetector,
-    identity: checkpoint.Identity,
-    lease: Lease,
-    recipe: DetectorRecipe,
-    runtime: DetectorRuntime,
-) -> Training:
-    """Say what the training of a detector does at each step and at its dates."""
-    trained, whole = (
-        sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if want(p))
-        for want in (lambda p: p.requires_grad, lambda _: True)
-    )
-    logger.info("%d of %d parameters train (%.3g %%)", trained, whole, 100 * trained / whole)
-    logger.info("pooling %s: the head sees %s", recipe.pooling, _POOLINGS[recipe.pooling])
+def origin_of(init: Init | None, init_sha256: str, runtime: DetectorRuntime) -> dict[str, Any]:
+    """Describe the weights that training starts from, so that a detector without them can find them again."""
+    place = place_of(runtime.init, Path(runtime.output_dir) / "detector")
+    return {"init": {"source": describe(init), "pretrained": runtime.pretrained, "sha256": init_sha256} | place}
 
-    def measure(monitor: Monitor, step: int) -> None:
-        figures = best.measure(step)
-        if figures is not None:
-            monitor.scalars(step, figures, group="val")
-            label_N, logit_N = best.last_scores
-            monitor.precision_recall(step, "val/precision_recall", label_N, 1 / (1 + np.exp(-logit_N)))
 
-    return Training(
-        engine=engine,
+def training_data(model: MorphDetector, sets: DataSets, recipe: DetectorRecipe) -> TrainingData:
+    """Choose which images the run visits when, and what it sees of each."""
+    index = sets.index["data"]
+    return TrainingData(
         index=index,
-        order=order,
-        identity=identity,
-        lease=lease,
-        recipe=recipe,
-        runtime=runtime,
+        order=order_of(recipe, index, sets.sources["data"], num_meeting=recipe.num_mixed),
         view=training_view(recipe),
-        noise_per_sample=engine.module.num_draws,
+        noise_per_sample=model.num_draws,
         group=recipe.num_mixed,
         show_labels=True,
-        inputs=inputs,
-        flops_per_image=engine.module.flops_per_image(),
-        measure=measure,
-        measure_every=runtime.val_every,
-        picture=lambda monitor, step: None,
-        picture_every=runtime.val_every,
-        at_end=best.keep_last,
     )
 
 
-def inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
-    """Give the model images, classes and draws."""
-    labels_B = torch.tensor(batch.labels, device=batch.images_BCHW.device)
-    return batch.images_BCHW, labels_B, batch.noise_BN
+def log_what_trains(model: MorphDetector, recipe: DetectorRecipe) -> None:
+    """Log how much of the model trains, and what its head sees."""
+    trained, total = (
+        sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if want(p))  # ZeRO-3 leaves p.numel() at 0
+        for want in (lambda p: p.requires_grad, lambda _: True)
+    )
+    logger.info("%d of %d parameters train (%.3g %%)", trained, total, 100 * trained / total)
+    logger.info("pooling %s: the head sees %s", recipe.pooling, _POOLINGS[recipe.pooling])
 
 
-def print_summary(output: Path, ending: Ending, best: BestDetector, lease: Lease) -> None:
-    """Record the end and print what a newcomer wants to know."""
-    record_end(output, ending, lease)
+class DetectionTask:
+    """What the loop does in the training of a detector; see `trainer.training.loop.Task`."""
+
+    def __init__(self, engine: Engine, runtime: DetectorRuntime, best: BestDetector) -> None:
+        self._best = best
+        self.flops_per_image: int = engine.module.flops_per_image()
+        self.val_every = runtime.val_every
+        self.draw_every: int | None = None
+
+    def loss_inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """Return images, classes, and the numbers that mixing and dropout draw from."""
+        labels_B = torch.tensor(batch.labels, device=batch.images_BCHW.device)
+        return batch.images_BCHW, labels_B, batch.noise_BN
+
+    def validate(self, step: int, monitor: Monitor) -> None:
+        """Measure the error rates, and keep the detector if it is the best so far."""
+        figures = self._best.measure(step)
+        if figures is not None:
+            monitor.scalars(step, figures, group="val")
+            label_N, logit_N = self._best.last_scores
+            monitor.precision_recall(step, "val/precision_recall", label_N, 1 / (1 + np.exp(-logit_N)))
+
+    def draw(self, step: int, monitor: Monitor) -> None:
+        """Nothing is drawn."""
+
+    def finish(self, step: int) -> None:
+        """Keep the detector of the last step where no validation data chose one."""
+        self._best.keep_last(step)
+
+
+def print_summary(output: Path, ending: Ending, best: BestDetector) -> None:
+    """Print what a newcomer wants to know."""
     if (best.folder / "detector.json").exists():
         print_and_log(f"  detector     {best.folder}")
         description = read_description(best.folder)
@@ -374,5 +342,5 @@ def print_summary(output: Path, ending: Ending, best: BestDetector, lease: Lease
     print_and_log(f"  numbers      {output / 'metrics.jsonl'}")
     if not ending.is_complete:
         return
-    told = f"--models {output.name}={output} --test_sets 'NAME=test/*.tar'"
-    print_and_log(f"Next: python launch/evaluate.py {told}   (a test set of other people)")
+    flags = f"--models {output.name}={output} --test_sets 'NAME=test/*.tar'"
+    print_and_log(f"Next: python launch/evaluate.py {flags}   (a test set of other people)")

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.data.labels import CLASSES
 from trainer.data.loader import to_device
 from trainer.data.shards.index import NO_GROUP, ShardIndex, missing_labels
 from trainer.data.shards.members import CLASS_FIELD
@@ -33,7 +34,6 @@ from trainer.detection.error_rates import (
 from trainer.distributed.world import World
 from trainer.errors import DataError
 
-CLASSES = ("bonafide", "morph")
 SUCCESS = "Success"
 RULE = "expected error on new images at most the limit, if they come from where the validation data came from"
 """What the thresholds that `fit_decision` makes promise."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from deepspeed.utils.logging import logger as deepspeed_logger
 from pydantic import ValidationError
 
-from trainer.config.settings import Recipe, Runtime
+from trainer.config.settings import Recipe
 from trainer.distributed.devices import default_device
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
@@ -386,15 +386,15 @@ def _either(numbers: list[int], wanted: int) -> str:
     return " or ".join(filter(None, (", ".join(map(str, near[:-1])), str(near[-1]))))
 
 
-def engine_settings(recipe: Recipe, runtime: Runtime, world: World) -> dict[str, Any]:
-    """Read the DeepSpeed JSON and fill in what the recipe owns."""
+def engine_settings(recipe: Recipe, world: World, micro_batch: int, ds_config: str | None = None) -> dict[str, Any]:
+    """Read the DeepSpeed JSON (without one the device's default), and fill in what the recipe owns."""
     fallback = "cpu_fp32.json" if default_device().type == "cpu" else "zero1_bf16.json"
-    path = find_ds_config(runtime.ds_config) if runtime.ds_config else data_file(f"ds_configs/{fallback}")
+    path = find_ds_config(ds_config) if ds_config else data_file(f"ds_configs/{fallback}")
     return fill_ds_config(
         read_ds_config(path),
         owned_by_recipe(
             global_batch=recipe.global_batch,
-            micro_batch=runtime.micro_batch,
+            micro_batch=micro_batch,
             num_ranks=world.size,
             learning_rate=recipe.peak_learning_rate,
             betas=(recipe.beta1, recipe.beta2),

@@ -107,7 +107,8 @@ class Engine:
             ConfigError: DeepSpeed refuses the configuration.
         """
         self.world, self._save_frozen = world, save_frozen
-        self._accumulation: int = ds_config["gradient_accumulation_steps"]
+        self.accumulation: int = ds_config["gradient_accumulation_steps"]
+        """Micro batches of this rank in one step."""
         groups = parameter_groups(model, weight_decay, layer_decay=layer_decay, decay_embeddings=decay_embeddings)
         self._lr_scales = [group["lr_scale"] for group in groups]
         self._engine = _initialize(model, groups, ds_config, tells=world.is_main)
@@ -171,19 +172,22 @@ class Engine:
             if self._replays_graphs:  # elsewhere the call would only import torch's compiler, seconds of every start
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             loss: Tensor = self._engine(*inputs)
-            self._engine.backward(loss * (1 + 0 * loss.detach()))  # times 1, or times NaN
+            self._engine.backward(_spread_nonfinite(loss))
             losses.append(loss.detach().clone())  # a replayed graph writes the next one to the same place
             if self._engine.is_gradient_accumulation_boundary():
-                mean_loss, bad, hands = self._agree(losses, stop)
+                mean_loss, bad, stop_votes = self._agree(losses, stop)
             self._engine.step()
         applied = not bad and self._engine.was_step_applied()
-        return StepResult(mean_loss, applied, hands > 0, () if applied else tuple(map(float, losses)))
+        return StepResult(mean_loss, applied, stop_votes > 0, () if applied else tuple(map(float, losses)))
 
     def _agree(self, losses: list[Tensor], stop: bool) -> list[float]:
-        """Return, alike on all ranks: the mean loss, and the shares of ranks with bad gradients and a hand raised.
+        """Return, the same on all ranks: the mean loss, the share of ranks with bad gradients, and that of stop votes.
 
-        A second number above 0 is given only where DeepSpeed has no check of its own; the gradients are then dropped,
-        and without gradients torch's optimizers leave everything as it is.
+        One all-reduce averages all three. With 4 ranks, of which one was asked to stop, it gives for example
+        [0.31, 0.0, 0.25]; any share above 0 decides for everybody.
+
+        The second number is above 0 only at stage 0 in fp32, where DeepSpeed has no check of its own. The gradients are
+        then dropped, and torch's optimizers change nothing where there are no gradients.
         """
         loss, bad = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for part in losses:
@@ -191,8 +195,8 @@ class Engine:
         if self.zero_stage == 0 and self.precision == "fp32":
             self._basic_grad_norm = nn.utils.get_total_norm(_gradients(self._engine.module))
             bad = (~self._basic_grad_norm.isfinite()).float()
-        word = torch.stack([loss.div_(self._accumulation), bad, torch.full_like(bad, float(stop))])
-        verdict: list[float] = self.mean_over_ranks(word).tolist()
+        payload = torch.stack([loss.div_(self.accumulation), bad, torch.full_like(bad, float(stop))])
+        verdict: list[float] = self.mean_over_ranks(payload).tolist()  # the one wait for the device in a step
         if verdict[1]:
             self._engine.zero_grad()
         return verdict
@@ -267,24 +271,19 @@ class Engine:
         def write(directory: Path) -> list[Path]:
             paths = [directory / zero_files.STATE / name for name in collector.files]
             for path in paths:
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(collector.files.pop(path.name), path)  # let go of one copy after the other
             return paths
 
         return write
 
-    def save(self, directory: Path) -> None:
-        """Write every rank's state below ``directory``; all ranks call. Nothing is committed by this."""
-        directory.mkdir(parents=True, exist_ok=True)
-        self.capture(copy=False)(directory)
-
     def load(self, directory: Path, *, written_by: int) -> None:
-        """Restore the state that `save` wrote; all ranks call. No code from the files is executed.
+        """Restore the state that `capture` has written; all ranks call. No code from the files is executed.
 
         Args:
-            directory: where `save` wrote.
-            written_by: the number of ranks that wrote. Where the state was divided among another number than this,
-                it is converted, and weights, moments and steps are compared with the files.
+            directory: where it was written.
+            written_by: the number of ranks that wrote. If the state was divided among another number of ranks than
+                now, it is converted, and weights, moments and steps are compared with the files.
 
         Raises:
             CheckpointError: a file holds something other than tensors and plain values, or the conversion failed.
@@ -387,6 +386,15 @@ def _on_host(tensor: Tensor) -> Tensor:
     """Copy a tensor to the host, without waiting for the device where the memory allows it."""
     copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
     return copy.copy_(tensor.detach(), non_blocking=True)
+
+
+def _spread_nonfinite(loss: Tensor) -> Tensor:
+    """Return a loss whose gradients are all NaN if it is not finite, and that is unchanged if it is.
+
+    A loss of inf or NaN may leave some gradients finite, and a check of the gradients could then miss it. The factor is
+    exactly 1 for a finite loss (1 + 0 * 0.31) and NaN for any other (0 * inf and 0 * NaN are NaN).
+    """
+    return loss * (1 + 0 * loss.detach())
 
 
 def _gradients(module: nn.Module) -> list[Tensor]:

@@ -5,13 +5,16 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
 from trainer.data.stream import Batch
-from trainer.distributed.engine import Engine
+from trainer.distributed.engine import StepResult
+from trainer.distributed.world import World
 from trainer.errors import DataError
 from trainer.fault_tolerance.attempts import Lease
+from trainer.fault_tolerance.checkpoint import Progress
 from trainer.fault_tolerance.nonfinite import BadSteps, SpikeWatch
 from trainer.fault_tolerance.watchdog import set_phase
 from trainer.fault_tolerance.watchdog_process import Phase
@@ -44,13 +47,13 @@ class BadSamples:
         self.reasons.update(batch.bad)
         self.keys = (self.keys + batch.bad_keys)[:20]
 
-    def agree(self, engine: Engine) -> dict[str, int]:
-        """Sum the reasons over the ranks.
+    def agree(self, world: World) -> dict[str, int]:
+        """Sum the reasons over the ranks; all ranks call.
 
         Raises:
             DataError: on all ranks, when the share of bad samples is above the limit.
         """
-        found = engine.world.gather_over_ranks([dict(self.reasons), self.keys, self.num_read])
+        found = world.gather_over_ranks([dict(self.reasons), self.keys, self.num_read])
         reasons: Counter[str] = sum((Counter(f[0]) for f in found), Counter())
         num_read, num_bad = sum(f[2] for f in found), reasons.total()
         if num_bad > self.max_share * max(num_read, _ENOUGH_FOR_A_SHARE):
@@ -114,3 +117,14 @@ class Guards:
     spikes: SpikeWatch
     stop: StopRequest
     lease: Lease
+
+    def must_go_back(self, progress: Progress, result: StepResult, batches: Sequence[Batch], world: World) -> bool:
+        """Look at a step that was done; True if the loss spikes and the run must go back. All ranks call.
+
+        Raises:
+            DataError: on all ranks, when too many steps in a row could not be applied.
+        """
+        for batch in batches:
+            self.bad_samples.note(batch)
+        self.bad_steps.note(progress, result, batches, world)
+        return self.spikes.note(progress, result)

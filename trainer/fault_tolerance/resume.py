@@ -1,21 +1,20 @@
-"""What every training command does before its first step: devices, DeepSpeed settings, output folder, resume."""
+"""Whose output folder this is, and where its run goes on: checked, claimed and loaded at every start.
+
+In the order of a start: `check_run` with the recipe alone, `begin` when data and engine are known, `resume` to load the
+newest checkpoint, `record_start` just before the first step. A rollback after a loss spike calls the last two again.
+"""
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
-import shlex
-import socket
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from datetime import datetime
-from importlib.metadata import version
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config.command_line import read_flags
+from trainer.config.provenance import describe_start, versions
 from trainer.config.record import complete_record, differing_fields, to_dict
 from trainer.config.settings import Recipe, Runtime
 from trainer.distributed.engine import Engine
@@ -24,18 +23,74 @@ from trainer.errors import CheckpointError, ConfigError, SupersededError, Traine
 from trainer.fault_tolerance import attempts as leases
 from trainer.fault_tolerance import checkpoint
 from trainer.fault_tolerance.attempts import Lease
+from trainer.fault_tolerance.checkpoint import Identity, Progress
 from trainer.fault_tolerance.ledger import cut_other_ledgers
 from trainer.log import note
 
 logger = logging.getLogger(__name__)
 
 
-def check_output(output: Path, recipe: Recipe, resume: str) -> None:
-    """Refuse an output folder that belongs to something else, before any work.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run whose output this attempt may change."""
+
+    recipe: Recipe
+    runtime: Runtime
+    engine: Engine
+    identity: Identity
+    lease: Lease
+
+    @property
+    def output(self) -> Path:
+        """Everything of the run lies here."""
+        return Path(self.runtime.output_dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.output / "checkpoints"
+
+    @property
+    def world(self) -> World:
+        """The ranks."""
+        return self.engine.world
+
+
+def check_run(
+    recipe: Recipe,
+    runtime: Runtime,
+    identity: Identity | None = None,
+    found: tuple[Path, dict[str, Any]] | None = None,
+) -> Progress | None:
+    """Refuse an output folder, or a checkpoint, that belongs to another run. On one rank.
+
+    This is the only check of what a run is. Each start calls it three times, because it learns about itself step by
+    step and must refuse as early as it can:
+
+    1. before any work, with the recipe alone: compared with OUTPUT/recipe.json;
+    2. before it takes the lease from an attempt that may still run, with its identity (data, weights, precision):
+       compared with the newest manifest, whose files are not read yet;
+    3. before it loads the checkpoint that it ``found`` to be undamaged, which may be an older one.
+
+    Returns:
+        progress: where that checkpoint stands; None if there is none, or none was looked at.
 
     Raises:
-        ConfigError: it holds another recipe's run, or other files, or --resume forbids what is there.
+        ConfigError: the folder holds another recipe's run, or other files, or --resume forbids what is there.
+        CheckpointError: the checkpoints are those of another run.
     """
+    output = Path(runtime.output_dir)
+    if identity is None:
+        _check_recorded_recipe(output, recipe, runtime.resume)
+        return None
+    found = found or checkpoint.newest_manifest(output / "checkpoints")
+    if found is None:
+        return None
+    path, manifest = found
+    return checkpoint.check_identity(manifest, identity, path, allow_data_change=runtime.allow_data_change)
+
+
+def _check_recorded_recipe(output: Path, recipe: Recipe, resume: str) -> None:
     record = output / "recipe.json"
     if not output.exists() or not any(output.iterdir()):
         if resume == "must":
@@ -49,9 +104,9 @@ def check_output(output: Path, recipe: Recipe, resume: str) -> None:
     if resume == "never":
         raise ConfigError(f"resume is never, but output_dir {output} holds a run: name a new folder")
     try:
-        theirs = json.loads(record.read_text())["recipe"]
-        ours = to_dict(recipe)
-        differing = differing_fields(ours, complete_record(theirs, ours))
+        recorded = json.loads(record.read_text())["recipe"]
+        asked = to_dict(recipe)
+        differing = differing_fields(asked, complete_record(recorded, asked))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{record} is unreadable ({error!r}): restore it, or name a new output_dir") from error
     if differing:
@@ -61,122 +116,96 @@ def check_output(output: Path, recipe: Recipe, resume: str) -> None:
         )
 
 
-def begin(output: Path, identity: checkpoint.Identity, runtime: Runtime, world: World) -> Lease:
-    """Take the right to change the output, if what stands there is this run; all ranks call.
+def begin(engine: Engine, recipe: Recipe, runtime: Runtime, identity: Identity) -> Run:
+    """Take the right to change the output, if what it holds is this run; all ranks call.
 
     Raises:
-        CheckpointError: the checkpoints are another run's, or there is none and --resume must.
+        CheckpointError: the checkpoints are those of another run.
         ConfigError: a folder lies on another file system.
     """
+    output = Path(runtime.output_dir)
 
     def claim_folder() -> str:
-        root = output / "checkpoints"
-        found = checkpoint.newest_manifest(root)
-        if found is not None:
-            checkpoint.check_identity(found[1], identity, found[0], allow_data_change=runtime.allow_data_change)
-        lease = leases.acquire(output, num_ranks=world.size)
-        for setting, folder in (("output_dir", root), ("sample_ledger", runtime.sample_ledger)):
+        check_run(recipe, runtime, identity)
+        lease = leases.acquire(output, num_ranks=engine.world.size)
+        for setting, folder in (("output_dir", output / "checkpoints"), ("sample_ledger", runtime.sample_ledger)):
             if folder is not None:
                 _require_same_file_system(lease, Path(folder), setting)
         return str(lease.folder)
 
-    return Lease(Path(world.on_main(claim_folder)))
+    lease = Lease(Path(engine.world.on_main(claim_folder)))
+    return Run(recipe=recipe, runtime=runtime, engine=engine, identity=identity, lease=lease)
 
 
-def claim(
-    lease: Lease, output: Path, recipe: Recipe, runtime: Runtime, world: World, *, step: int, total_steps: int
-) -> None:
-    """Record what starts here, and cut the records of ranks that are no more; all ranks call.
+def resume(run: Run) -> Progress:
+    """Load the newest undamaged checkpoint of the run, or start from the beginning without one; all ranks call.
 
     Raises:
-        ConfigError: the run dies again and again at this step.
+        CheckpointError: there is none although --resume must asks for one, or it is that of another run.
+    """
+
+    def choose() -> list[Any]:
+        found = checkpoint.find(run.checkpoints)
+        if found is None:
+            if run.runtime.resume == "must":
+                raise CheckpointError(
+                    f"resume is must, but {run.checkpoints} holds no checkpoint: use --resume auto to start anew"
+                )
+            return []
+        progress = check_run(run.recipe, run.runtime, run.identity, found)
+        assert progress is not None
+        checkpoint.sweep(run.checkpoints)  # leftovers of a killed conversion may fill the disk that the next one needs
+        path, manifest = found
+        return [str(path), dataclasses.asdict(progress), manifest["identity"]["num_ranks"]]
+
+    chosen = run.world.on_main(choose)
+    if not chosen:
+        return Progress()
+    path, progress, written_by = chosen
+    run.world.together(lambda: run.engine.load(Path(path), written_by=written_by))
+    logger.info("resumed from %s, written by %d ranks", path, written_by)
+    return Progress(**progress)
+
+
+def record_start(run: Run, step: int, total_steps: int) -> None:
+    """Record what starts at this step, and cut the ledgers of ranks that the run no longer has; all ranks call.
+
+    Raises:
+        ConfigError: the run has crashed at this step again and again.
     """
 
     def record() -> None:
-        leases.check_crash_loop(lease, step, limit=runtime.max_restarts)
-        lease.began(step, total_steps)
-        told = {"recipe": to_dict(recipe), "runtime": to_dict(runtime), "versions": versions()}
-        told["start"] = describe_start(sys.argv, world)
-        lease.write(output / "recipe.json", without_secrets(json.dumps(told, indent=1)) + "\n")
-        ledger = Path(runtime.sample_ledger) if runtime.sample_ledger else None
-        cut_other_ledgers(ledger, step, lease=lease, num_ranks=world.size)
+        leases.check_crash_loop(run.lease, step, limit=run.runtime.max_restarts)
+        run.lease.began(step, total_steps)
+        content = json.dumps(what_starts(run), indent=1)
+        run.lease.write(run.output / "recipe.json", without_secrets(content) + "\n")
+        ledger = Path(run.runtime.sample_ledger) if run.runtime.sample_ledger else None
+        cut_other_ledgers(ledger, step, lease=run.lease, num_ranks=run.world.size)
 
-    world.on_main(record)
-
-
-def describe_start(argv: Sequence[str], world: World) -> dict[str, Any]:
-    """Record how a run was started: the recipe's name, the command, the folder, the commit, the host and the time."""
-    with contextlib.suppress(TrainerError):
-        return {
-            "recipe_name": read_flags(argv[1:]).get("recipe", ""),
-            "command": command_line(argv, world),
-            "folder": str(Path.cwd()),
-            "git_commit": git_commit(Path(__file__).parent),
-            "host": socket.gethostname(),
-            "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "num_ranks": world.size,
-        }
-    return {}
+    run.world.on_main(record)
 
 
-def command_line(argv: Sequence[str], world: World) -> str:
-    """Write down a command that starts the same again, on one host."""
-    words = [word for word in argv if not word.startswith("--local_rank")]
-    start = ["deepspeed", "--num_gpus", str(world.local_size)] if world.size > 1 else ["python"]
-    return without_secrets(shlex.join([*start, *words]))
-
-
-@functools.cache
-def git_commit(folder: Path) -> str:
-    """Return the commit of the code that runs, with + where files have changed since; empty outside of git."""
-    said = []
-    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
-        try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.SubprocessError):
-            return ""
-        if done.returncode:
-            return ""
-        said.append(done.stdout.strip())
-    return said[0] + "+" * bool(said[1])
+def what_starts(run: Run) -> dict[str, dict[str, Any]]:
+    """Describe a start: all settings, the versions of the libraries, the command."""
+    return {
+        "recipe": to_dict(run.recipe),
+        "runtime": to_dict(run.runtime),
+        "versions": versions(),
+        "start": describe_start(sys.argv, num_ranks=run.world.size, local_size=run.world.local_size),
+    }
 
 
 @contextlib.contextmanager
-def noting_the_end(lease: Lease, world: World) -> Iterator[None]:
-    """Record that an attempt was refused; one that says nothing has crashed or was killed."""
+def recording_refusals(run: Run) -> Iterator[None]:
+    """Record that an attempt ended with an error; one without a record has crashed or was killed."""
     try:
         yield
     except TrainerError as error:
         note(f"error: {error}")
-        if world.is_main and not isinstance(error, SupersededError):
+        if run.world.is_main and not isinstance(error, SupersededError):
             with contextlib.suppress(OSError, TrainerError):
-                lease.ended(f"refused: {error}")
+                run.lease.ended(f"refused: {error}")
         raise
-
-
-def resume(engine: Engine, root: Path, identity: checkpoint.Identity, runtime: Runtime) -> checkpoint.Progress:
-    """Load the newest valid checkpoint of this run, or start from the beginning where there is none."""
-
-    def choose() -> list[Any]:
-        found = checkpoint.find(root)
-        if found is None:
-            if runtime.resume == "must":
-                raise CheckpointError(
-                    f"resume is must, but {root} holds no checkpoint: use --resume auto to start anew"
-                )
-            return []
-        path, manifest = found
-        progress = checkpoint.check_identity(manifest, identity, path, allow_data_change=runtime.allow_data_change)
-        checkpoint.sweep(root)  # what is left of a killed conversion may fill the disk that the next one needs
-        return [str(path), dataclasses.asdict(progress), manifest["identity"]["num_ranks"]]
-
-    chosen = engine.world.on_main(choose)
-    if not chosen:
-        return checkpoint.Progress()
-    path, progress, written_by = chosen
-    engine.world.together(lambda: engine.load(Path(path), written_by=written_by))
-    logger.info("resumed from %s, written by %d ranks", path, written_by)
-    return checkpoint.Progress(**progress)
 
 
 def _require_same_file_system(lease: Lease, folder: Path, setting: str) -> None:
@@ -190,9 +219,3 @@ def _require_same_file_system(lease: Lease, folder: Path, setting: str) -> None:
             f"{setting}: {folder} lies on another file system than {lease.folder}, so that files cannot be renamed "
             "into it: put both on one"
         )
-
-
-def versions() -> dict[str, str]:
-    """Record what computed the numbers."""
-    names = ("torch", "deepspeed", "timm", "webdataset", "albumentations", "numpy")
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}

@@ -21,7 +21,7 @@ from trainer.data.sources import open_sets
 from trainer.distributed import cost_model as planning
 from trainer.distributed.devices import default_device
 from trainer.distributed.world import World
-from trainer.fault_tolerance.resume import check_output
+from trainer.fault_tolerance.resume import check_run
 from trainer.training.model_cost import BuildModel, ModelCost, count_model
 from trainer.training.throughput import peak_flops
 
@@ -53,7 +53,7 @@ def describe(
         ConfigError: the output folder holds something else.
         DataError: a shard breaks the rules.
     """
-    check_output(Path(runtime.output_dir), recipe, runtime.resume)
+    check_run(recipe, runtime)
     index = open_sets(found, recipe, runtime, World())  # one rank looks; the others have left
     zero = planning.zero_of(ds_config)
     model = count_model(recipe, build, zero.precision)

@@ -1,58 +1,77 @@
-"""One training loop on one screen.
+"""One training loop on one screen: wait for data, step, log, validate, draw, save.
 
-The loop knows steps, batches and dates; the engine knows DeepSpeed, the monitor knows files, the checkpoint module
-knows commits, numerics what is done about losses that are not finite or jump. Each step reads the device once, inside
-the engine, where the ranks agree.
+The loop knows the order. The task knows what is trained, the engine knows DeepSpeed, the monitor knows files, the
+checkpoint module knows commits, and the guards know what ends a run early. The host waits for the device once in a
+step, inside the engine, where the ranks agree.
 """
 
-import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from trainer.data.loader import to_device
 from trainer.data.stream import Batch
 from trainer.distributed.engine import Engine, StepResult
-from trainer.fault_tolerance.checkpoint import Progress
-from trainer.fault_tolerance.guards import BadSamples, Guards
+from trainer.fault_tolerance.checkpoint import Progress, Saver
+from trainer.fault_tolerance.guards import Guards
 from trainer.fault_tolerance.ledger import Ledger
 from trainer.fault_tolerance.watchdog import compare_waits, set_phase, where_we_wait
 from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.training.monitor import Monitor
+from trainer.training.schedule import Schedule
 from trainer.training.throughput import Speedometer
 
-logger = logging.getLogger(__name__)
 
+class Task(Protocol):
+    """What pre-training and fine-tuning do differently. Every method is called on all ranks."""
 
-Inputs = Callable[[Batch], tuple[Tensor, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Intervals:
-    """When things happen, in optimizer steps; everything also happens at the last step."""
-
-    last_step: int
-    log_every: int
-    save_every: int
+    flops_per_image: int
+    """Of one training step, for the MFU."""
     val_every: int
-    picture_every: int
+    """Steps between two calls of `validate`."""
+    draw_every: int | None
+    """Steps between two calls of `draw`; None for a task that draws nothing."""
 
-    def due(self, step: int, every: int) -> bool:
-        """Whether something that happens every so many steps happens after this one."""
-        return step % every == 0 or step == self.last_step
+    def loss_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return what the model's forward turns into the loss of a micro batch, which is on the device already."""
+
+    def validate(self, step: int, monitor: Monitor) -> None:
+        """Measure the model on the validation data, and record the figures."""
+
+    def draw(self, step: int, monitor: Monitor) -> None:
+        """Record pictures."""
+
+    def finish(self, step: int) -> None:
+        """Do what belongs after the last step of the schedule; not called for a run that was asked to stop."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hooks:
-    """What the loop does at its dates; each is called on all ranks."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Records:
+    """What a run leaves behind: figures, the ledger of its samples, checkpoints."""
 
-    save: Callable[[], Any]
-    measure: Callable[[int], None]
-    picture: Callable[[int], None]
+    monitor: Monitor
+    ledger: Ledger
+    speed: Speedometer
+    saver: Saver
+
+    def step_done(self, step: int, result: StepResult, batches: Sequence[Batch]) -> None:
+        """Count a step; the ledger lists only samples that moved the weights."""
+        for batch in batches:
+            if result.applied:
+                self.ledger.consumed(step, batch.positions, batch.keys)
+        self.speed.step_done()
+        self.monitor.step_done()
+
+    def save(self, progress: Progress, engine: Engine) -> None:
+        """Commit a checkpoint, and bring the other records to disk; all ranks call."""
+        engine.check_finite()
+        self.ledger.flush()
+        self.saver.save(progress, engine.capture)
+        self.monitor.flush()
 
 
 class Outcome(Enum):
@@ -67,60 +86,45 @@ def train(
     engine: Engine,
     batches: Iterator[Batch],
     progress: Progress,
-    *,
-    inputs: Inputs,
-    learning_rate_at: Callable[[int], float],
-    seed_at: Callable[[int], int],
-    accumulation: int,
-    dates: Intervals,
-    hooks: Hooks,
-    monitor: Monitor,
-    ledger: Ledger,
-    speed: Speedometer,
+    task: Task,
+    schedule: Schedule,
+    records: Records,
     guards: Guards,
 ) -> Outcome:
     """Train until the last step, until any rank is asked to stop, or until the loss spikes.
 
     The state is saved at the end, but not of a spike.
     """
-    while progress.step < dates.last_step:
+    while progress.step < schedule.last_step:
         set_phase(Phase.DATA, progress.step + 1)
-        micro_batches = _wait_for(batches, accumulation, speed)
+        micro_batches = _wait_for(batches, engine.accumulation, records.speed)
         set_phase(Phase.STEP, progress.step + 1)
-        learning_rate = learning_rate_at(progress.step)
+        learning_rate = schedule.learning_rate_at(progress.step)
         result = engine.step(
-            (inputs(to_device(batch, engine.device)) for batch in micro_batches),
+            (task.loss_inputs(to_device(batch, engine.device)) for batch in micro_batches),
             learning_rate=learning_rate,
-            seed=seed_at(progress.step),
+            seed=schedule.seed_at(progress.step),
             stop=guards.stop.seen,
         )
         progress.step += 1
         step = progress.step
-        for batch in micro_batches:
-            guards.bad_samples.note(batch)
-            if result.applied:
-                ledger.consumed(step, batch.positions, batch.keys)
-        speed.step_done()
-        monitor.step_done()
-        guards.bad_steps.note(progress, result, micro_batches, engine.world)
-        if guards.spikes.note(progress, result):
+        records.step_done(step, result, micro_batches)
+        if guards.must_go_back(progress, result, micro_batches, engine.world):
             return Outcome.SPIKED
 
-        if dates.due(step, dates.log_every) or result.stop:
+        # Every condition below is the same on all ranks, so that all of them enter the same collectives.
+        if schedule.due(step, schedule.log_every) or result.stop:
             engine.world.on_main(guards.lease.check)
-            _log(progress, engine, result, learning_rate, monitor=monitor, speed=speed, bad=guards.bad_samples)
-        if dates.due(step, dates.val_every):
+            _log(progress, engine, result, learning_rate, records, guards)
+        if schedule.due(step, task.val_every):
             set_phase(Phase.MEASURING, step)
-            hooks.measure(step)
-        if dates.due(step, dates.picture_every):
+            task.validate(step, records.monitor)
+        if task.draw_every and schedule.due(step, task.draw_every):
             set_phase(Phase.DRAWING, step)
-            hooks.picture(step)
-        if dates.due(step, dates.save_every) or result.stop:
+            task.draw(step, records.monitor)
+        if schedule.due(step, schedule.save_every) or result.stop:
             set_phase(Phase.SAVING, step)
-            engine.check_finite()
-            ledger.flush()
-            hooks.save()
-            monitor.flush()
+            records.save(progress, engine)
         if result.stop:
             return Outcome.STOPPED
     return Outcome.FINISHED
@@ -138,20 +142,18 @@ def _log(
     engine: Engine,
     result: StepResult,
     learning_rate: float,
-    *,
-    monitor: Monitor,
-    speed: Speedometer,
-    bad: BadSamples,
+    records: Records,
+    guards: Guards,
 ) -> None:
-    """Tell the monitor how the run stands."""
+    """Record the figures of a step; all ranks call, because they add up bad samples and compare their waiting."""
     values: dict[str, Any] = {
         "loss": result.loss,
         "lr": learning_rate,
         "grad_norm": engine.grad_norm(),
-        **speed.read(),
+        **records.speed.read(),
         "skipped_steps": progress.skipped_steps,
         "rollbacks": len(progress.skips),
-        **{f"bad_samples_{reason}": count for reason, count in bad.agree(engine).items()},
+        **{f"bad_samples_{reason}": count for reason, count in guards.bad_samples.agree(engine.world).items()},
     }
     compare_waits(progress.step, engine.world.gather_over_ranks(where_we_wait(values["data_wait_share"])))
-    monitor.scalars(progress.step, values)
+    records.monitor.scalars(progress.step, values)

@@ -16,11 +16,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from trainer.data.labels import CLASSES
+from trainer.data.stream import Batch
+from trainer.errors import without_secrets
 from trainer.fault_tolerance.attempts import Lease
 from trainer.fault_tolerance.ledger import rows_until
 from trainer.progress import Progress
@@ -39,6 +43,8 @@ _CHARTS = {
 """TensorBoard's custom scalars: what belongs into one chart."""
 _COMPARED = ("train/loss", "val/loss", "val/d_eer")
 """Numbers beside the hyperparameters."""
+_LABEL_PIXELS = 14
+"""Height of the name below a drawn image."""
 
 
 class Monitor:
@@ -82,13 +88,13 @@ class Monitor:
         self._progress = Progress(total_steps, initial=first_step, unit="step", shown=progress_bar)
         self._board.add_custom_scalars(_CHARTS)
 
-    def describe(self, step: int, texts: Mapping[str, str], settings: Mapping[str, Any]) -> None:
-        """Show in TensorBoard what runs: texts, and the settings as hyperparameters, by which runs compare."""
+    def describe(self, step: int, tables: Mapping[str, Mapping[str, Any]]) -> None:
+        """Show in TensorBoard what runs: tables, and the one named recipe as hyperparameters, by which runs compare."""
         if not self._is_main:
             return
-        for name, text in texts.items():
-            self._board.add_text(f"run/{name}", text, step)
-        plain = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in settings.items()}
+        for name, values in tables.items():
+            self._board.add_text(f"run/{name}", _markdown(values), step)
+        plain = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in tables["recipe"].items()}
         for summary in hparams(plain, dict.fromkeys(_COMPARED, 0.0)):  # type: ignore[no-untyped-call]
             self._board._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
 
@@ -148,6 +154,26 @@ class Monitor:
             self._progress.close()
             self._board.close()
             self._metrics.close()
+
+
+def labelled_views(batch: Batch, num_shown: int = 16) -> torch.Tensor:
+    """Draw the first images of a batch, each above the name of its class; uint8 (3, H, W)."""
+    tiles = []
+    for image_CHW, label in zip(batch.images_BCHW[:num_shown], batch.labels[:num_shown], strict=True):
+        size = image_CHW.shape[-1]
+        tile = Image.new("RGB", (size, size + _LABEL_PIXELS), "white")
+        tile.paste(Image.fromarray(image_CHW.permute(1, 2, 0).contiguous().numpy()))
+        ImageDraw.Draw(tile).text((2, size), dict(enumerate(CLASSES)).get(label, str(label)), fill="black")
+        tiles.append(torch.from_numpy(np.array(tile)).permute(2, 0, 1))
+    tiles += [torch.full_like(tiles[0], 255)] * (-len(tiles) % min(8, len(tiles)))
+    rows = [torch.cat(tiles[i : i + 8], dim=2) for i in range(0, len(tiles), 8)]
+    return torch.cat(rows, dim=1)
+
+
+def _markdown(values: Mapping[str, Any]) -> str:
+    """Write a table."""
+    rows = (f"| {name} | `{without_secrets(str(value))}` |" for name, value in values.items())
+    return "\n".join(["| | |", "|---|---|", *rows])
 
 
 def _plain(value: Any) -> Any:

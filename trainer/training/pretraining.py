@@ -8,34 +8,19 @@ from pathlib import Path
 
 import torch
 
-from trainer.config.record import to_dict
 from trainer.config.settings import PretrainRecipe, PretrainRuntime
 from trainer.data.loader import Loader
 from trainer.data.order.mixture import Source
-from trainer.data.order.plan import PLAN_VERSION, Order, Repeated, evenly_spaced
+from trainer.data.order.plan import Order, Repeated, evenly_spaced
 from trainer.data.shards.index import ShardIndex
-from trainer.data.sources import (
-    broadcast_sources,
-    byte_range_reader,
-    describe_shares,
-    find_sources,
-    open_sets,
-    order_of,
-    pixels_of,
-)
+from trainer.data.sources import byte_range_reader, find_sources, order_of, pixels_of
 from trainer.data.stream import Batch, fixed_stream
 from trainer.data.transforms.views import CenterView, PretrainView
-from trainer.distributed.devices import use_devices
-from trainer.distributed.ds_config import engine_settings
-from trainer.distributed.engine import Engine, connect, disconnect
-from trainer.distributed.world import World, world_from_environment
+from trainer.distributed.engine import Engine
+from trainer.distributed.world import World
 from trainer.errors import ConfigError
-from trainer.fault_tolerance import checkpoint
-from trainer.fault_tolerance.attempts import Lease
-from trainer.fault_tolerance.resume import begin, check_output, noting_the_end
-from trainer.fault_tolerance.watchdog import backend_timeout_s, set_phase, start_watchdog
-from trainer.fault_tolerance.watchdog_process import Phase
-from trainer.log import print_and_log, start_console, start_logging
+from trainer.fault_tolerance.resume import recording_refusals
+from trainer.log import print_and_log
 from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import backbone_sha256
 from trainer.models.mae import DecoderOptions, MaskedAutoencoder
@@ -44,69 +29,49 @@ from trainer.progress import say
 from trainer.training import reconstruction
 from trainer.training.model_cost import flops_of
 from trainer.training.monitor import Monitor
-from trainer.training.run import Ending, Training, record_end, show
+from trainer.training.run import DataSets, Ending, Training, TrainingData, begin, join, leave, prepare, show
 from trainer.weights.load import check_heads, check_init, read_init
 
 _MEAN_FACE_IMAGES = 2048
-
-
 _PICTURES = 8
 
 
 def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime, *, dry_run: bool = False) -> Ending:
     """Train to the end of the schedule, or until a signal asks to stop."""
-    world = world_from_environment()
-    start_console(is_main=world.is_main, rank=world.rank)
-    use_devices(world, runtime)
-    ds_config = engine_settings(recipe, runtime, world)
-    if runtime.micro_batch % recipe.aug_repeats:
-        raise ConfigError(
-            f"micro_batch is {runtime.micro_batch}, but must be divisible by aug_repeats ({recipe.aug_repeats})"
-        )
+    world, ds_config = prepare(recipe, runtime)
+    check_repeats(recipe, runtime.micro_batch)
     say(f"building {recipe.model}")
     build = functools.partial(build_model, recipe)
     model = build(grad_checkpointing=runtime.grad_checkpointing)
     num_kept(model.encoder.num_patches, val_mask_ratio(recipe, runtime))  # refuses one that leaves no patch
     init_sha256 = load_init_weights(model, recipe, runtime)
-    others = {"val_data": runtime.val_data}
-    found = find_sources(recipe, runtime, others=others) if world.is_main else None
-
+    found = find_sources(recipe, runtime, others={"val_data": runtime.val_data}) if world.is_main else None
     if dry_run:
         return show(recipe, runtime, ds_config, found, world, build)
-    say(f"connecting {world.size} ranks" if world.size > 1 else "looking at the output")
-    world = connect(world, timeout_s=backend_timeout_s(runtime), start_timeout_s=runtime.start_timeout_s)
-    output = Path(runtime.output_dir)
-    world.on_main(lambda: check_output(output, recipe, runtime.resume))
-    start_logging(output, is_main=world.is_main, rank=world.rank)
-    start_watchdog(output, world, runtime)
-    sources = broadcast_sources(found, world)
-    index = open_sets(sources, recipe, runtime, world)
-    order = order_with_repeats(recipe, index["data"], sources["data"])
-    validation = Validation(model, recipe, runtime, index, world) if "val_data" in index else None
 
+    world, sets = join(world, recipe, runtime, found)
+    data = training_data(model, sets, recipe)
+    validation = Validation(model, recipe, runtime, sets.index, world) if "val_data" in sets.index else None
     say("starting DeepSpeed")
     engine = Engine(model, ds_config=ds_config, weight_decay=recipe.weight_decay, world=world)
     if runtime.compile_mode != "off":
         engine.compile(runtime.compile_mode)
-    identity = checkpoint.Identity(
-        recipe=to_dict(recipe),
-        data_fingerprint=index["data"].fingerprint,
-        data_shares=describe_shares(index["data"], sources["data"]),
-        plan_version=PLAN_VERSION,
-        zero_stage=engine.zero_stage,
-        precision=engine.precision,
-        num_ranks=world.size,
-        init=init_sha256,
-    )
-    lease = begin(output, identity, runtime, world)
-    with noting_the_end(lease, world):
-        ending = training_of(engine, order, index["data"], validation, identity, lease, recipe, runtime).run()
-        if validation and math.isnan(validation.last_loss):  # nothing was left to train
+    run = begin(engine, sets, recipe, runtime, init_sha256=init_sha256)
+    with recording_refusals(run):
+        ending = Training(run, PretrainingTask(engine, recipe, runtime, validation), data).train()
+        if validation and math.isnan(validation.last_loss):  # no step was left to take, and so none validated
             validation.loss(engine)
-    set_phase(Phase.LEAVING)
-    world.on_main(lambda: print_summary(output, ending, validation, lease))
-    disconnect()
-    return ending
+    return leave(run, ending, lambda: print_summary(run.output, ending, validation))
+
+
+def check_repeats(recipe: PretrainRecipe, micro_batch: int) -> None:
+    """Refuse micro batches that would separate the views of one sample.
+
+    Raises:
+        ConfigError: names the setting and the remedy.
+    """
+    if micro_batch % recipe.aug_repeats:
+        raise ConfigError(f"micro_batch is {micro_batch}, but must be divisible by aug_repeats ({recipe.aug_repeats})")
 
 
 def build_model(recipe: PretrainRecipe, *, grad_checkpointing: bool = False) -> MaskedAutoencoder:
@@ -234,36 +199,11 @@ class Validation:
         )
 
 
-def training_of(
-    engine: Engine,
-    order: Order,
-    index: ShardIndex,
-    validation: Validation | None,
-    identity: checkpoint.Identity,
-    lease: Lease,
-    recipe: PretrainRecipe,
-    runtime: PretrainRuntime,
-) -> Training:
-    """Say what pre-training does at each step and at its dates."""
-    encoder = engine.module.encoder
-    draw = mask_of(recipe, encoder, mask_ratio=recipe.mask_ratio, predict_share=recipe.predict_share)
-
-    def measure(monitor: Monitor, step: int) -> None:
-        if validation:
-            monitor.scalars(step, validation.loss(engine), group="val")
-
-    def picture(monitor: Monitor, step: int) -> None:
-        if validation:
-            monitor.picture(step, "original_masked_reconstructed", validation.picture(engine))
-
-    return Training(
-        engine=engine,
-        index=index,
-        order=order,
-        identity=identity,
-        lease=lease,
-        recipe=recipe,
-        runtime=runtime,
+def training_data(model: MaskedAutoencoder, sets: DataSets, recipe: PretrainRecipe) -> TrainingData:
+    """Choose which images the run visits when, and what it sees of each."""
+    return TrainingData(
+        index=sets.index["data"],
+        order=order_with_repeats(recipe, sets.index["data"], sets.sources["data"]),
         view=PretrainView(
             size=recipe.image_size,
             crop_scale=(recipe.crop_scale_min, recipe.crop_scale_max),
@@ -272,21 +212,45 @@ def training_of(
             fast=recipe.decode_quality == "fast",
             pixels=pixels_of(recipe),
         ),
-        noise_per_sample=encoder.num_patches,
+        noise_per_sample=model.encoder.num_patches,
         repeats=recipe.aug_repeats,
-        inputs=lambda batch: (batch.images_BCHW, *draw(batch.noise_BN)),
-        flops_per_image=flops_of(engine.module, recipe),
-        measure=measure,
-        measure_every=runtime.val_every,
-        picture=picture,
-        picture_every=runtime.picture_every,
-        at_end=lambda step: None,
     )
 
 
-def print_summary(output: Path, ending: Ending, validation: Validation | None, lease: Lease) -> None:
-    """Record the end and print what a newcomer wants to know."""
-    record_end(output, ending, lease)
+class PretrainingTask:
+    """What the loop does in a pre-training; see `trainer.training.loop.Task`."""
+
+    def __init__(
+        self, engine: Engine, recipe: PretrainRecipe, runtime: PretrainRuntime, validation: Validation | None
+    ) -> None:
+        self._engine, self._validation = engine, validation
+        self._draw_mask = mask_of(
+            recipe, engine.module.encoder, mask_ratio=recipe.mask_ratio, predict_share=recipe.predict_share
+        )
+        self.flops_per_image = flops_of(engine.module, recipe)
+        self.val_every = runtime.val_every
+        self.draw_every: int | None = runtime.picture_every
+
+    def loss_inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """Return images, patches that the encoder sees, and patches to predict."""
+        return (batch.images_BCHW, *self._draw_mask(batch.noise_BN))
+
+    def validate(self, step: int, monitor: Monitor) -> None:
+        """Measure the loss on the validation images."""
+        if self._validation:
+            monitor.scalars(step, self._validation.loss(self._engine), group="val")
+
+    def draw(self, step: int, monitor: Monitor) -> None:
+        """Draw reconstructions of validation images."""
+        if self._validation:
+            monitor.picture(step, "original_masked_reconstructed", self._validation.picture(self._engine))
+
+    def finish(self, step: int) -> None:
+        """Nothing is left to do: the last step has validated, drawn and saved."""
+
+
+def print_summary(output: Path, ending: Ending, validation: Validation | None) -> None:
+    """Print what a newcomer wants to know."""
     if validation:
         print_and_log(f"  pictures     {output / 'pictures'}  (rows: original, masked, reconstructed)")
     print_and_log(f"  TensorBoard  tensorboard --logdir {output / 'tensorboard'}")
@@ -296,6 +260,6 @@ def print_summary(output: Path, ending: Ending, validation: Validation | None, l
         print_and_log(f"  validation masked MSE {validation.last_loss:.4f}; {mean_face}")
     if not ending.is_complete:
         return
-    told = f"--init {output} --data 'labelled/*.tar' --val_data 'val/*.tar'"
-    print_and_log(f"Next: deepspeed launch/finetune.py --recipe lora {told}   (a detector)")
+    flags = f"--init {output} --data 'labelled/*.tar' --val_data 'val/*.tar'"
+    print_and_log(f"Next: deepspeed launch/finetune.py --recipe lora {flags}   (a detector)")
     print_and_log(f"  or: python tools/export.py --source {output} --output {output}-timm   (the encoder for timm)")

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from trainer.config.provenance import versions
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe, Runtime
 from trainer.data.order.mixture import read_sources
 from trainer.data.storage import reading
@@ -32,7 +33,6 @@ from trainer.distributed.world import World, world_from_environment
 from trainer.errors import ConfigError, TrainerError, without_secrets
 from trainer.fault_tolerance.checkpoint import newest_manifest
 from trainer.fault_tolerance.exit_codes import EXIT_USER_ERROR
-from trainer.fault_tolerance.resume import versions
 from trainer.models.encoder import PatchEncoder
 from trainer.training.pretraining import build_model
 
@@ -77,7 +77,7 @@ def examine(recipe: Recipe, runtime: Runtime) -> int:
     world = world_from_environment()
     began = time.monotonic()
     use_devices(world, runtime, refuse_unusable=False)
-    engine_settings(recipe, runtime, world)  # refuses what contradicts the recipe
+    engine_settings(recipe, world, runtime.micro_batch, runtime.ds_config)  # refuses what contradicts the recipe
     world = connect(world, timeout_s=START_TIMEOUT_S, start_timeout_s=START_TIMEOUT_S)
     met_s = time.monotonic() - began
     shards = world.on_main(lambda: _sample(list_shards_of(runtime), 4 * world.size))
@@ -126,7 +126,7 @@ def facts_of(world: World, recipe: Recipe, runtime: Runtime, shards: Sequence[st
         "compiler": [name for name in ("ninja", "c++") if shutil.which(name)],
         "shared_memory": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "compiles": compiled_optimizer(engine_settings(recipe, runtime, world)),
+        "compiles": compiled_optimizer(engine_settings(recipe, world, runtime.micro_batch, runtime.ds_config)),
         "read": read_some(shards),
     }
 

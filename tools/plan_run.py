@@ -30,7 +30,8 @@ from trainer.config.command_line import Training, TrainingCommandLine
 from trainer.config.recipes import TRAININGS
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe, Runtime, check_types
 from trainer.distributed import cost_model as planning
-from trainer.distributed.cost_model import Checkpoint, Failures, Memory, StepTime, Zero
+from trainer.distributed.cost_model import Checkpoint, Failures, Memory, StepTime, Zero, divisors
+from trainer.distributed.hardware import ETHERNET, GB, HARDWARE
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import data_file
@@ -39,31 +40,10 @@ from trainer.startup import loading
 if TYPE_CHECKING:
     from trainer.training.model_cost import BuildModel, ModelCost
 
-GB, GIB, HOUR, DAY = 1e9, 2**30, 3600, 86400
+GIB, HOUR, DAY = 2**30, 3600, 86400
 LINK_SHARE = 0.7
 SAVE_OVERHEAD_S = 0.1
 REPEATS, SEED = 64, 0
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """One node's GPUs, from NVIDIA's data sheets."""
-
-    dense_flops: dict[str, float]
-    """FLOP/s by precision, without sparsity; fp32 without TF32, as torch computes by default."""
-    memory: float
-    nvlink: float
-    """Bytes/s of one GPU to its neighbours, one direction."""
-    infiniband: float
-    """Bytes/s of one GPU's adapter."""
-
-
-HARDWARE = {
-    "a100": Hardware({"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}, 80 * GB, 300 * GB, 25 * GB),
-    "h100": Hardware({"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}, 80 * GB, 450 * GB, 50 * GB),
-    "h200": Hardware({"bf16": 989e12, "fp16": 989e12, "fp32": 67e12}, 141 * GB, 450 * GB, 50 * GB),
-}
-ETHERNET = 12.5 * GB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,11 +227,6 @@ def builder_of(recipe: Recipe) -> "BuildModel":
         return functools.partial(build_model, recipe)
     assert isinstance(recipe, DetectorRecipe)
     return functools.partial(assemble_detector, recipe, None)
-
-
-def divisors(number: int) -> list[int]:
-    """Return the divisors, ascending."""
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def describe_run(plan: Plan) -> list[str]:

@@ -30,6 +30,11 @@ FLATTENED = 500_000_000  # elements that DeepSpeed flattens into one tensor for 
 BACKWARD_SHARE = 2 / 3  # of the computation; communication can hide behind the backward pass
 
 
+def divisors(number: int) -> list[int]:
+    """Return the divisors, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
     """Sizes of a model's parameters, in elements."""

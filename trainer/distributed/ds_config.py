@@ -18,6 +18,7 @@ from deepspeed.utils.logging import logger as deepspeed_logger
 from pydantic import ValidationError
 
 from trainer.config.settings import Recipe
+from trainer.distributed.cost_model import divisors
 from trainer.distributed.devices import default_device
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
@@ -367,17 +368,13 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _batch_remedy(global_batch: int, micro_batch: int, num_ranks: int) -> str:
     """Say which world sizes and micro batches would do; for a run that goes on the global batch is fixed."""
-    sizes = _divisors(global_batch // micro_batch) if global_batch % micro_batch == 0 else []
+    sizes = divisors(global_batch // micro_batch) if global_batch % micro_batch == 0 else []
     remedies = [f"start {_either(sizes, num_ranks)} ranks"] if sizes else []
     if global_batch % num_ranks == 0:
-        remedies.append(f"set micro_batch to {_either(_divisors(global_batch // num_ranks), micro_batch)}")
+        remedies.append(f"set micro_batch to {_either(divisors(global_batch // num_ranks), micro_batch)}")
     if not remedies:
-        remedies = [f"start {_either(_divisors(global_batch), num_ranks)} ranks with a micro_batch that divides theirs"]
+        remedies = [f"start {_either(divisors(global_batch), num_ranks)} ranks with a micro_batch that divides theirs"]
     return ", or ".join(remedies)
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _either(numbers: list[int], wanted: int) -> str:

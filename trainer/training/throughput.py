@@ -8,17 +8,7 @@ from pathlib import Path
 
 import torch
 
-_DENSE_BF16_PEAK = {
-    # FLOP/s without sparsity, from NVIDIA's data sheets; the first name found in the device name counts.
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "V100": 125e12,
-}
-
+from trainer.distributed.hardware import DENSE_BF16_PEAK
 
 _LONG_STEP_S, _STEPS_TO_TELL = 60.0, 6
 
@@ -101,9 +91,15 @@ def peak_resident_gib() -> float:
     return math.nan
 
 
+def forget_peak() -> float:
+    """Let `peak_resident_gib` start again from what this process holds now, and return that [GiB]."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_resident_gib()
+
+
 def peak_flops() -> float | None:
     """Return the dense bf16 peak of this GPU [FLOP/s]; None without a GPU that is known."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for key, peak in _DENSE_BF16_PEAK.items() if key in name), None)
+    return next((peak for key, peak in DENSE_BF16_PEAK.items() if key in name), None)

@@ -19,27 +19,23 @@ if __name__ == "__main__":
 
     guard_imports()
 
-import os
-import platform
 import statistics
 import tempfile
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from trainer.startup import loading
 
+from tools.bench.common import Training, machine, seconds, take_turns
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import PretrainRecipe, check_types
-from trainer.distributed.ds_config import engine_settings
-from trainer.distributed.engine import Engine, connect
-from trainer.distributed.world import World
-from trainer.fault_tolerance.attempts import acquire
-from trainer.fault_tolerance.checkpoint import Identity, Progress, Saver
+from trainer.config.settings import check_types
 from trainer.fault_tolerance.exit_codes import run
-from trainer.models.encoder import PatchEncoder
-from trainer.models.mae import DecoderOptions, MaskedAutoencoder
-from trainer.models.mask_utils import draw_mask
+
+if TYPE_CHECKING:
+    from trainer.fault_tolerance.checkpoint import Progress, Saver
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,81 +61,67 @@ class Settings:
         check_types(self)
 
 
-class Training:
-    """A masked autoencoder under DeepSpeed, on one rank, on one batch."""
-
-    def __init__(self, settings: Settings) -> None:
-        torch.set_num_threads(settings.num_threads)
-        torch.manual_seed(0)
-        size, batch = settings.image_size, settings.global_batch
-        world = connect(World(), timeout_s=600)
-        encoder = PatchEncoder(settings.model, image_size=size, fixed_positions=True)
-        self.model = MaskedAutoencoder(encoder, DecoderOptions(decoder_depth=4))
-        config = engine_settings(PretrainRecipe(global_batch=batch), world, micro_batch=batch)
-        self.engine = Engine(self.model, ds_config=config, weight_decay=0.05, world=world)
-        images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
-        noise = torch.rand(batch, encoder.num_patches)
-        self._inputs = (images, *draw_mask(noise, mask_ratio=0.75, grid=encoder.grid))
-
-    def steps(self, count: int) -> list[float]:
-        """Take steps; returns their times [s]."""
-        times = []
-        for _ in range(count):
-            start = time.perf_counter()
-            self.engine.step([self._inputs], learning_rate=1e-4, seed=0)
-            times.append(time.perf_counter() - start)
-        return times
-
-
 CLI = CommandLine(Settings, __doc__)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One save, and the steps before and beside it; times in seconds."""
+
+    stall: float
+    drag: float
+    stall_share: float
+    """Of the interval between two saves."""
 
 
 def main(settings: Settings) -> int:
     """Measure and print; returns the exit code."""
-    training = Training(settings)
-    training.steps(2)
-    stall: dict[str, list[float]] = {"at once": [], "in background": []}
-    drag: dict[str, list[float]] = {name: [] for name in stall}
-    shares: dict[str, list[float]] = {name: [] for name in stall}
+    with loading("torch and DeepSpeed"):
+        import torch
+
+        from trainer.distributed.world import World
+        from trainer.fault_tolerance.attempts import acquire
+        from trainer.fault_tolerance.checkpoint import Identity, Progress, Saver
+        from trainer.models.mae import DecoderOptions
+    torch.set_num_threads(settings.num_threads)
+    decoder = DecoderOptions(decoder_depth=4)
+    training = Training(settings.model, decoder, image_size=settings.image_size, micro_batch=settings.global_batch)
+    for _ in range(2):
+        training.step()
     with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
         identity = Identity({"global_batch": settings.global_batch}, "", "", 1, training.engine.zero_stage, "fp32", 1)
         lease = acquire(Path(folder), num_ranks=1)
-        savers = {
-            name: Saver(
-                Path(folder, name), identity, {}, lease=lease, world=World(), keep=1,
-                background=name == "in background",
+        ways: dict[str, Callable[[], Round]] = {}
+        for name in ("at once", "in background"):
+            saver = Saver(
+                Path(folder, name), identity, {}, lease=lease, world=World(), keep=1, background=name == "in background"
             )
-            for name in stall
-        }  # fmt: skip
-        for repeat in range(settings.repeats + 1):
-            for name, saver in savers.items():
-                quiet = statistics.median(training.steps(settings.steps))
-                start = time.perf_counter()
-                saver.save(Progress(repeat + 1), training.engine.capture)
-                waited = time.perf_counter() - start
-                beside = training.steps(settings.steps)
-                start = time.perf_counter()
-                saver.finish()
-                waited += time.perf_counter() - start
-                if repeat:  # the first round fills caches
-                    stall[name].append(waited)
-                    drag[name].append(sum(beside) - quiet * settings.steps)
-                    shares[name].append(waited / (waited + sum(beside)))
+            ways[name] = partial(save_beside_steps, training, saver, Progress(), settings.steps)
+        rounds = take_turns(ways, repeats=settings.repeats)
         size = sum(path.stat().st_size for path in Path(folder, "at once").rglob("*.pt"))
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {settings}")
+    print(f"{machine()}, {settings}")
     print(f"a checkpoint of {size / 1e6:.0f} MB every {settings.steps} steps, medians of {settings.repeats}")
-    for name in stall:
-        print(
-            f"{name:14} stall {statistics.median(stall[name]):6.3f} s = {100 * statistics.median(shares[name]):4.1f} % "
-            f"of the interval, drag {statistics.median(drag[name]):6.3f} s"
-        )
-    ratio = statistics.median(stall["at once"]) / statistics.median(stall["in background"])
-    print(f"the loop stands still {ratio:.1f} times shorter")
+    stall = {name: statistics.median(round_.stall for round_ in measured) for name, measured in rounds.items()}
+    for name, measured in rounds.items():
+        share = statistics.median(round_.stall_share for round_ in measured)
+        drag = statistics.median(round_.drag for round_ in measured)
+        print(f"{name:14} stall {stall[name]:6.3f} s = {100 * share:4.1f} % of the interval, drag {drag:6.3f} s")
+    print(f"the loop stands still {stall['at once'] / stall['in background']:.1f} times shorter")
     return 0
 
 
+def save_beside_steps(training: Training, saver: "Saver", progress: "Progress", steps: int) -> Round:
+    """Take steps, save, and take steps while the writer works."""
+    quiet = statistics.median(seconds(training.step) for _ in range(steps))
+    progress.step += 1
+    stall = seconds(lambda: saver.save(progress, training.engine.capture))
+    beside = sum(seconds(training.step) for _ in range(steps))
+    stall += seconds(saver.finish)
+    return Round(stall, beside - quiet * steps, stall / (stall + beside))
+
+
 def command() -> None:
-    """Start the command: as a script, or by the name it is installed under."""
+    """Start the bench."""
     run(main, CLI)
 
 

@@ -2,9 +2,9 @@
 
 Each candidate reads the same JPEGs of 256 and of 512 pixels and makes random 224 pixel crops, 64 a batch:
 
-    ours       tar shards, plan, crc check, decode by the crop, uint8 batch (decode_quality fast)
+    trainer    tar shards, plan, crc check, decode by the crop, uint8 batch (decode_quality fast)
     repeats4   the same with four crops of each decoding (aug_repeats 4)
-    full       ours with decode_quality full, as detection uses it
+    full       trainer with decode_quality full, as detection uses it
     webdataset shards, PIL, torchvision RandomResizedCrop and flip, float tensors, batched (the usual pipeline)
     folder     torchvision ImageFolder and DataLoader, same transforms
     decode     simplejpeg alone, fast transforms, nothing else: the ceiling
@@ -24,38 +24,52 @@ if __name__ == "__main__":
     guard_imports()
 
 import io
-import os
-import platform
 import statistics
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import simplejpeg
-import torch
-import webdataset as wds
 from PIL import Image
-from torch.utils.data import DataLoader
-from torchvision import datasets, transforms
+from trainer.startup import loading
 
+from tools.bench.common import Training, machine, medians, take_turns
 from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
-from trainer.data.loader import Loader
-from trainer.data.order.plan import Plan, Repeated
-from trainer.data.shards.index import ShardIndex, open_index
-from trainer.data.stream import Batch, Slice, train_stream
-from trainer.data.transforms.views import PretrainView
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
-from trainer.models.encoder import PatchEncoder
-from trainer.models.mae import DecoderOptions, MaskedAutoencoder
-from trainer.models.mask_utils import draw_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.data.shards.index import ShardIndex
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the user may set."""
+
+    repeats: int = 5
+    """How often each is measured; the median counts."""
+    train: bool = True
+    """Compare training steps that the loader feeds with steps on a batch in memory as well."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.repeats < 1:
+            raise ConfigError(f"repeats is {self.repeats}, but must be at least 1")
+
+
+CLI = CommandLine(Settings, __doc__)
+
 
 BATCH, SIZE, IMAGES, BATCHES = 64, 224, 512, 8
+TRAIN_BATCH, TRAIN_STEPS = 32, 4
 
 
 def picture(rng: np.random.Generator, side: int) -> bytes:
@@ -87,17 +101,23 @@ def prepare(folder: Path, side: int) -> tuple[list[bytes], Path]:
     return pictures, shard
 
 
-def ours(index: ShardIndex, *, fast: bool, repeats: int = 1) -> Iterator[object]:
+def trainer_batches(index: "ShardIndex", *, fast: bool, repeats: int = 1) -> Iterator[object]:
     """Stream batches as a training rank does."""
+    from trainer.data.order.plan import Plan, Repeated
+    from trainer.data.stream import Slice, train_stream
+    from trainer.data.transforms.views import PretrainView
+
     view = PretrainView(size=SIZE, crop_scale=(0.2, 1.0), flip_probability=0.5, seed=0, fast=fast)
     order, share = Repeated(Plan(len(index), 0), repeats, BATCH), Slice(BATCH, BATCH, repeats=repeats)
     return iter(train_stream(index, order, share, view, first_step=0, noise_per_sample=196))
 
 
-def usual_transforms() -> Callable[[Image.Image], torch.Tensor]:
+def usual_transforms() -> "Callable[[Image.Image], Tensor]":
     """Return what public MAE code does to an image."""
+    from torchvision import transforms
+
     mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    composed: Callable[[Image.Image], torch.Tensor] = transforms.Compose(
+    composed: Callable[[Image.Image], Tensor] = transforms.Compose(
         [
             transforms.RandomResizedCrop(SIZE, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.RandomHorizontalFlip(),
@@ -110,6 +130,8 @@ def usual_transforms() -> Callable[[Image.Image], torch.Tensor]:
 
 def usual_webdataset(shard: Path) -> Iterator[object]:
     """Stream with webdataset's own reader, decoder, shuffle buffer and batching."""
+    import webdataset as wds
+
     apply = usual_transforms()
     return iter(
         wds.WebDataset([str(shard)], shardshuffle=False, empty_check=False)
@@ -124,6 +146,9 @@ def usual_webdataset(shard: Path) -> Iterator[object]:
 
 def image_folder(tree: Path) -> Iterator[object]:
     """Stream with torchvision's ImageFolder."""
+    from torch.utils.data import DataLoader
+    from torchvision import datasets
+
     loader = DataLoader(datasets.ImageFolder(str(tree), transform=usual_transforms()), batch_size=BATCH, shuffle=True)
     while True:
         yield from loader
@@ -131,6 +156,8 @@ def image_folder(tree: Path) -> Iterator[object]:
 
 def bare_decode(pictures: list[bytes]) -> Iterator[object]:
     """Decode and forget."""
+    import simplejpeg
+
     while True:
         for start in range(0, IMAGES, BATCH):
             for payload in pictures[start : start + BATCH]:
@@ -138,101 +165,83 @@ def bare_decode(pictures: list[bytes]) -> Iterator[object]:
             yield None
 
 
-def rates(candidates: dict[str, Iterator[object]], repeats: int) -> dict[str, float]:
-    """Return images per second of CPU time, medians over interleaved repeats."""
-    found: dict[str, list[float]] = {name: [] for name in candidates}
-    for repeat in range(repeats + 1):
-        for name, batches in candidates.items():
-            start = time.process_time()
-            for _ in range(BATCHES):
-                next(batches)
-            if repeat:
-                found[name].append(BATCHES * BATCH / (time.process_time() - start))
-    return {name: statistics.median(values) for name, values in found.items()}
+def images_per_cpu_second(batches: Iterator[object]) -> float:
+    """Take batches; returns images per second of CPU time."""
+    start = time.process_time()
+    for _ in range(BATCHES):
+        next(batches)
+    return BATCHES * BATCH / (time.process_time() - start)
 
 
 def compare(side: int, repeats: int) -> None:
     """Print one table."""
+    from trainer.data.shards.index import open_index
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pictures, shard = prepare(folder, side)
         index = open_index([shard])
-        found = rates(
-            {
-                "ours": ours(index, fast=True),
-                "repeats4": ours(index, fast=True, repeats=4),
-                "full": ours(index, fast=False),
-                "webdataset": usual_webdataset(shard),
-                "folder": image_folder(folder / "tree"),
-                "decode": bare_decode(pictures),
-            },
-            repeats,
-        )
+        candidates = {
+            "trainer": trainer_batches(index, fast=True),
+            "repeats4": trainer_batches(index, fast=True, repeats=4),
+            "full": trainer_batches(index, fast=False),
+            "webdataset": usual_webdataset(shard),
+            "folder": image_folder(folder / "tree"),
+            "decode": bare_decode(pictures),
+        }
+        measures = {name: partial(images_per_cpu_second, batches) for name, batches in candidates.items()}
+        rates = medians(take_turns(measures, repeats=repeats))
     size_kb = sum(map(len, pictures)) / len(pictures) / 1000
     print(f"{side} px, {size_kb:.0f} kB a JPEG, images/s on one core (median of {repeats}):")
-    for candidate, rate in found.items():
-        print(f"  {candidate:11s} {rate:7.0f}   ours/{candidate} {found['ours'] / rate:5.2f}x")
+    for candidate, rate in rates.items():
+        print(f"  {candidate:11s} {rate:7.0f}   trainer/{candidate} {rates['trainer'] / rate:5.2f}x")
 
 
-def compare_training(index: ShardIndex, repeats: int) -> None:
+def compare_training(shard: Path, repeats: int) -> None:
     """Print the throughput of steps fed by two workers, beside steps on a batch in memory."""
-    encoder = PatchEncoder("vit_tiny_patch16_224", image_size=SIZE, fixed_positions=True)
-    model = MaskedAutoencoder(encoder, DecoderOptions(decoder_width=128, decoder_depth=2, decoder_heads=4))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    import torch
+
+    from trainer.data.loader import Loader
+    from trainer.data.order.plan import Plan
+    from trainer.data.shards.index import open_index
+    from trainer.data.stream import Batch, Slice, train_stream
+    from trainer.data.transforms.views import PretrainView
+    from trainer.models.mae import DecoderOptions
+
+    decoder = DecoderOptions(decoder_width=128, decoder_depth=2, decoder_heads=4)
+    training = Training("vit_tiny_patch16_224", decoder, image_size=SIZE, micro_batch=TRAIN_BATCH)
+    index = open_index([shard])
     view = PretrainView(size=SIZE, crop_scale=(0.2, 1.0), flip_probability=0.5, seed=0, fast=True)
-    stream = train_stream(
-        index, Plan(len(index), 0), Slice(32, 32), view, first_step=0, noise_per_sample=encoder.num_patches
-    )
-    batches = iter(Loader(stream, num_workers=2, prefetch=4))
-    fixed: Batch = next(batches)
-    waited_s = 0.0
+    share = Slice(TRAIN_BATCH, TRAIN_BATCH)
+    stream = train_stream(index, Plan(len(index), 0), share, view, first_step=0, noise_per_sample=training.num_patches)
+    batches: Iterator[Batch] = iter(Loader(stream, num_workers=2, prefetch=4))
+    fixed = next(batches)
 
-    def step(batch: Batch) -> None:
-        mask = draw_mask(batch.noise_BN, mask_ratio=0.75, grid=encoder.grid)
-        model(batch.images_BCHW, *mask).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def steps(draw: Callable[[], Batch]) -> tuple[float, float]:
+        """Take some steps; returns images/s and the share of the time that the steps waited for data."""
+        start, waited_s = time.perf_counter(), 0.0
+        for _ in range(TRAIN_STEPS):
+            asked = time.perf_counter()
+            batch = draw()
+            waited_s += time.perf_counter() - asked
+            training.step(training.mask(batch.images_BCHW, batch.noise_BN))
+        taken_s = time.perf_counter() - start
+        return TRAIN_STEPS * TRAIN_BATCH / taken_s, waited_s / taken_s
 
-    found: dict[str, list[float]] = {"loader": [], "memory": []}
-    for repeat in range(repeats + 1):
-        for name, times in found.items():
-            start = time.perf_counter()
-            for _ in range(4):
-                asked = time.perf_counter()
-                batch = next(batches) if name == "loader" else fixed
-                waited_s += (time.perf_counter() - asked) * (repeat > 0)
-                step(batch)
-            if repeat:
-                times.append(4 * 32 / (time.perf_counter() - start))
-    loader, memory = statistics.median(found["loader"]), statistics.median(found["memory"])
-    total_s = sum(4 * 32 / rate for rate in found["loader"])
+    kinds = {"loader": partial(steps, lambda: next(batches)), "memory": partial(steps, lambda: fixed)}
+    measured = take_turns(kinds, repeats=repeats)
+    loader, memory = (statistics.median(rate for rate, _ in measured[name]) for name in kinds)
+    waited = statistics.mean(share for _, share in measured["loader"])
     print(f"training ViT-Ti on {torch.get_num_threads()} threads, 2 workers, wall clock (median of {repeats}):")
     print(f"  in memory {memory:6.1f} images/s, from the loader {loader:6.1f}: {loader / memory:.1%}")
-    print(f"  data-wait share of the steps fed by the loader {waited_s / total_s:.2%}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """What the user may set."""
-
-    repeats: int = 5
-    """How often each is measured; the median counts."""
-    train: bool = True
-    """Compare training steps that the loader feeds with steps on a batch in memory as well."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if self.repeats < 1:
-            raise ConfigError(f"repeats is {self.repeats}, but must be at least 1")
-
-
-CLI = CommandLine(Settings, __doc__)
+    print(f"  data-wait share of the steps fed by the loader {waited:.2%}")
 
 
 def main(settings: Settings) -> int:
     """Print the comparison."""
-    cores = os.cpu_count()
-    print(f"{platform.processor() or platform.machine()}, {cores} cores, torch {torch.__version__}, one process")
+    with loading("torch and torchvision"):
+        import torch
+    print(f"{machine()}, one process")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for side in (256, 512):
@@ -241,12 +250,12 @@ def main(settings: Settings) -> int:
     if settings.train:
         with tempfile.TemporaryDirectory() as name:
             _, shard = prepare(Path(name), 256)
-            compare_training(open_index([shard]), settings.repeats)
+            compare_training(shard, settings.repeats)
     return 0
 
 
 def command() -> None:
-    """Start the command: as a script, or by the name it is installed under."""
+    """Start the bench."""
     run(main, CLI)
 
 

@@ -15,25 +15,17 @@ if __name__ == "__main__":
 
     guard_imports()
 
-import os
-import platform
-import resource
-import statistics
-import subprocess
 import tempfile
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch import nn
-
+from tools.bench.common import machine, medians, run_alone, seconds, take_turns
 from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.fault_tolerance.exit_codes import run
-from trainer.models.detector import HeadOptions, MorphDetector
-from trainer.models.encoder import PatchEncoder
-from trainer.models.lora import add_lora, save_adapter
+
+MODES = ("full", "lora")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +49,19 @@ class Settings:
         check_types(self)
 
 
+CLI = CommandLine(Settings, __doc__)
+
+
 class Mode:
     """A detector and its optimizer."""
 
     def __init__(self, settings: Settings, *, lora: bool) -> None:
+        import torch
+
+        from trainer.models.detector import HeadOptions, MorphDetector
+        from trainer.models.encoder import PatchEncoder
+        from trainer.models.lora import add_lora
+
         torch.manual_seed(0)
         encoder = PatchEncoder(settings.model, image_size=settings.image_size)
         if lora:
@@ -68,73 +69,66 @@ class Mode:
         self.model = MorphDetector(encoder, normalisation="imagenet", head=HeadOptions()).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
-        size = settings.image_size
-        self._images = torch.randint(0, 256, (settings.micro_batch, 3, size, size), dtype=torch.uint8)
-        self._labels = torch.arange(settings.micro_batch) % 2
+        size, batch = settings.image_size, settings.micro_batch
+        self._images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+        self._labels = torch.arange(batch) % 2
+        self._draws = torch.zeros(batch, self.model.num_draws)
 
-    def step(self) -> float:
-        """Take one step; returns its time [s]."""
-        start = time.perf_counter()
-        loss = self.model(self._images, self._labels, torch.zeros(len(self._labels), self.model.num_draws))
-        loss.backward()
+    def step(self) -> None:
+        """Take one step."""
+        self.model(self._images, self._labels, self._draws).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - start
 
     def state_bytes(self) -> int:
         """Count AdamW's two moments [bytes]."""
         return sum(2 * 4 * parameter.numel() for parameter in self.trained)
 
+    def adapter_bytes(self, base_model: str) -> int:
+        """Count the bytes of adapter and head on disk."""
+        from trainer.models.lora import save_adapter
 
-CLI = CommandLine(Settings, __doc__)
+        with tempfile.TemporaryDirectory() as folder:
+            head = dict(self.model.head.state_dict())
+            save_adapter(Path(folder), self.model.encoder.vit, head, base_model=base_model)
+            return sum(path.stat().st_size for path in Path(folder).iterdir())
+
+
+def peak_gib(settings: Settings, *, lora: bool) -> float:
+    """Take two steps; returns the highest memory above that of an idle process [GiB]."""
+    from trainer.training.throughput import forget_peak, peak_resident_gib
+
+    idle_gib = forget_peak()
+    mode = Mode(settings, lora=lora)
+    mode.step()
+    mode.step()
+    return peak_resident_gib() - idle_gib
 
 
 def main(settings: Settings) -> int:
     """Measure and print; returns the exit code."""
     if settings.only:
-        mode = Mode(settings, lora=settings.only == "lora")
-        mode.step()
-        mode.step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(peak_gib(settings, lora=settings.only == "lora"))
         return 0
-    memory = {name: _peak_bytes(name, sys.argv[1:]) for name in ("full", "lora")}
-    modes = {"full": Mode(settings, lora=False), "lora": Mode(settings, lora=True)}
-    for mode in modes.values():
-        mode.step()
-    times: dict[str, list[float]] = {name: [] for name in modes}
-    for _ in range(settings.repeats):
-        for name, mode in modes.items():
-            times[name].append(mode.step())
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+    memory = {name: float(run_alone(__file__, "--only", name)) for name in MODES}
+    modes = {name: Mode(settings, lora=name == "lora") for name in MODES}
+    step_s = medians(
+        take_turns({name: partial(seconds, mode.step) for name, mode in modes.items()}, repeats=settings.repeats)
+    )
     state = {name: mode.state_bytes() for name, mode in modes.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        model = modes["lora"].model
-        save_adapter(Path(folder), model.encoder.vit, _state_of(model.head), base_model=settings.model)
-        adapter_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
-    ratio = {"state": state["full"] / state["lora"], "time": seconds["lora"] / seconds["full"]}
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {settings}")
+    ratio = {"state": state["full"] / state["lora"], "time": step_s["lora"] / step_s["full"]}
+    print(f"{machine()}, {settings}")
     print(
         f"optimizer state   full {state['full'] / 1e6:.1f} MB, LoRA {state['lora'] / 1e6:.3f} MB: {ratio['state']:.0f}x"
     )
-    print(f"adapter and head  {adapter_bytes / 1e6:.2f} MB")
-    print(f"step time         full {seconds['full']:.2f} s, LoRA {seconds['lora']:.2f} s: {ratio['time']:.2f}x")
-    print(f"peak memory       full {memory['full'] / 2**30:.2f} GiB, LoRA {memory['lora'] / 2**30:.2f} GiB")
+    print(f"adapter and head  {modes['lora'].adapter_bytes(settings.model) / 1e6:.2f} MB")
+    print(f"step time         full {step_s['full']:.2f} s, LoRA {step_s['lora']:.2f} s: {ratio['time']:.2f}x")
+    print(f"peak memory       full {memory['full']:.2f} GiB, LoRA {memory['lora']:.2f} GiB above an idle process")
     return 0
 
 
-def _state_of(head: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(head.state_dict())
-
-
-def _peak_bytes(name: str, words: list[str]) -> int:
-    done = subprocess.run(
-        [sys.executable, __file__, *words, "--only", name], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout.split()[-1])
-
-
 def command() -> None:
-    """Start the command: as a script, or by the name it is installed under."""
+    """Start the bench."""
     run(main, CLI)
 
 

@@ -15,27 +15,20 @@ if __name__ == "__main__":
     guard_imports()
 
 import json
-import os
-import platform
-import resource
-import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 
+from tools.bench.common import machine, run_alone
 from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.data.order.plan import Plan, positions_of
 from trainer.data.shards.index import INDEX_VERSION, SHARD_COLUMNS, ShardIndex
 from trainer.data.shards.members import Tally
 from trainer.fault_tolerance.exit_codes import run
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
 
 SAMPLES_A_SHARD, SAMPLE_BYTES = 10_000, 100_000
 RANKS, WORKERS, GLOBAL_BATCH, LANES = 1024, 8, 8192, 1024
@@ -59,8 +52,10 @@ def write_index(folder: Path, num_samples: int) -> list[str]:
 
 def measure(folder: Path, num_samples: int) -> dict[str, float]:
     """Open the index and plan batches as one of the ranks does; times in seconds, memory in MB above the imports."""
+    from trainer.training.throughput import forget_peak, peak_resident_gib
+
     shards = write_index(folder, num_samples)
-    before_mb = _peak_mb()
+    held_gib = forget_peak()
     start = time.perf_counter()
     index = ShardIndex(folder, shards)
     plan = Plan(len(index), 0, LANES)
@@ -76,11 +71,12 @@ def measure(folder: Path, num_samples: int) -> dict[str, float]:
     for batch in range(PROBE_BATCHES):
         plan.locate(np.arange(batch * 512, (batch + 1) * 512))
     per_sample_us = (time.perf_counter() - start) / PROBE_BATCHES / 512 * 1e6
-    return {"first_s": first_s, "resume_s": resume_s, "mb": _peak_mb() - before_mb, "us": per_sample_us}
-
-
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    return {
+        "first_s": first_s,
+        "resume_s": resume_s,
+        "mb": (peak_resident_gib() - held_gib) * 2**30 / 1e6,
+        "us": per_sample_us,
+    }
 
 
 def reads(num_ranks: int, *, steps: int = 400) -> str:
@@ -137,6 +133,11 @@ def _buffer_shuffle(num_samples: int, size: int, rng: np.random.Generator) -> np
 
 def draw(rows: dict[int, dict[str, float]], path: str) -> None:
     """Plot growth."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     titles = {"first_s": "first batch [s]", "resume_s": "resume anywhere [s]", "mb": "memory of a rank [MB]"}
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
@@ -170,13 +171,11 @@ def main(settings: Settings) -> int:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(measure(Path(folder), settings.one)))
         return 0
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+    print(machine())
     print(f"rank 5 of {RANKS} (x {WORKERS} workers, which share its memory), {LANES} lanes, batch {GLOBAL_BATCH}:")
     rows = {}
     for size in (n for n in (10**6, 10**7, 10**8, 10**9) if n <= settings.largest):
-        words = [sys.executable, "-m", "tools.bench.plan", "--one", str(size)]
-        done = subprocess.run(words, check=True, capture_output=True, text=True)
-        row = rows[size] = json.loads(done.stdout.splitlines()[-1])
+        row = rows[size] = json.loads(run_alone(__file__, "--one", str(size)))
         print(
             f"  {size:13,d} samples, {size // SAMPLES_A_SHARD:7,d} shards: first batch {row['first_s']:.3f} s, "
             f"resume {row['resume_s']:.3f} s, {row['mb']:.0f} MB, {row['us']:.1f} us a position"
@@ -190,7 +189,7 @@ def main(settings: Settings) -> int:
 
 
 def command() -> None:
-    """Start the command: as a script, or by the name it is installed under."""
+    """Start the bench."""
     run(main, CLI)
 
 

@@ -2,7 +2,7 @@
 
 Counted first (ViT-B/16, 224 pixels, 8 decoder blocks): 56.6 GFLOP an image, 3.7 % below the published form, whose last
 decoder block and pixel layer also run for tokens that nobody reads, and whose first one projects every image's hidden
-tokens anew. The decoder takes 55 % of it; so half its depth saves 27 %, and a cross decoder that paints a third of the
+tokens again. The decoder takes 55 % of it; so half its depth saves 27 %, and a cross decoder that paints a third of the
 hidden patches saves 47 %. What a step takes above
 FLOPs / GEMM peak is memory traffic: norms, GELU, softmax, gathers, the optimizer.
 
@@ -22,33 +22,26 @@ if __name__ == "__main__":
 
     guard_imports()
 
-import functools
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from transformers import ViTMAEForPreTraining
+from trainer.startup import loading
 
-from tools.bench.scaling import forget_peak
+from tools.bench.common import machine, run_alone, seconds, take_turns
 from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
-from trainer.models.encoder import PatchEncoder
-from trainer.models.mae import IMAGENET_MEAN, IMAGENET_STD, DecoderOptions, MaskedAutoencoder
-from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
-from trainer.training.throughput import peak_flops, peak_resident_gib
-from trainer.weights.export import write_vitmae
-from trainer.weights.subject import Subject
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trainer.models.mae import MaskedAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,10 +90,13 @@ class Settings:
     """Which to time, beside transformers' ViTMAE; compiling takes minutes on a CPU, hence it must be named."""
     memory: bool = False
     """Measure the peak memory of each instead, in a process of its own on the CPU."""
+    only: str | None = None
+    """Run one variant and print its peak memory; the benchmark calls itself with this."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        unknown = [name for name in self.variants if name not in (*VARIANTS, PEER)]
+        names = (*self.variants, *((self.only,) if self.only else ()))
+        unknown = [name for name in names if name not in (*VARIANTS, PEER)]
         if unknown:
             raise ConfigError(f"variants has {unknown[0]!r}, but takes only {', '.join(VARIANTS)}")
 
@@ -109,8 +105,14 @@ class Contender:
     """A model with its optimizer, and the inputs of a step."""
 
     def __init__(self, settings: Settings, name: str) -> None:
+        import torch
+
+        from trainer.models.encoder import PatchEncoder
+        from trainer.models.mae import DecoderOptions, MaskedAutoencoder
+        from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
+
         torch.manual_seed(0)
-        variant, self._device = VARIANTS.get(name, Variant()), torch.device(settings.device)
+        variant, device = VARIANTS.get(name, Variant()), settings.device
         dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
         encoder = PatchEncoder(
             settings.model, image_size=settings.image_size, fixed_positions=True,
@@ -121,33 +123,37 @@ class Contender:
         keep = num_kept(encoder.num_patches, variant.mask_ratio)
         self.width = encoder.width
         self.flops = mae.flops_per_image(keep, num_predicted(encoder.num_patches - keep, variant.predict_share))
-        self._model: nn.Module = (like(mae, settings.model) if name == PEER else mae).to(self._device, dtype)
+        self._model = (like(mae, settings.model) if name == PEER else mae).to(device, dtype)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4, fused=True)
         size = (settings.micro_batch, 3, settings.image_size, settings.image_size)
-        images = torch.randint(0, 256, size, dtype=torch.uint8, device=self._device)
+        images = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
         forward: Callable[..., Any] = torch.compile(self._model) if variant.compiled else self._model
         noise_shape = (settings.micro_batch, encoder.num_patches)
         how: dict[str, Any] = {"mask_ratio": variant.mask_ratio, "predict_share": variant.predict_share}
         if name == PEER:
-            pixels = torch.randn(size, device=self._device, dtype=dtype)
+            pixels = torch.randn(size, device=device, dtype=dtype)
             self._loss: Callable[[], Any] = lambda: forward(pixels).loss
         else:
             self._loss = lambda: forward(
-                images, *draw_mask(torch.rand(noise_shape, device=self._device), grid=encoder.grid, **how)
+                images, *draw_mask(torch.rand(noise_shape, device=device), grid=encoder.grid, **how)
             )
 
-    def step(self) -> float:
-        """Take a step; returns its time [s]."""
-        return timed(self._step, self._device)
-
-    def _step(self) -> None:
+    def step(self) -> None:
+        """Take one step."""
         self._loss().backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
 
 
-def like(mae: MaskedAutoencoder, name: str) -> nn.Module:
-    """Return transformers' model with the same weights; its predictions and its loss were compared with ours."""
+def like(mae: "MaskedAutoencoder", name: str) -> "nn.Module":
+    """Return transformers' model with the same weights; its predictions and its loss were compared with mae's."""
+    import torch
+    from transformers import ViTMAEForPreTraining
+
+    from trainer.models.mae import IMAGENET_MEAN, IMAGENET_STD
+    from trainer.weights.export import write_vitmae
+    from trainer.weights.subject import Subject
+
     subject = Subject(name=name, encoder=mae.encoder, mean=IMAGENET_MEAN, std=IMAGENET_STD, mae=mae.eval())
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         write_vitmae(subject, Path(folder))
@@ -159,7 +165,9 @@ class Peak:
     """The machine's best matrix products in the shapes of the model: what a step could reach at most."""
 
     def __init__(self, settings: Settings, width: int) -> None:
-        self._device = torch.device(settings.device)
+        import torch
+
+        self._device = settings.device
         dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
         rows = max(settings.micro_batch * 196, 1024)
         shapes = [(width, 3 * width), (width, 4 * width), (4 * width, width)]
@@ -170,82 +178,60 @@ class Peak:
 
     def flops(self) -> float:
         """Measure once; returns FLOP/s."""
+        import torch
+
         rates = []
         for a, b in self._pairs:
-            taken = timed(functools.partial(torch.mm, a, b), self._device)
+            taken = seconds(partial(torch.mm, a, b), self._device)
             rates.append(2 * a.shape[0] * a.shape[1] * b.shape[1] / taken)
         return max(rates)
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Return the time of some work [s], on a GPU until it is done there."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def rows(settings: Settings) -> Iterator[str]:
     """Measure, and yield the lines of the table."""
+    from trainer.training.throughput import peak_flops
+
     names = (PEER, *settings.variants)
     contenders = {name: Contender(settings, name) for name in names}
     peak = Peak(settings, contenders[PEER].width)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    peaks = []
-    for repeat in range(settings.repeats + 2):
-        for name, contender in contenders.items():
-            taken = contender.step()
-            if repeat >= 2:
-                times[name].append(taken)
-                peaks.append(peak.flops())
-    best = statistics.median(peaks)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    measures = {name: partial(step_and_peak, contenders[name], peak, settings.device) for name in names}
+    measured = take_turns(measures, repeats=settings.repeats, warmup=2)
+    best = statistics.median(flops for pairs in measured.values() for _, flops in pairs)
+    step_s = {name: statistics.median(taken for taken, _ in pairs) for name, pairs in measured.items()}
     sheet = peak_flops()
     limit = f", data sheet {sheet / 1e12:.0f} TFLOP/s" if sheet else ""
     yield f"medians of {settings.repeats}; GEMM peak {best / 1e9:,.1f} GFLOP/s in the same run{limit}"
     yield f"{'':22}{'ms':>9}{'images/s':>10}{'GFLOP/image':>13}{'GFLOP/s':>10}{'of peak':>9}{'x peer':>8}" + (
         f"{'MFU':>7}" if sheet else ""
     )
-    for name, taken in medians.items():
+    for name, taken in step_s.items():
         rate = settings.micro_batch / taken
         flops = contenders[name].flops * rate
         yield (
             f"{name:22}{1000 * taken:9.1f}{rate:10.2f}{contenders[name].flops / 1e9:13.2f}{flops / 1e9:10.1f}"
-            f"{flops / best:9.2f}{medians[PEER] / taken:8.2f}" + (f"{flops / sheet:7.3f}" if sheet else "")
+            f"{flops / best:9.2f}{step_s[PEER] / taken:8.2f}" + (f"{flops / sheet:7.3f}" if sheet else "")
         )
 
 
-def peak_memory(settings: Settings) -> Iterator[str]:
-    """Let a process of its own take two steps of each variant; yields its highest memory above that of an idle one."""
-    for name in (PEER, *settings.variants):
-        chosen = ("model", "image_size", "micro_batch", "num_threads", "device")
-        words = [f"--{setting}={getattr(settings, setting)}" for setting in chosen]
-        code = (
-            "import sys\n"
-            "from trainer.config.command_line import read_flags\n"
-            "from trainer.config.parse import with_flags\n"
-            "from tools.bench.step import Settings, peak_of\n"
-            f"print(peak_of(with_flags(Settings(), read_flags(sys.argv[1:])), {name!r}))"
-        )
-        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-        yield f"{name:22}{float(done.stdout.split()[-1]):9.2f} GiB"
+def step_and_peak(contender: Contender, peak: Peak, device: str) -> tuple[float, float]:
+    """Return the time of a step [s] and, right after it, the peak of the machine [FLOP/s]."""
+    return seconds(contender.step, device), peak.flops()
 
 
-def peak_of(settings: Settings, name: str) -> float:
-    """Take two steps and return the highest memory that they took [GiB]."""
-    torch.set_num_threads(settings.num_threads)
-    forget_peak()
-    idle = peak_resident_gib()
+def peak_gib(settings: Settings, name: str) -> float:
+    """Take two steps; returns the highest memory above that of an idle process [GiB]."""
+    import torch
+
+    from trainer.training.throughput import forget_peak, peak_resident_gib
+
+    idle_gib = forget_peak()
     contender = Contender(settings, name)
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    forget_peak()  # the peer was converted from our own model
+    forget_peak()  # the peer was converted from a model of the trainer
     for _ in range(2):
         contender.step()
-    return torch.cuda.max_memory_allocated() / 2**30 if settings.device == "cuda" else peak_resident_gib() - idle
+    return torch.cuda.max_memory_allocated() / 2**30 if settings.device == "cuda" else peak_resident_gib() - idle_gib
 
 
 CLI = CommandLine(Settings, __doc__)
@@ -253,19 +239,27 @@ CLI = CommandLine(Settings, __doc__)
 
 def main(settings: Settings) -> int:
     """Measure and print; returns the exit code."""
+    with loading("" if settings.only else "torch and transformers"):
+        import torch
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but torch sees no GPU: leave it out")
     torch.set_num_threads(settings.num_threads)
-    device = torch.cuda.get_device_name() if settings.device == "cuda" else platform.machine()
-    print(f"{device}, {len(os.sched_getaffinity(0))} cores, {settings.num_threads} threads, torch {torch.__version__}")
+    if settings.only:
+        print(peak_gib(settings, settings.only))
+        return 0
+    print(f"{machine(settings.device)}, {settings.num_threads} threads")
     print(f"{settings.model} at {settings.image_size} pixels, micro batch {settings.micro_batch}")
-    for row in peak_memory(settings) if settings.memory else rows(settings):
+    if settings.memory:
+        for name in (PEER, *settings.variants):
+            print(f"{name:22}{float(run_alone(__file__, '--only', name)):9.2f} GiB", flush=True)
+        return 0
+    for row in rows(settings):
         print(row, flush=True)
     return 0
 
 
 def command() -> None:
-    """Start the command: as a script, or by the name it is installed under."""
+    """Start the bench."""
     run(main, CLI)
 
 

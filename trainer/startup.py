@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 
 if sys.version_info < (3, 11):  # noqa: UP036  (with an old Python, say so instead of a SyntaxError)
@@ -20,7 +21,13 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 def guard_imports() -> None:
-    """Until `exit_codes.run` takes over: explain a missing package, and end with one line after Ctrl-C."""
+    """Until `exit_codes.run` takes over: explain a missing package, and end with one line after Ctrl-C.
+
+    A script puts the folder above its own on the path. In a checkout that is the project; in an installed wheel it is
+    the package itself, and leaves the path again: ``log`` or ``data`` shall not be found as top-level modules.
+    """
+    if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+        del sys.path[0]
     sys.excepthook = _explain
     signal.signal(signal.SIGINT, _leave)
 

@@ -9,6 +9,9 @@ and bandwidth with the writer for a while. Rounds of both ways are interleaved i
     drag     seconds by which the steps of an interval were slower than quiet ones: what the writer takes beside them
 
 Usage: python tools/bench/checkpoint.py [--model NAME] [--steps N] [--repeats N]
+
+Examples:
+    python tools/bench/checkpoint.py --model vit_base_patch16_224 --folder /scratch
 """
 
 import sys
@@ -27,12 +30,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.startup import loading
-
 from tools.bench.common import Training, machine, seconds, take_turns
 from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.fault_tolerance.exit_codes import run
+from trainer.startup import loading
 
 if TYPE_CHECKING:
     from trainer.fault_tolerance.checkpoint import Progress, Saver

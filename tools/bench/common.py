@@ -130,7 +130,7 @@ class Training:
         """
         import torch
 
-        from trainer.config.settings import PretrainRecipe, PretrainRuntime
+        from trainer.config.settings import PretrainRecipe
         from trainer.distributed.ds_config import engine_settings
         from trainer.distributed.engine import Engine, connect
         from trainer.distributed.world import world_from_environment
@@ -143,8 +143,7 @@ class Training:
         self._grid, self.num_patches = encoder.grid, encoder.num_patches
         recipe = PretrainRecipe(global_batch=micro_batch * world.size)
         with tempfile.TemporaryDirectory() as folder:
-            runtime = PretrainRuntime(micro_batch=micro_batch, ds_config=_at_stage(zero_stage, Path(folder)))
-            config = engine_settings(recipe, runtime, world)
+            config = engine_settings(recipe, world, micro_batch, _at_stage(zero_stage, Path(folder)))
         mae = MaskedAutoencoder(encoder, decoder)
         self.engine = Engine(mae, ds_config=config, weight_decay=0.05, world=world)
         images_BCHW = torch.randint(0, 256, (micro_batch, 3, image_size, image_size), dtype=torch.uint8)

@@ -13,6 +13,9 @@ With ``--train`` also the throughput of training steps fed by two loader workers
 that stays in memory.
 
 Usage: python tools/bench/loader.py [--repeats 5] [--train true]
+
+Examples:
+    python tools/bench/loader.py --repeats 3 --train false
 """
 
 import sys
@@ -36,13 +39,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from trainer.startup import loading
 
 from tools.bench.common import Training, machine, medians, take_turns
 from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
+from trainer.startup import loading
 
 if TYPE_CHECKING:
     from torch import Tensor

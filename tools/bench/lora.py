@@ -5,6 +5,9 @@ two and a little, because the weights of frozen layers need no gradient; so 0.67
 one process and their medians compared; memory is the peak of a process of its own for each mode.
 
 Usage: python tools/bench/lora.py [--model NAME] [--micro_batch N] [--repeats N]
+
+Examples:
+    python tools/bench/lora.py --micro_batch 8
 """
 
 import sys

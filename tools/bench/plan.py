@@ -4,6 +4,9 @@ Index files of 10**6 to 10**9 samples are made sparse on disk: their lengths are
 shard ends, what 10,000 samples a shard give. Each size is measured in a process of its own.
 
 Usage: python tools/bench/plan.py [--largest 1000000000] [--plot plan_scale.png]
+
+Examples:
+    python tools/bench/plan.py --largest 100000000
 """
 
 import sys

@@ -6,6 +6,9 @@ the gradients, 4 bytes a parameter each way; stages 1 and 2 gather the weights a
 forward and the backward pass.
 
 Usage: python tools/bench/scaling.py [--model NAME] [--micro_batch N] [--steps N] [--repeats N] [--stages 0,1,2,3]
+
+Examples:
+    python tools/bench/scaling.py --stages 1,3 --repeats 3
 """
 
 import sys

@@ -12,6 +12,9 @@ three matrix products of the model's own shapes, measured between the steps. On 
 
 Usage: python tools/bench/step.py [--model NAME] [--micro_batch N] [--repeats N] [--variants exact,cross_third]
            [--device cuda] [--num_threads N] [--memory true]
+
+Examples:
+    python tools/bench/step.py --variants exact,fast --device cuda --micro_batch 64
 """
 
 import sys
@@ -30,13 +33,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.startup import loading
-
 from tools.bench.common import machine, run_alone, seconds, take_turns
 from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
+from trainer.startup import loading
 
 if TYPE_CHECKING:
     from torch import nn

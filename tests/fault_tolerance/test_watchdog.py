@@ -26,7 +26,7 @@ LATE_S = 15.0
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Command lines of the processes that name a folder: ranks, loader workers and guardians."""
+    """Command lines of the processes that name a folder: ranks, loader workers and watchdog processes."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -56,7 +56,7 @@ def verdict_in(logs: Path) -> str:
     return path.read_text()
 
 
-# ------------------------------------------------------------------------------- the guardian of a rank that only marks
+# ---------------------------------------------------------------- the watchdog process of a rank that only sets phases
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def watched(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
 
 
 @pytest.mark.parametrize("end", ["leaves", "killed", "stopped and killed"])
-def test_a_guardian_leaves_with_its_rank_and_its_last_word_says_how(
+def test_a_watchdog_process_ends_with_its_rank_and_its_last_heartbeat_shows_how(
     end: str, tmp_path: Path, watched: Callable[..., "subprocess.Popen[str]"]
 ) -> None:
     process = watched("STEP:7", *(["LEAVING:7"] if end == "leaves" else []))
@@ -115,11 +115,9 @@ def test_who_keeps_the_others_waiting_is_named_once_and_everybody_is_ended(
         assert 'watched.py", line' in stack, "the Python stack of the rank"
 
 
-def test_a_rank_without_a_sign_of_life_is_named(
-    tmp_path: Path, watched: Callable[..., "subprocess.Popen[str]"]
-) -> None:
+def test_a_rank_without_a_heartbeat_is_named(tmp_path: Path, watched: Callable[..., "subprocess.Popen[str]"]) -> None:
     assert watched("STEP:2", rank=0, num_ranks=2, limit_s=2).wait(30) == -signal.SIGKILL
-    assert "rank 1 has given no sign of life in this attempt" in verdict_in(tmp_path)
+    assert "rank 1 has sent no heartbeat in this attempt" in verdict_in(tmp_path)
 
 
 def test_time_in_which_the_whole_machine_slept_is_not_the_ranks(
@@ -127,24 +125,24 @@ def test_time_in_which_the_whole_machine_slept_is_not_the_ranks(
 ) -> None:
     process = watched("STEP:2", limit_s=6)
     assert wait_until(lambda: (tmp_path / "heartbeats" / "rank-00000.json").exists())
-    [guardian] = [int(c) for c in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    [watchdog] = [int(c) for c in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     for number in (signal.SIGSTOP, signal.SIGCONT):
         os.kill(process.pid, number)
-        os.kill(guardian, number)
+        os.kill(watchdog, number)
         time.sleep(8 if number == signal.SIGSTOP else 2)
     assert process.poll() is None
     assert not list(tmp_path.glob("*_watchdog.txt"))
     assert process.wait(30) == -signal.SIGKILL, "later it is too late indeed"
 
 
-def test_signals_of_a_launcher_do_not_end_the_guardian_before_its_rank(
+def test_signals_of_a_launcher_do_not_end_the_watchdog_process_before_its_rank(
     tmp_path: Path, watched: Callable[..., "subprocess.Popen[str]"]
 ) -> None:
     process = watched("STEP:2")
     assert wait_until(lambda: (tmp_path / "heartbeats" / "rank-00000.json").exists())
-    [guardian] = [int(c) for c in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    [watchdog] = [int(c) for c in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        os.kill(guardian, number)
+        os.kill(watchdog, number)
     time.sleep(0.5)
     process.kill()
     assert wait_until(lambda: list(tmp_path.glob("*_watchdog.txt")), 10), "it still speaks"
@@ -162,8 +160,8 @@ def beat(rank: int, phase: Phase = Phase.STEP, step: int = 9, **changes: Any) ->
     ("beats", "expected"),
     [
         ([beat(0), beat(1, state="T"), beat(2)], ["rank 1 on host1 (pid 71) is stopped"]),
-        ([beat(0), None, beat(2)], ["rank 1 has given no sign of life in this attempt"]),
-        ([beat(0), beat(1, age_s=60.0), beat(2)], ["rank 1 on host1 (pid 71) has given no sign of life for 60 s"]),
+        ([beat(0), None, beat(2)], ["rank 1 has sent no heartbeat in this attempt"]),
+        ([beat(0), beat(1, age_s=60.0), beat(2)], ["rank 1 on host1 (pid 71) has sent no heartbeat for 60 s"]),
         ([beat(0), beat(1, Phase.DATA), beat(2)], ["rank 1 on host1 (pid 71) is alive in step 9, waiting for data"]),
         ([beat(0), beat(1, step=8), beat(2)], ["rank 1 on host1 (pid 71) is alive in step 8"]),
         ([beat(0, Phase.SAVING), beat(1, state="D")], ["rank 1 on host1 (pid 71) is blocked in the kernel"]),
@@ -186,7 +184,7 @@ def test_a_rank_that_missed_two_heartbeats_is_the_lost_one_when_a_connection_bro
     beats = [beat(0, age_s=2.0), beat(1, age_s=5.0)]
     assert blame(beats)[0].startswith("no rank is behind")
     [line] = blame(beats, silent_beats=2)
-    assert line.startswith("rank 1 on host1 (pid 71) has given no sign of life for 5 s")
+    assert line.startswith("rank 1 on host1 (pid 71) has sent no heartbeat for 5 s")
 
 
 @pytest.mark.parametrize(
@@ -219,7 +217,7 @@ def script(text: str) -> "subprocess.Popen[str]":
     ("error", "code", "message"),
     [
         ("ZeroDivisionError('x')", 1, "Traceback"),
-        ("ConfigError('mend it')", 2, "error: mend it"),
+        ("ConfigError('fix it')", 2, "error: fix it"),
         ("RuntimeError('[/a/gloo/b.cc:5] Connection closed by peer. GLHF')", 86, "could not connect (Connection"),
         ("RuntimeError('shapes differ')", 1, "Traceback"),
     ],
@@ -240,9 +238,9 @@ exit_with(fail)""")
 def test_a_second_signal_ends_at_once_but_an_echo_of_the_first_does_not() -> None:
     process = script("""
 import time
-from trainer import loop
-loop._SAME_REQUEST_S = 1.5
-stop = loop.StopRequest()
+from trainer.fault_tolerance import guards
+guards._SAME_REQUEST_S = 1.5
+stop = guards.StopRequest()
 print("ready", flush=True)
 while True:
     time.sleep(0.1)""")
@@ -370,7 +368,7 @@ def test_a_loader_that_never_delivers_is_named_and_leaves_no_worker_behind(shard
 
 @pytest.mark.slow
 @pytest.mark.ranks
-def test_a_run_that_ends_well_leaves_no_guardian_and_blames_nobody(shards: Path, tmp_path: Path) -> None:
+def test_a_run_that_ends_well_leaves_no_watchdog_process_and_blames_nobody(shards: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     flags = run_flags(shards, output, stop_at_step=6)
     ranks = start_ranks(flags, tmp_path, port=29714, program=ROOT / "launch" / "pretrain.py")

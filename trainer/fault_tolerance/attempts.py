@@ -1,17 +1,28 @@
-"""Which attempt at a run may change its output: the newest one, and no other.
+"""Only the newest attempt at a run may change its output; older ones are fenced off by a rename.
 
-A scheduler that lost sight of a node starts the run again elsewhere while the old ranks may still live, and a cut node
-comes back. So every start takes the next number in OUTPUT/attempts::
+A scheduler that loses contact with a node starts the run again elsewhere. The old ranks may still be alive, and may
+write again when the network returns. So every start takes the next number in OUTPUT/attempts::
 
     attempts/000007/lease.json    who took it: host, process, time, number of ranks
     attempts/000007/start.json    the step that it began from
-    attempts/000007/end.json      how it ended, where it could say so
-    attempts/000007/drafts/       everything unfinished of this attempt
+    attempts/000007/end.json      how it ended; missing where it crashed or was killed
+    attempts/000007/drafts/       the unfinished files of this attempt
 
-Every change of the output is one rename into or out of the attempt's own drafts. A new attempt first takes the drafts
-of all older ones away, in one rename each; from then on no rename of theirs can succeed. The file system decides, in
-one order for all, without clocks. Files that are appended to are born among the drafts and renamed into place: what an
-older process still writes goes into a file without a name.
+Every change of the output is one rename into or out of the attempt's own drafts folder. A new attempt first renames the
+drafts folder of every older one. After that, no rename of an older attempt can find its source::
+
+    attempt 7 (cut off)                           attempt 8 (new)
+    writes 000007/drafts/step-500                 creates 000008
+                                                  renames 000007/drafts to 000007/.fenced-1a2b3c4d
+    renames 000007/drafts/step-500
+      to checkpoints/step-500: no such file
+    finds 000008, ends with SupersededError       goes on from checkpoints/step-400
+
+The rename of attempt 7 comes either before the fence, and attempt 8 sees a finished checkpoint, or after it, and fails.
+The file system puts both in one order for all hosts; no clock takes part.
+
+A file that is appended to is also created in the drafts folder and renamed into place. A newer attempt replaces it in
+the same way, so the old process keeps writing to an inode that has lost its name.
 """
 
 import contextlib
@@ -34,17 +45,17 @@ _NUMBER = re.compile(r"\d{6,}")
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """One attempt's right to change the output; the same value on every rank."""
+    """The right of one attempt to change the output; the same value on every rank."""
 
     folder: Path
 
     @property
     def number(self) -> int:
-        """Of the attempt, from 1."""
+        """Number of the attempt, from 1."""
         return int(self.folder.name)
 
     def draft(self, name: str) -> Path:
-        """Return a path for something unfinished, which nobody else uses."""
+        """Return a new path in the drafts folder."""
         return self.folder / "drafts" / f"{name}-{uuid.uuid4().hex[:8]}"
 
     def check(self) -> None:
@@ -52,16 +63,16 @@ class Lease:
         newest = max(_numbers(self.folder.parent), default=0)
         if newest > self.number or not (self.folder / "drafts").is_dir():
             raise SupersededError(
-                f"attempt {self.number} ends: attempt {newest} has taken over {self.folder.parent.parent}, nothing was "
-                "written since; look at the newer attempt's log, this one needs no mending"
+                f"attempt {self.number} ends: attempt {newest} has taken over {self.folder.parent.parent}; nothing was "
+                "written since and this attempt needs no action: see the log of the newer one"
             )
 
     def move(self, source: Path, target: Path) -> None:
-        """Rename into or out of the drafts, on stable storage when this returns.
+        """Rename into or out of the drafts folder; the rename is on stable storage when this returns.
 
         Raises:
             SupersededError: a newer attempt has taken over.
-            OSError: the storage refuses.
+            OSError: the storage fails.
         """
         try:
             source.replace(target)
@@ -71,7 +82,7 @@ class Lease:
         sync_folder(target.parent)
 
     def write(self, path: Path, text: str) -> None:
-        """Replace a small file: readers see the old text or the new one, also after a power cut.
+        """Replace a small file: readers see the old text or the new one, even after a power failure.
 
         Raises:
             SupersededError, OSError: as `move`.
@@ -85,9 +96,9 @@ class Lease:
         self.move(draft, path)
 
     def append_to(self, path: Path, kept: str) -> TextIO:
-        """Put a file with this text into its place and return it open for more.
+        """Replace a file by one with this text, and return it open for appending.
 
-        The handle stays with this inode: once a newer attempt has replaced the file, it writes into nothing.
+        The handle stays with this inode. Once a newer attempt has replaced the file, what is appended here is lost.
 
         Raises:
             SupersededError, OSError: as `move`.
@@ -105,7 +116,7 @@ class Lease:
         return file
 
     def detach(self, path: Path) -> None:
-        """Give a file a new inode with the same content: an older attempt that has it open writes into nothing.
+        """Copy a file to a new inode under the same name: an older attempt that has it open no longer writes to it.
 
         Raises:
             SupersededError, OSError: as `move`.
@@ -115,15 +126,15 @@ class Lease:
         self.move(draft, path)
 
     def discard(self, path: Path) -> None:
-        """Remove a file or folder of the output; a kill leaves it whole or leaves a draft."""
+        """Remove a file or folder of the output atomically; a kill leaves it unchanged, or as a draft."""
         trash = self.draft(path.name)
         self.move(path, trash)
         shutil.rmtree(trash, ignore_errors=True)
 
     def began(self, step: int, total_steps: int | None = None) -> None:
-        """Record where this attempt starts, and how long the schedule is."""
-        told = {"step": step} if total_steps is None else {"step": step, "total_steps": total_steps}
-        self.write(self.folder / "start.json", json.dumps(told) + "\n")
+        """Record the step at which this attempt starts, and the length of the schedule."""
+        start = {"step": step} if total_steps is None else {"step": step, "total_steps": total_steps}
+        self.write(self.folder / "start.json", json.dumps(start) + "\n")
 
     def ended(self, how: str) -> None:
         """Record how this attempt ends; an attempt without this was killed or crashed."""
@@ -131,7 +142,7 @@ class Lease:
 
 
 def acquire(output: Path, *, num_ranks: int) -> Lease:
-    """Take the next number and the drafts of every older attempt away. Call on one rank.
+    """Take the next number and fence off every older attempt. Call on one rank.
 
     Raises:
         CheckpointError: the output cannot be written to.
@@ -139,28 +150,32 @@ def acquire(output: Path, *, num_ranks: int) -> Lease:
     attempts = output / "attempts"
     try:
         attempts.mkdir(parents=True, exist_ok=True)
-        ours = {"host": socket.gethostname(), "pid": os.getpid(), "time": _now(), "num_ranks": num_ranks}
-        folder = _take_number(attempts, json.dumps(ours) + "\n")
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": _now(), "num_ranks": num_ranks}
+        folder = _take_number(attempts, json.dumps(holder) + "\n")
         for number in _numbers(attempts):
             if number < int(folder.name):
                 _fence(attempts / f"{number:06d}")
     except OSError as error:
         raise CheckpointError(
-            f"{attempts} cannot be written ({error}): mend the storage, or check --output_dir"
+            f"{attempts} cannot be written ({error}): repair the storage, or check --output_dir"
         ) from error
     return Lease(folder)
 
 
 def check_crash_loop(lease: Lease, step: int, *, limit: int) -> None:
-    """Stop a run that dies again and again without getting anywhere.
+    """Stop a run that fails again and again at the same step.
+
+    With a limit of 3: attempts 4, 5 and 6 all began at step 500 and were killed. Attempt 7 would begin there too, so it
+    is refused. Attempts that were refused before they trained do not count. An attempt that ended by itself or began at
+    another step ends the count.
 
     Args:
         lease: of this attempt.
         step: where it would start.
-        limit: how many attempts before it may have died in a row without a newer checkpoint; 0 for any number.
+        limit: how many attempts in a row may have failed without a newer checkpoint; 0 means any number.
 
     Raises:
-        ConfigError: so many have.
+        ConfigError: the limit is reached.
     """
     failed_attempts = []
     for number in sorted(_numbers(lease.folder.parent) - {lease.number}, reverse=True):
@@ -174,31 +189,31 @@ def check_crash_loop(lease: Lease, step: int, *, limit: int) -> None:
     if limit and len(failed_attempts) >= limit:
         raise ConfigError(
             f"max_restarts is {limit}, and attempts {failed_attempts[-1]} to {failed_attempts[0]} all began at step "
-            f"{step} and died before another checkpoint: read the end of their logs in OUTPUT/logs, remove the "
+            f"{step} and failed before another checkpoint: read the end of their logs in OUTPUT/logs, remove the "
             f"cause, start with --max_restarts {len(failed_attempts) + limit}, or save more often with --save_every"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What the output of a run tells of one start."""
+    """The record of one start of a run."""
 
     number: int
     host: str
     time: str
-    """When it was started, in ISO form."""
+    """When it started, as an ISO 8601 date."""
     num_ranks: int
     first_step: int | None
-    """Where it began; None if it ended before."""
+    """Where it began; None if it ended before that."""
     total_steps: int | None
     """Length of the schedule, where it was recorded."""
     end: str
-    """How it said to have ended; empty where it crashed, was killed, or still runs."""
+    """How it ended, as it recorded; empty where it crashed, was killed, or still runs."""
     pid: int = 0
 
 
 def attempts_of(output: Path) -> list[Attempt]:
-    """Read what is known of every start, oldest first."""
+    """Read the record of every start, oldest first."""
     found = []
     for number in sorted(_numbers(output / "attempts")) if (output / "attempts").is_dir() else []:
         folder = output / "attempts" / f"{number:06d}"
@@ -219,7 +234,7 @@ def attempts_of(output: Path) -> list[Attempt]:
 
 
 def _take_number(attempts: Path, text: str) -> Path:
-    """Make a complete attempt beside the others and give it a number by a rename, which only one process wins."""
+    """Create a complete attempt folder, then rename it to the next number; only one of several starts can win that."""
     draft = attempts / f".new-{uuid.uuid4().hex}"
     (draft / "drafts").mkdir(parents=True)
     write_synced(draft / "lease.json", text)
@@ -230,17 +245,18 @@ def _take_number(attempts: Path, text: str) -> Path:
         except OSError:
             if not folder.exists():
                 raise
-            continue  # another start was faster: its folder is not empty, so the rename fails
+            continue  # another start took this number: its folder is not empty, so the rename failed
         sync_folder(attempts)
         return folder
 
 
 def _fence(attempt: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):  # fenced before, perhaps just now by another start
+    """Take the drafts folder of an older attempt away and remove it."""
+    with contextlib.suppress(FileNotFoundError):  # another start has fenced it already
         (attempt / "drafts").rename(attempt / f".fenced-{uuid.uuid4().hex[:8]}")
         sync_folder(attempt)
-    for taken in attempt.glob(".fenced-*"):
-        shutil.rmtree(taken, ignore_errors=True)  # a process that still writes there can hinder this; the fence stands
+    for fenced in attempt.glob(".fenced-*"):
+        shutil.rmtree(fenced, ignore_errors=True)  # may fail while an old process writes there; the fence holds anyway
 
 
 def _numbers(attempts: Path) -> set[int]:

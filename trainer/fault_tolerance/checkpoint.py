@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and a resume that goes on exactly or refuses with a reason.
+"""Atomic checkpoints, and a resume that continues exactly or refuses with a reason.
 
 Layout below OUTPUT/checkpoints::
 
@@ -6,15 +6,22 @@ Layout below OUTPUT/checkpoints::
     step-00000500/state/...        DeepSpeed's files
     latest                         name of the newest one, for people; loading trusts manifests only
 
-Commit: the state is captured on all ranks; every rank writes, syncs and hashes its own files among the drafts of this
-attempt (see `attempts`); the ranks agree that all succeeded; rank 0 writes the manifest, renames the folder into its
-place, then moves ``latest`` and prunes. In the background the same happens beside the training, in a thread of every
-rank that has a process group of its own.
+The commit protocol. A kill at any line leaves the checkpoints that were there before, or one more::
+
+    1. all ranks   capture the state (a background save copies it to host memory)
+    2. rank 0      creates attempts/000007/drafts/step-00000500-1a2b3c4d (see `attempts`)
+    3. all ranks   write, fsync and hash their own files in it
+    4. all ranks   exchange results: {file: bytes, sha256} or an error. An error on one rank stops here on all ranks
+    5. rank 0      checks that it sees exactly these files, writes the manifest, fsyncs
+    6. rank 0      renames the draft to checkpoints/step-00000500: from here on the checkpoint exists
+    7. rank 0      replaces ``latest`` and removes old checkpoints
+
+A background save does 2 to 7 in a thread of every rank, which has its own process group, while the training goes on.
 
 DeepSpeed's own ``latest`` is written before its barrier and can name a folder with half of the shards (DeepSpeed
-0.19.8, engine.py:4956); it is never written here. Its asynchronous engines are not used either: a file that could not
-be written is not reported (decoupled_checkpoint_engine.py), ``latest`` moves before all ranks are done, the last save
-is lost with the process, and what they write cannot be loaded again at ZeRO stages (DeepSpeed issue 8500).
+0.19.8, engine.py:4956); it is never written here. Its asynchronous engines are not used either: they do not report a
+file that could not be written (decoupled_checkpoint_engine.py), move ``latest`` before all ranks are done, lose the
+last save with the process, and write files that cannot be loaded again at ZeRO stages (DeepSpeed issue 8500).
 """
 
 import contextlib
@@ -47,41 +54,41 @@ _MANIFEST = "manifest.json"
 _SEAL = "sha256"
 _PARTS = {"format_version", "progress", "samples", "identity", "versions", "files"}
 _NAME = re.compile(r"step-(\d{8,})")
-_MOST_FAILURES = 3
-"""Saves that may fail in a row before the run stops; storage that is full for an hour must not cost a cluster a day."""
+_MAX_FAILED_SAVES = 3
+"""Saves that may fail in a row before the run stops. One failure does not stop it: a disk may be full for an hour."""
 _DATA = ("data_fingerprint", "data_shares")
 _CHANGE = "pass --allow_data_change true, which the checkpoint will record, or choose another output_dir"
 
 
 @dataclass(slots=True)
 class Progress:
-    """What must survive a restart beside the engine's state. Samples passed are data_step x global batch."""
+    """What must survive a restart beside the engine's state. Samples consumed are data_step x global batch."""
 
     step: int = 0
     """Optimizer steps taken."""
     skipped_steps: int = 0
-    """How many of them moved nothing, because a loss or a gradient was not finite."""
+    """How many of them changed no weight, because a loss or a gradient was not finite."""
     skips: list[dict[str, int]] = field(default_factory=list)
-    """Each rollback: from the optimizer step ``at_step`` on, the data of ``num_steps`` more steps are left out."""
+    """Each rollback: at the optimizer step ``at_step`` the run left out the data of ``num_steps`` steps."""
     recent_losses: list[float] = field(default_factory=list)
-    """What the next loss is compared with, oldest first."""
+    """The losses that the next one is compared with, oldest first."""
     spiking_since: int | None = None
-    """The first step of the loss spike that is going on."""
+    """First step of the present loss spike."""
     num_spikes: int = 0
-    """How many steps in a row it has."""
+    """Number of steps in a row of the present loss spike."""
 
     @property
     def data_step(self) -> int:
-        """Which step's data comes next: rollbacks left some out, all of them behind this step."""
+        """The step whose data come next. At step 500, after rollbacks that left out 20 and 5 steps, it is 525."""
         return self.step + sum(skip["num_steps"] for skip in self.skips)
 
     data_changes: list[dict[str, Any]] = field(default_factory=list)
-    """Each time that the user let the run go on with other data: the step, and the data before and after."""
+    """Each change of the data that the user allowed: the step, and the data before and after."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a run is. A checkpoint of another identity is not resumed."""
+    """What makes a run this run. A checkpoint with another identity is not resumed."""
 
     recipe: dict[str, Any]
     data_fingerprint: str
@@ -91,28 +98,28 @@ class Identity:
     precision: str
     num_ranks: int
     init: str = ""
-    """sha256 of the weights that training started from, where these were given; frozen ones are not saved."""
+    """sha256 of the initial weights, where some were given. Frozen ones are not saved, so they must be the same."""
 
 
 LEGACY_FIELDS: dict[str, dict[str, Any]] = {"progress": {}, "identity": {}}
-"""Fields of `Progress` and `Identity` that the first manifests of this format did not have -> what was true of those
-runs. Whoever adds a field adds a line: without it every older checkpoint counts as damaged."""
+"""Fields of `Progress` and `Identity` that early manifests of this format lack -> their value in those runs. A new
+field needs a line here: without it every older checkpoint counts as damaged."""
 
 WriteState = Callable[[Path], list[Path]]
 """Writes this rank's files below a folder and returns their paths."""
 
 
 class Saver:
-    """Commits the checkpoints of a run, one at a time; every method is called on all ranks and ends alike on all.
+    """Commits the checkpoints of a run, one at a time; all ranks call every method, and it ends the same way on all.
 
     Args:
         root: folder of the checkpoints.
-        identity: what the run is.
+        identity: of the run.
         versions: library versions, recorded for people.
         lease: the right of this attempt to change the output.
         world: the ranks.
         keep: how many of the newest checkpoints remain.
-        background: write while the training goes on.
+        background: write while the training continues.
     """
 
     def __init__(
@@ -129,17 +136,17 @@ class Saver:
         self._root, self._identity, self._versions = root, identity, versions
         self._lease, self._world, self._keep, self._background = lease, world, keep, background
         self._thread: threading.Thread | None = None
-        self._problem: BaseException | None = None
-        self._failures = 0
+        self._error: BaseException | None = None
+        self._failed_saves = 0
 
     def save(self, progress: Progress, capture: Callable[[bool], WriteState]) -> None:
-        """Commit the present state, or begin to: in the background this returns as soon as the state is copied.
+        """Commit the present state; a background save returns as soon as the state is copied.
 
-        A save that fails is told in the log, and the training goes on from there; earlier checkpoints are untouched.
+        A failed save is logged, and the training continues; earlier checkpoints are untouched.
 
         Args:
-            progress: where the run stands.
-            capture: takes the engine's state, as a copy if asked to.
+            progress: of the run.
+            capture: returns a writer of the engine's state; with True, of a copy of the state.
 
         Raises:
             CheckpointError: several saves in a row have failed.
@@ -158,30 +165,30 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for a save in the background; raises as `save` does."""
+        """Wait for a background save; raises as `save` does."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
             self._settle()
 
     def finish(self) -> None:
-        """Wait for the last save and insist on it.
+        """Wait for the last save, which must succeed.
 
         Raises:
             CheckpointError: it has failed.
         """
         self.wait()
-        if self._failures:
+        if self._failed_saves:
             raise CheckpointError(
-                f"the last checkpoint of this run could not be written to {self._root}, see above: free space or mend "
-                "the storage, then start again with --resume auto"
+                f"the last checkpoint of this run could not be written to {self._root}, see above: free space or "
+                "repair the storage, then start again with --resume auto"
             )
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        """Finish; where the run ends with an error that a user can mend, what is being saved is still saved."""
+        """Finish. If the run ends with an error that the user can fix, a save in progress still completes."""
         if error is None:
             self.finish()
         elif isinstance(error, TrainerError):
@@ -189,30 +196,30 @@ class Saver:
                 self.wait()
 
     def _settle(self) -> None:
-        """Count a failure or forget the ones before; the same on every rank."""
-        problem, self._problem = self._problem, None
-        if problem is None:
-            self._failures = 0
-        elif isinstance(problem, CheckpointError):
-            self._failures += 1
-            logger.error("%s", problem)
-            if self._failures >= _MOST_FAILURES:
-                raise CheckpointError(f"{problem} ({self._failures} saves in a row have failed)") from problem
+        """Count a failed save, or reset the count after a good one; the same on every rank."""
+        error, self._error = self._error, None
+        if error is None:
+            self._failed_saves = 0
+        elif isinstance(error, CheckpointError):
+            self._failed_saves += 1
+            logger.error("%s", error)
+            if self._failed_saves >= _MAX_FAILED_SAVES:
+                raise CheckpointError(f"{error} ({self._failed_saves} saves in a row have failed)") from error
         else:
-            raise problem
+            raise error
 
     def _commit(self, record: dict[str, Any], write_state: WriteState, world: World) -> None:
-        """Write and commit; what goes wrong is kept for `_settle`."""
+        """Write and commit; an error is stored for `_settle`."""
         try:
             final = self._root / f"step-{record['step']:08d}"
             draft = Path(world.on_main(lambda: str(self._new_draft(final))))
-            problem, files = _attempt(lambda: _write_and_describe(draft, write_state))
-            found = world.gather_over_ranks([problem, files])
-            problems = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(found) if text]
-            every_file = {name: entry for _, files in found for name, entry in files.items()}
-            world.on_main(lambda: self._publish(draft, final, record, every_file, problems))
+            failure, files = _catch(lambda: _write_and_describe(draft, write_state))
+            results = world.gather_over_ranks([failure, files])
+            failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(results) if text]
+            all_files = {name: entry for _, files in results for name, entry in files.items()}
+            world.on_main(lambda: self._publish(draft, final, record, all_files, failures))
         except BaseException as error:  # noqa: BLE001  (the training thread raises it)
-            self._problem = error
+            self._error = error
 
     def _new_draft(self, final: Path) -> Path:
         draft = self._lease.draft(final.name)
@@ -226,53 +233,59 @@ class Saver:
         return draft
 
     def _publish(
-        self, draft: Path, final: Path, record: dict[str, Any], files: dict[str, Any], problems: list[str]
+        self, draft: Path, final: Path, record: dict[str, Any], files: dict[str, Any], failures: list[str]
     ) -> None:
         """Turn a complete draft into a checkpoint. On rank 0.
 
         Raises:
-            CheckpointError: a rank could not write, or the storage refuses; nothing was committed.
+            CheckpointError: a rank could not write, or the storage fails; nothing was committed.
             SupersededError: a newer attempt has taken over.
         """
         try:
             self._lease.check()
-            if problems:
-                raise OSError("; ".join(problems[:3]))
+            if failures:
+                raise OSError("; ".join(failures[:3]))
             _write_manifest(draft, record, self._identity, self._versions, files)
-            if final.exists() and not _is_valid(final):  # met when a damaged newest one was passed over at the resume
+            if final.exists() and not _is_valid(final):  # the resume skipped it as damaged, and the run is back here
                 self._lease.discard(final)
-            if not final.exists():  # otherwise the same step of the same run: what is already safe stays
+            if not final.exists():  # a valid one is the same step of the same run: keep it
                 self._lease.move(draft, final)
             self._lease.write(self._root / "latest", final.name + "\n")
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint {final} was not written ({error}); earlier checkpoints are untouched: "
-                "free space or mend the storage"
+                "free space or repair the storage"
             ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         self._prune(record["step"])
 
     def _prune(self, step: int) -> None:
-        """Remove all but the newest checkpoints up to this step; what is visibly damaged is not counted as one."""
+        """Remove all but the newest checkpoints up to this step.
+
+        With keep 2 and steps 100, 200, 300 (files missing) and 400, the kept ones are 200 and 400, so 100 is removed.
+        The damaged 300 is newer than the oldest kept one and stays for the user to look at.
+        """
         past = sorted((path for path in _committed(self._root) if _step_of(path) <= step), key=_step_of)
-        kept = [path for path in past if _seems_whole(path)][-self._keep :]
+        kept = [path for path in past if _seems_complete(path)][-self._keep :]
         for path in past[: past.index(kept[0])]:
             try:
                 self._lease.discard(path)
-            except OSError as error:  # an old checkpoint too many is no reason to stop a run
+            except OSError as error:  # one checkpoint too many is no reason to stop a run
                 logger.warning("could not remove %s (%s)", path, error)
 
 
 def find(root: Path, *, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """Find the newest checkpoint whose manifest verifies, with its manifest; None where none was ever committed.
+    """Find the newest valid checkpoint; return it with its manifest, or None where none was ever committed.
 
-    Only checkpoints of steps below ``before`` count where it is given.
+    Damaged checkpoints are logged and skipped.
 
-    Damaged checkpoints are named in the log and passed over.
+    Args:
+        root: folder of the checkpoints.
+        before: look only at checkpoints of earlier steps than this one.
 
     Raises:
-        CheckpointError: there are checkpoints, and every one is damaged. A fresh start must be asked for.
+        CheckpointError: there are checkpoints, and all are damaged; the run never starts from scratch by itself.
     """
     damaged = []
     for path in sorted(_committed(root), key=_step_of, reverse=True):
@@ -286,7 +299,7 @@ def find(root: Path, *, before: int | None = None) -> tuple[Path, dict[str, Any]
     if damaged:
         raise CheckpointError(
             f"every checkpoint in {root} is damaged ({', '.join(damaged)}): restore one from a backup, "
-            "or start anew in another output_dir"
+            "or start a new run in another output_dir"
         )
     return None
 
@@ -327,7 +340,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _sealed(manifest: dict[str, Any]) -> str:
-    """Write a manifest with its own sha256, so that damage to it is not taken for another recipe."""
+    """Write a manifest with its own sha256: without it, damage to a value looks like another recipe."""
     return json.dumps(manifest | {_SEAL: _digest_of(manifest)}, indent=1)
 
 
@@ -336,7 +349,7 @@ def _unsealed(text: str) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(text)
     seal = manifest.pop(_SEAL, None)
     if seal is not None and seal != _digest_of(manifest):
-        raise ValueError("it was altered")
+        raise ValueError("its content does not match its sha256")
     return manifest
 
 
@@ -345,9 +358,9 @@ def _digest_of(manifest: dict[str, Any]) -> str:
 
 
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Raise some error if a part is unknown, missing, of a wrong type, or of another step."""
-    if unknown := manifest.keys() - _PARTS:  # such as a seal with a damaged name, which would look like no seal
-        raise ValueError(f"{min(unknown)} is no part of it")
+    """Raise an error of any kind if a part is unknown, missing, of a wrong type, or of another step."""
+    if unknown := manifest.keys() - _PARTS:  # for example a damaged "sha256" key, which would look like no seal at all
+        raise ValueError(f"unknown entry {min(unknown)}")
     all((int(entry["bytes"]), str(entry["sha256"])) for entry in manifest["files"].values())
     progress, _ = _typed(Progress, manifest["progress"]), _typed(Identity, manifest["identity"])
     if progress.step < 0 or progress.data_step < progress.step:
@@ -357,30 +370,30 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def _typed(kind: type[T], values: dict[str, Any]) -> T:
-    """Make a dataclass of values from a file, which must be complete and of the right types."""
-    made = kind(**values)
+    """Build a dataclass from the values of a file, which must be complete and of the right types."""
+    built = kind(**values)
     if missing := typing.get_type_hints(kind).keys() - values.keys():
         raise KeyError(min(missing))
     for name, hint in typing.get_type_hints(kind).items():
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if type(value := getattr(made, name)) not in [typing.get_origin(option) or option for option in options]:
+        if type(value := getattr(built, name)) not in [typing.get_origin(option) or option for option in options]:
             raise TypeError(f"{name} is {value!r}")
-    return made
+    return built
 
 
 def check_identity(
     manifest: dict[str, Any], identity: Identity, path: Path, *, allow_data_change: bool = False
 ) -> Progress:
-    """Return where the run stands, or refuse to resume a checkpoint of another run.
+    """Return the progress of a checkpoint, or refuse to resume a checkpoint of another run.
 
-    The world size may differ: `Engine.load` converts. Data may differ where the user allows it; the change becomes part
-    of the progress.
+    The world size may differ: `Engine.load` converts. The data may differ where the user allows it; the change becomes
+    part of the progress.
 
     Raises:
-        CheckpointError: data, plan or recipe differ, naming both values.
+        CheckpointError: data, plan or recipe differ; the message has both values.
     """
-    theirs, ours = manifest["identity"], dataclasses.asdict(identity)
-    differing = differing_fields(ours["recipe"], complete_record(theirs["recipe"], ours["recipe"]))
+    saved, current = manifest["identity"], dataclasses.asdict(identity)
+    differing = differing_fields(current["recipe"], complete_record(saved["recipe"], current["recipe"]))
     if differing:
         raise CheckpointError(
             f"checkpoint {path} belongs to another recipe, differing in {'; '.join(differing)}: "
@@ -396,12 +409,12 @@ def check_identity(
     }
     free = set(_DATA) if allow_data_change else set()
     for name, remedy in remedies.items():
-        if theirs[name] != ours[name] and name not in free:
+        if saved[name] != current[name] and name not in free:
             raise CheckpointError(
-                f"checkpoint {path} was written with {name} {theirs[name]}, but this run has {ours[name]}: {remedy}"
+                f"checkpoint {path} was written with {name} {saved[name]}, but this run has {current[name]}: {remedy}"
             )
     progress = Progress(**manifest["progress"])
-    before, after = ({name: values[name] for name in _DATA} for values in (theirs, ours))
+    before, after = ({name: values[name] for name in _DATA} for values in (saved, current))
     if before != after:
         logger.warning("the data changed at step %d from %s to %s", progress.step, before, after)
         progress.data_changes.append({"step": progress.step, "before": before, "after": after})
@@ -409,16 +422,19 @@ def check_identity(
 
 
 def rewind(root: Path, progress: Progress, *, lease: Lease, max_attempts: int) -> Path | None:
-    """Make the newest checkpoint before the present loss spike the newest of all, with the data since then left out.
+    """Go back to the newest checkpoint before the present loss spike, and leave out the data since then.
 
-    Call on one rank, then resume. Newer checkpoints are removed first: a kill in the middle leaves a run that meets the
-    spike once more and comes back here.
+    Call on one rank, then resume. Newer checkpoints are removed first: after a kill in between, the run reaches the
+    spike again and comes back here.
+
+    Example: a spike since step 520 is noticed at step 530, and the newest earlier checkpoint is of step 500. It becomes
+    the newest of all with the skip {"at_step": 500, "num_steps": 30}, so step 501 gets the data of step 531.
 
     Returns:
-        path: of that checkpoint; None where there is no such checkpoint, and nothing was done.
+        path: of that checkpoint; None where there is none, and nothing was done.
 
     Raises:
-        DataError: that checkpoint has been returned to so many times already.
+        DataError: the run has gone back to that checkpoint ``max_attempts`` times already.
     """
     found = find(root, before=progress.spiking_since)
     if found is None:
@@ -429,7 +445,7 @@ def rewind(root: Path, progress: Progress, *, lease: Lease, max_attempts: int) -
     if attempts >= max_attempts:
         raise DataError(
             f"the loss spikes at step {progress.spiking_since} although the run went back to {chosen} {attempts} times "
-            "and left out the data behind it: the data are not the cause, so lower learning_rate, set clip_grad_norm "
+            "and left out the data after it: the data are not the cause, so lower learning_rate, set clip_grad_norm "
             "1.0, or set on_spike log"
         )
     for path in sorted(_committed(root), key=_step_of, reverse=True):
@@ -443,14 +459,14 @@ def rewind(root: Path, progress: Progress, *, lease: Lease, max_attempts: int) -
 
 
 def sweep(root: Path) -> None:
-    """Remove what conversions that were killed have left. Call before loading, on one rank."""
+    """Remove the leftovers of conversions that were killed. Call before loading, on one rank."""
     for leftover in root.glob(".step-*.tmp-*"):
         logger.warning("removing %s, which was interrupted while being written", leftover.name)
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def newest_manifest(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Read the manifest of the newest checkpoint that has a readable one, without looking at the other files."""
+    """Read the manifest of the newest checkpoint that has a readable one; its other files are not checked."""
     for path in sorted(_committed(root), key=_step_of, reverse=True):
         try:
             return path, _read_manifest(path)
@@ -459,8 +475,8 @@ def newest_manifest(root: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _attempt(work: Callable[[], dict[str, Any]]) -> tuple[str | None, dict[str, Any]]:
-    """Turn a failure into a text that can be agreed upon: a rank that raised alone would leave the others waiting."""
+def _catch(work: Callable[[], dict[str, Any]]) -> tuple[str | None, dict[str, Any]]:
+    """Return a failure as text for the other ranks; if one rank raised alone, the others would wait for it."""
     try:
         return None, work()
     except Exception as error:
@@ -479,7 +495,7 @@ def _write_manifest(
 ) -> None:
     found = {path.relative_to(draft).as_posix(): path.stat().st_size for path in files_below(draft)}
     if found != {name: entry["bytes"] for name, entry in files.items()}:
-        raise OSError(f"rank 0 sees {len(found)} files in {draft.name}, but not the {len(files)} that were written")
+        raise OSError(f"rank 0 sees {len(found)} files in {draft.name}, not the {len(files)} that were written")
     manifest = {
         "format_version": FORMAT_VERSION,
         "progress": record,
@@ -494,7 +510,7 @@ def _write_manifest(
 
 
 def _require_space(root: Path) -> None:
-    """Refuse to begin what cannot be finished, going by the newest checkpoint's size."""
+    """Refuse to start a save that will not fit, judging by the size of the newest checkpoint."""
     found = newest_manifest(root)
     needed = sum(entry["bytes"] for entry in found[1]["files"].values()) if found else 0
     free = shutil.disk_usage(root).free
@@ -510,8 +526,8 @@ def _is_valid(path: Path) -> bool:
     return True
 
 
-def _seems_whole(path: Path) -> bool:
-    """Whether a checkpoint is all there, without reading it through."""
+def _seems_complete(path: Path) -> bool:
+    """Whether all files of a checkpoint are there with the right sizes; nothing is hashed."""
     try:
         files = _read_manifest(path)["files"]
         return all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items())

@@ -1,4 +1,4 @@
-"""Which samples the optimizer has consumed, exactly, through kills and resumes."""
+"""The exact record of the samples that the optimizer has consumed, across kills and resumes."""
 
 import json
 import os
@@ -10,10 +10,10 @@ from trainer.fault_tolerance.attempts import Lease
 
 
 class Ledger:
-    """JSON lines {step, position, key} of every sample that this rank's optimizer steps consumed."""
+    """One JSON line {step, position, key} for each sample that this rank's optimizer steps consumed."""
 
     def __init__(self, folder: Path | None, *, lease: Lease, first_step: int, rank: int) -> None:
-        """Open this rank's file; rows beyond ``first_step`` belong to weights that no longer exist."""
+        """Open this rank's file without the rows after ``first_step``: the weights of those steps are lost."""
         self._file: TextIO | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -21,7 +21,7 @@ class Ledger:
             self._file = lease.append_to(path, rows_until(path, first_step))
 
     def consumed(self, step: int, positions: Iterable[int], keys: Iterable[str]) -> None:
-        """Note samples after their optimizer step; buffered until `flush`."""
+        """Record samples after their optimizer step; buffered until `flush`."""
         if self._file is not None:
             rows = (
                 {"step": step, "position": position, "key": key} for position, key in zip(positions, keys, strict=True)
@@ -29,7 +29,7 @@ class Ledger:
             self._file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def flush(self) -> None:
-        """Bring the rows to disk; a checkpoint is committed only after this."""
+        """Write the rows to disk; a checkpoint is committed only after this."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -42,7 +42,7 @@ class Ledger:
 
 
 def rows_until(path: Path, step: int) -> str:
-    """Return the JSON lines of a file up to a step, without later ones and a torn last line; "" where there is none."""
+    """Return a file's JSON lines up to a step, without later ones and without a torn last line; "" if it is missing."""
     kept = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -54,10 +54,10 @@ def rows_until(path: Path, step: int) -> str:
 
 
 def cut_other_ledgers(folder: Path | None, step: int, *, lease: Lease, num_ranks: int) -> None:
-    """Cut the ledgers of ranks that the resumed run no longer has; the others cut their own."""
-    ours = {_ledger_name(rank) for rank in range(num_ranks)}
+    """Cut the ledgers of ranks that the resumed run no longer has; each rank cuts its own."""
+    current = {_ledger_name(rank) for rank in range(num_ranks)}
     for path in sorted(folder.glob("rank-*.jsonl")) if folder else []:
-        if path.name not in ours:
+        if path.name not in current:
             lease.write(path, rows_until(path, step))
 
 

@@ -1,16 +1,26 @@
-"""The guardian of one rank: a small process that sees the rank hang or die, says which rank is to blame, ends the rest.
+"""The watchdog process of one rank: it notices a rank that hangs or dies, names the culprit, and ends the job.
 
-`watchdog` starts it beside each rank as ``python -I -S watchdog_process.py SETTINGS``. It needs the standard library
-only, and it is a process of its own because a stopped or wedged rank can do nothing for itself. The rank writes marks
-(step and phase) into shared memory; the guardian reads them twice a second and
+`watchdog` starts it beside each rank as ``python -I -S watchdog_process.py SETTINGS``. It imports the standard library
+only. It is a separate process because a stopped or hanging rank can do nothing for itself. The rank writes its step and
+phase into shared memory; the watchdog process reads them twice a second and
 
-* writes OUTPUT/logs/heartbeats/rank-00003.json, which tells the other guardians where this rank stands;
-* when a phase outlasts its limit, or the rank is gone without having said so, names the culprit once for the whole job
-  in OUTPUT/logs/[attempt]_watchdog.txt and on stderr;
-* when that file exists, whoever wrote it, keeps the stacks of its rank in OUTPUT/logs/stacks and kills the rank. A
-  launcher that hangs with a stopped rank would not.
+* writes OUTPUT/logs/heartbeats/rank-00003.json, which shows the other watchdog processes where this rank is;
+* names the culprit, once for the whole job, in OUTPUT/logs/[attempt]_watchdog.txt and on stderr, when a phase exceeds
+  its limit or the rank is gone without having reported that it leaves;
+* saves the stacks of its rank in OUTPUT/logs/stacks and kills the rank, as soon as that file exists, whoever wrote it.
+  A launcher that hangs with a stopped rank would not end it.
 
-Killing never waits for a file: whatever touches the output folder runs in a thread that may hang with the storage.
+Killing never waits for a file: everything that touches the output folder runs in a thread that may hang with the
+storage.
+
+How the culprit is found (`blame`). The rank that exceeds its limit is rarely the cause: it waits in a collective for
+another one. So the heartbeats of all ranks decide, by the first rule that applies::
+
+    a rank is gone or reported an error      "died", "fails", earliest first
+    no heartbeat yet, or too old a one       its host or its watchdog process is lost, or the storage hangs there
+    the kernel says stopped                  SIGSTOP, a debugger
+    else the least advanced ranks            rank 1 in step 4 waiting for data, the others in step 4 computing: rank 1
+    all ranks at the same place              the network between them, or the storage
 """
 
 import contextlib
@@ -30,20 +40,20 @@ from typing import Any, NoReturn
 
 TICK_S = 0.5
 PHASE_RECORD = struct.Struct("=QQQ")
-"""What a rank tells: number of the mark, step, phase."""
+"""What a rank reports: number of the record, step, phase."""
 DUMP_SIGNAL = signal.SIGUSR2
-"""Makes a rank write its Python stacks (`faulthandler`); schedulers that send it on their own do no harm."""
+"""Makes a rank write its Python stacks (`faulthandler`); a scheduler may send it too, without harm."""
 
-_SETTLE_S = 1.0
-"""How long the others get for their last words before the culprit is named."""
-_FOREIGN_SLEEP_S = 4 * TICK_S
-_NAMED_RANKS = 8
+_LAST_BEAT_WAIT_S = 1.0
+"""Time for the last heartbeats of other ranks to arrive before the culprit is named."""
+_MAX_COUNTED_TICK_S = 4 * TICK_S
+_MAX_NAMED_RANKS = 8
 _FOUND_ON = "  found on "
 _SILENT_BEATS = 5
 
 
 class Phase(enum.IntEnum):
-    """Where a rank stands within a step, in the order of the loop; the last three lead out of the run."""
+    """What a rank is doing within a step, in the order of the loop; the last three are ways out of the run."""
 
     STARTING = 0
     DATA = 1
@@ -56,7 +66,7 @@ class Phase(enum.IntEnum):
     LOST = 8
 
 
-WORDS = {
+PHASE_TEXT = {
     Phase.STARTING: "starting",
     Phase.DATA: "waiting for data",
     Phase.STEP: "computing the step and its collectives",
@@ -78,7 +88,7 @@ def beat_interval_s(num_ranks: int) -> float:
 
 
 def grace_s(num_ranks: int) -> float:
-    """Return the seconds from naming the culprit to killing: every guardian looks, keeps stacks, and then kills."""
+    """Return the seconds from naming the culprit to killing: every watchdog process must notice and save the stacks."""
     return 2 * beat_interval_s(num_ranks) + 1
 
 
@@ -91,14 +101,15 @@ def state_of(pid: int) -> str:
 
 
 def heartbeat_path(logs: Path, rank: int) -> Path:
-    """Return where a rank's heartbeat stands."""
+    """Return the path of a rank's heartbeat."""
     return logs / "heartbeats" / f"rank-{rank:05d}.json"
 
 
 def read_beats(logs: Path, attempt: str, num_ranks: int) -> list[Beat | None]:
     """Read the heartbeats of this attempt in rank order, each with its ``age_s``; None where a rank has none.
 
-    Ages are differences of file times, because the clocks of hosts differ and the storage has one.
+    Ages are differences of file times on the storage, because the clocks of the hosts differ. The newest heartbeat of
+    all has age 0, so a rank that wrote 30 s before it has age 30 even if every clock is wrong.
     """
     beats: list[Beat | None] = []
     for rank in range(num_ranks):
@@ -115,21 +126,22 @@ def read_beats(logs: Path, attempt: str, num_ranks: int) -> list[Beat | None]:
 
 
 def blame(beats: Sequence[Beat | None], *, silent_beats: int = _SILENT_BEATS) -> list[str]:
-    """Name the ranks that keep the others waiting, one line each: lost, silent, stopped, or else those behind.
+    """Name the ranks that the others wait for, one line each: lost, silent, stopped, or else the least advanced.
 
-    A rank is silent when its newest heartbeat is so many intervals older than the newest of all.
+    A rank is silent when its newest heartbeat is ``silent_beats`` intervals older than the newest of all. With 2 ranks
+    the interval is 2 s, so 5 beats are 10 s; with 500 ranks it is 10 s, so they are 50 s.
     """
     silent_s = silent_beats * beat_interval_s(len(beats))
     lost = sorted(
         (beat for beat in beats if beat and (beat["gone"] or beat["phase"] == Phase.FAILED)), key=lambda b: b["time"]
     )
-    lost = [beat for beat in lost if beat["phase"] != Phase.LOST]
+    lost = [beat for beat in lost if beat["phase"] != Phase.LOST]  # it left because of another rank
     lines = [f"{_name(beat)} {'died' if beat['gone'] else 'fails'} {_place(beat)}" for beat in lost]
     for rank, beat in enumerate(beats):
         if beat is None:
-            lines.append(f"rank {rank} has given no sign of life in this attempt")
+            lines.append(f"rank {rank} has sent no heartbeat in this attempt")
         elif not beat["gone"] and beat["age_s"] > silent_s:
-            lines.append(f"{_name(beat)} has given no sign of life for {beat['age_s']:.0f} s; last seen {_place(beat)}")
+            lines.append(f"{_name(beat)} has sent no heartbeat for {beat['age_s']:.0f} s; last seen {_place(beat)}")
         elif beat["state"] in ("T", "t"):
             lines.append(f"{_name(beat)} is {_STATES[beat['state']]} {_place(beat)}")
     return lines or _behind([beat for beat in beats if beat and beat["phase"] != Phase.LOST])
@@ -138,9 +150,9 @@ def blame(beats: Sequence[Beat | None], *, silent_beats: int = _SILENT_BEATS) ->
 def _behind(beats: Sequence[Beat]) -> list[str]:
     places = {(beat["step"], beat["phase"]) for beat in beats}
     if len(places) == 1 and len(beats) > 1:
-        hosts = ", ".join(sorted({beat["host"] for beat in beats})[:_NAMED_RANKS])
+        hosts = ", ".join(sorted({beat["host"] for beat in beats})[:_MAX_NAMED_RANKS])
         return [
-            f"no rank is behind: all {len(beats)} are {_place(beats[0])}, on {hosts}: look at what they share, the "
+            f"no rank is behind: all {len(beats)} are {_place(beats[0])}, on {hosts}: check what they share, the "
             "network between them or the storage"
         ]
     return [
@@ -156,7 +168,7 @@ def _name(beat: Beat) -> str:
 
 
 def _place(beat: Beat) -> str:
-    return f"in step {beat['step']}, {WORDS[Phase(beat['phase'])]} for {beat['for_s']:.0f} s"
+    return f"in step {beat['step']}, {PHASE_TEXT[Phase(beat['phase'])]} for {beat['for_s']:.0f} s"
 
 
 def verdict_path(logs: Path, attempt: str) -> Path:
@@ -164,34 +176,36 @@ def verdict_path(logs: Path, attempt: str) -> Path:
     return logs / f"{attempt}_watchdog.txt"
 
 
-def tell(logs: Path, attempt: str, num_ranks: int, headline: str, *, silent_beats: int = _SILENT_BEATS) -> None:
-    """Name the culprit for the whole job: whoever comes first writes the file and speaks."""
-    time.sleep(_SETTLE_S)
+def report_culprit(
+    logs: Path, attempt: str, num_ranks: int, headline: str, *, silent_beats: int = _SILENT_BEATS
+) -> None:
+    """Name the culprit for the whole job; only the first caller of all writes the file and prints the message."""
+    time.sleep(_LAST_BEAT_WAIT_S)
     culprits = blame(read_beats(logs, attempt, num_ranks), silent_beats=silent_beats)
-    more = [f"  and {len(culprits) - _NAMED_RANKS} more"] * (len(culprits) > _NAMED_RANKS)
+    more = [f"  and {len(culprits) - _MAX_NAMED_RANKS} more"] * (len(culprits) > _MAX_NAMED_RANKS)
     text = "\n".join(
         [
             f"watchdog: {headline}",
-            *(f"  {line}" for line in culprits[:_NAMED_RANKS]),
+            *(f"  {line}" for line in culprits[:_MAX_NAMED_RANKS]),
             *more,
-            f"  stacks of every rank: {logs / 'stacks'}. All ranks are being ended; the same command goes on from the "
-            "last checkpoint.",
+            f"  stacks of every rank: {logs / 'stacks'}. All ranks are being ended; the same command continues from "
+            "the last checkpoint.",
             _FOUND_ON + socket.gethostname(),
         ]
     )
     with contextlib.suppress(FileExistsError):
         try:
-            with verdict_path(logs, attempt).open("x") as file:
+            with verdict_path(logs, attempt).open("x") as file:  # fails where another rank has reported already
                 file.write(text + "\n")
         except FileExistsError:
             raise
         except OSError as error:
             text += f"\n  ({error})"
-        say(text)
+        _write_to_stderr(text)
 
 
-def say(text: str) -> None:
-    """Write to stderr, if anybody still listens."""
+def _write_to_stderr(text: str) -> None:
+    """Write to stderr, which may be closed by now."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 
@@ -204,13 +218,13 @@ class WatchdogProcess:
         self._logs = Path(settings["logs"])
         self._rank, self._pid, self._num_ranks = settings["rank"], settings["pid"], settings["num_ranks"]
         self._limits = {Phase(int(phase)): limit for phase, limit in settings["limits"].items()}
-        self._memory = mmap(settings["marks_fd"], PHASE_RECORD.size)
+        self._memory = mmap(settings["phase_fd"], PHASE_RECORD.size)
         self._record, self._phase_s, self._since = (0, 0, 0), 0.0, time.time()
         self._beating: threading.Thread | None = None
-        self._condemned = self._has_written = False
+        self._job_must_end = self._has_written = False
 
     def watch(self) -> None:
-        """Return when the rank is gone and everything is said."""
+        """Return when the rank is gone and its end is reported."""
         last = next_beat = time.monotonic()
         while True:
             now = time.monotonic()
@@ -220,7 +234,7 @@ class WatchdogProcess:
                 return self._report_loss()
             _, limit_s = self._limits.get(self._phase, ("", 0))
             overdue = 0 < limit_s < self._phase_s
-            if overdue or (self._condemned and self._phase < Phase.FAILED):
+            if overdue or (self._job_must_end and self._phase < Phase.FAILED):
                 return self._end_rank(overdue=overdue)
             if now >= next_beat and not (self._beating and self._beating.is_alive()):
                 next_beat = now + beat_interval_s(self._num_ranks)
@@ -232,15 +246,19 @@ class WatchdogProcess:
         return Phase(self._record[2])
 
     def _read_record(self, slept_s: float) -> None:
-        """Follow the rank. A tick that took far longer was a frozen or suspended machine, and no time of the rank's."""
+        """Read the rank's phase and add the tick to its time.
+
+        A tick of far more than 0.5 s means that the machine was suspended. Only 2 s of it count, so a virtual machine
+        that was paused for an hour does not exceed a limit of 30 minutes when it wakes up.
+        """
         record = PHASE_RECORD.unpack_from(self._memory)
-        self._phase_s += min(slept_s, _FOREIGN_SLEEP_S)
+        self._phase_s += min(slept_s, _MAX_COUNTED_TICK_S)
         if record != self._record:
             self._record, self._phase_s, self._since = record, 0.0, time.time()
 
     def _beat(self) -> None:
-        """Write where the rank stands, and look whether the job is condemned."""
-        self._condemned = verdict_path(self._logs, self._settings["attempt"]).exists()
+        """Write the heartbeat, and check whether a culprit was named, which ends the job."""
+        self._job_must_end = verdict_path(self._logs, self._settings["attempt"]).exists()
         path = heartbeat_path(self._logs, self._rank)
         with contextlib.suppress(OSError, ValueError):
             if self._has_written and json.loads(path.read_text())["attempt"] != self._settings["attempt"]:
@@ -248,8 +266,14 @@ class WatchdogProcess:
         state = state_of(self._pid) if os.getppid() == self._pid else "gone"
         beat = {
             **{name: self._settings[name] for name in ("rank", "host", "pid", "attempt")},
-            **{"step": self._record[1], "phase": self._record[2], "doing": WORDS[self._phase], "since": self._since},
-            **{"for_s": round(self._phase_s, 1), "time": time.time(), "state": state, "gone": state == "gone"},
+            **{"step": self._record[1], "phase": self._record[2], "doing": PHASE_TEXT[self._phase]},
+            **{
+                "since": self._since,
+                "for_s": round(self._phase_s, 1),
+                "time": time.time(),
+                "state": state,
+                "gone": state == "gone",
+            },
         }
         draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         draft.write_text(json.dumps(beat) + "\n")
@@ -257,47 +281,47 @@ class WatchdogProcess:
         self._has_written = True
 
     def _report_loss(self) -> None:
-        """Leave a last word; a rank that did not say that it leaves was killed, and the whole job must know."""
+        """Write the last heartbeat. A rank that had not reported that it leaves was killed: report it to the job."""
         _within(5.0, lambda: self._beat())
         if self._phase < Phase.LEAVING:
-            _within(10.0, lambda: self._tell("a rank was killed or crashed"))
+            _within(10.0, lambda: self._report("a rank was killed or crashed"))
 
     def _end_rank(self, *, overdue: bool) -> None:
-        """Keep the stacks, name the culprit, wait until the other guardians have done the same, and kill."""
+        """Save the stacks, name the culprit, give the other watchdog processes time to do the same, and kill."""
         deadline = time.monotonic() + grace_s(self._num_ranks)
         stacks = self._stacks()
-        saying = _in_background(lambda: self._keep(stacks))
+        saving = _in_background(lambda: self._save_stacks(stacks))
         if overdue:
             setting, limit_s = self._limits[self._phase]
             headline = (
-                f"rank {self._rank} on {self._settings['host']} (pid {self._pid}) is {WORDS[self._phase]} in step "
+                f"rank {self._rank} on {self._settings['host']} (pid {self._pid}) is {PHASE_TEXT[self._phase]} in step "
                 f"{self._record[1]} for {self._phase_s:.0f} s, but {setting} is {limit_s} s"
             )
-            _within(deadline - time.monotonic(), lambda: self._tell(headline))
+            _within(deadline - time.monotonic(), lambda: self._report(headline))
         if self._rank == 0:
-            _within(deadline - time.monotonic(), self._repeat)
+            _within(deadline - time.monotonic(), self._repeat_report)
         while time.monotonic() < deadline and os.getppid() == self._pid:
             time.sleep(TICK_S / 5)
         self._kill()
-        saying.join(1.0)
+        saving.join(1.0)
         _within(5.0, lambda: self._beat())
 
-    def _tell(self, headline: str) -> None:
+    def _report(self, headline: str) -> None:
         self._beat()
-        tell(self._logs, self._settings["attempt"], self._num_ranks, headline)
+        report_culprit(self._logs, self._settings["attempt"], self._num_ranks, headline)
 
-    def _repeat(self) -> None:
-        """Say what another host has found: its own words may never reach the user."""
+    def _repeat_report(self) -> None:
+        """Print the report of another host: the stderr of that host may never reach the user."""
         path = verdict_path(self._logs, self._settings["attempt"])
         while _FOUND_ON not in (text := path.read_text()):
-            time.sleep(TICK_S / 5)  # it is being written
+            time.sleep(TICK_S / 5)  # the other host is still writing it
         if not text.rstrip().endswith(_FOUND_ON + socket.gethostname()):
-            say(text.rstrip())
+            _write_to_stderr(text.rstrip())
 
     def _stacks(self) -> str:
-        """Return what the kernel says of the rank and, unless it is stopped, its Python stacks."""
+        """Return what /proc shows of the rank and, unless it is stopped, its Python stacks."""
         lines = [f"{self._settings['attempt']} rank {self._rank} on {self._settings['host']} (pid {self._pid})"]
-        lines += [f"in step {self._record[1]}, {WORDS[self._phase]} for {self._phase_s:.0f} s", ""]
+        lines += [f"in step {self._record[1]}, {PHASE_TEXT[self._phase]} for {self._phase_s:.0f} s", ""]
         for name in ("wchan", "stack", "status"):
             with contextlib.suppress(OSError):
                 text = Path(f"/proc/{self._pid}/{name}").read_text()
@@ -311,13 +335,13 @@ class WatchdogProcess:
                     break
         return "\n".join(lines)
 
-    def _keep(self, stacks: str) -> None:
+    def _save_stacks(self, stacks: str) -> None:
         folder = self._logs / "stacks"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"rank-{self._rank:05d}.txt").write_text(stacks, encoding="utf-8")
 
     def _kill(self) -> None:
-        """End the rank and its loader workers, which might hang with it. SIGKILL also ends a stopped process."""
+        """Kill the rank and its loader workers, which may hang with it. SIGKILL also ends a stopped process."""
         if os.getppid() != self._pid:
             return
         for pid in [*(pid for pid in _children(self._pid) if pid != os.getpid()), self._pid]:
@@ -338,7 +362,7 @@ def _children(parent: int) -> list[int]:
 
 def _in_background(work: Callable[[], Any]) -> threading.Thread:
     def attempt() -> None:
-        with contextlib.suppress(OSError):  # a full disk is no reason to stop watching
+        with contextlib.suppress(OSError):  # a full disk must not stop the watchdog
             work()
 
     thread = threading.Thread(target=attempt, daemon=True)
@@ -353,9 +377,9 @@ def _within(seconds: float, work: Callable[[], Any]) -> None:
 def main() -> NoReturn:
     """Watch the rank that started this process."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # launchers and schedulers end the rank; the guardian leaves after it
+        signal.signal(number, signal.SIG_IGN)  # launchers and schedulers end the rank; this process ends after it
     WatchdogProcess(json.loads(sys.argv[1])).watch()
-    os._exit(0)  # a thread that hangs with the storage must not keep this process
+    os._exit(0)  # does not wait for a thread that hangs with the storage
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from trainer.distributed.engine import Engine, StepResult
 from trainer.fault_tolerance.checkpoint import Progress, Saver
 from trainer.fault_tolerance.guards import Guards
 from trainer.fault_tolerance.ledger import Ledger
-from trainer.fault_tolerance.watchdog import compare_waits, set_phase, where_we_wait
+from trainer.fault_tolerance.watchdog import compare_waits, data_wait_record, set_phase
 from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.training.monitor import Monitor
 from trainer.training.schedule import Schedule
@@ -155,5 +155,5 @@ def _log(
         "rollbacks": len(progress.skips),
         **{f"bad_samples_{reason}": count for reason, count in guards.bad_samples.agree(engine.world).items()},
     }
-    compare_waits(progress.step, engine.world.gather_over_ranks(where_we_wait(values["data_wait_share"])))
+    compare_waits(progress.step, engine.world.gather_over_ranks(data_wait_record(values["data_wait_share"])))
     records.monitor.scalars(progress.step, values)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer.config.settings import DetectorRecipe
 from trainer.models.classifier import MorphClassifier
 from trainer.models.detector import HeadOptions, MorphDetector
 from trainer.models.dropout import KeyedDropout, KeyedDropPath, SampleKeys, _mix, key_dropouts
@@ -100,7 +101,7 @@ def all_on() -> MorphDetector:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
     styles = [MixStyle(num_prefix=encoder.num_prefix, group=4, p=0.5) for _ in range(2)]
-    head = HeadOptions(mixup_alpha=0.4, mix_group=4, use_improved_classifier=True)
+    head = HeadOptions.of(DetectorRecipe(mixup_alpha=0.4, mix_group=4, use_improved_classifier=True))
     return MorphDetector(encoder, normalisation="imagenet", head=head, mixstyle=styles).train()
 
 

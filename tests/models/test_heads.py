@@ -11,6 +11,7 @@ from pytorch_metric_learning.losses import CosFaceLoss
 from scipy.stats import beta, chisquare, kstest
 from torch.nn import functional as F
 
+from trainer.config.settings import DetectorRecipe
 from trainer.models.classifier import MorphClassifier
 from trainer.models.detector import HeadOptions, MorphDetector
 from trainer.models.encoder import PatchEncoder
@@ -186,7 +187,10 @@ def detector(**options) -> MorphDetector:
     torch.manual_seed(0)
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8)
     return MorphDetector(
-        encoder, normalisation="imagenet", head=HeadOptions(**{"mix_group": 2} | options), mixstyle=mixstyle
+        encoder,
+        normalisation="imagenet",
+        head=HeadOptions.of(DetectorRecipe(**{"mix_group": 2} | options)),
+        mixstyle=mixstyle,
     )
 
 

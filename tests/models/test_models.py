@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 
+from trainer.config.settings import DetectorRecipe
 from trainer.errors import ConfigError
 from trainer.models.detector import HeadOptions, MorphDetector
 from trainer.models.encoder import PatchEncoder
@@ -134,5 +135,5 @@ def test_a_name_with_a_tag_that_timm_knows_is_the_model() -> None:
 def test_the_class_token_is_pooled_only_where_there_is_one() -> None:
     encoder = PatchEncoder("vit_base_patch16_siglip_224", image_size=32, depth=1)
     with pytest.raises(ConfigError, match="no class token: set --pooling avg"):
-        MorphDetector(encoder, normalisation="half", head=HeadOptions(pooling="cls"))
-    MorphDetector(encoder, normalisation="half", head=HeadOptions(pooling="avg"))
+        MorphDetector(encoder, normalisation="half", head=HeadOptions.of(DetectorRecipe(pooling="cls")))
+    MorphDetector(encoder, normalisation="half", head=HeadOptions.of(DetectorRecipe(pooling="avg")))

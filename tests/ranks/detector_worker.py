@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from engine_worker import images_at
 
+from trainer.config.settings import DetectorRecipe
 from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.distributed.engine import Engine, connect, disconnect
 from trainer.distributed.world import world_from_environment
@@ -27,7 +28,7 @@ def build() -> MorphDetector:
     torch.manual_seed(0)
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2)
     add_lora(encoder.vit, dropout=0.0, targets=("query", "value"))
-    return MorphDetector(encoder, normalisation="imagenet", head=HeadOptions())
+    return MorphDetector(encoder, normalisation="imagenet", head=HeadOptions.of(DetectorRecipe()))
 
 
 def start(model: MorphDetector, config: dict, world) -> Engine:

@@ -376,7 +376,7 @@ def test_onnx_gives_the_score_of_any_head_from_uint8_images_in_batches_of_any_si
         torch.testing.assert_close(torch.from_numpy(found), expected[:number], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.from_numpy(p_morph), expected[:number].softmax(1)[:, 1], rtol=1e-4, atol=1e-5)
     for to in ("adapter", "merged"):
-        with pytest.raises(ConfigError, match="the head is a Sequential where timm has one linear layer"):
+        with pytest.raises(ConfigError, match="the head is a Sequential, and timm has one linear layer"):
             export(run, to, tmp_path / to)
 
     monkeypatch.setattr(formats, "_ONE_ONNX_FILE_BYTES", 0)  # as if this were a ViT-H
@@ -506,7 +506,7 @@ def test_a_card_names_no_place_of_the_machine_that_wrote_it_and_the_sha256_of_ev
         ({"format": "merged"}, "the source is no detector"),
         ({"image_size": "30"}, "image_size is 30x30, but both must be divisible by the patch size 8"),
         ({"image_size": "big"}, "must be N or HEIGHTxWIDTH"),
-        ({"image_size": "64", "format": "vitmae"}, "the positions of a decoder do not bend"),
+        ({"image_size": "64", "format": "vitmae"}, "a decoder's position embedding is not resized"),
         ({"model": ""}, "(width 192) does not tell it: pass --model NAME"),
         ({"model": "vit_small_patch16_224"}, "the weights have"),
         ({"source": "CODE"}, "cannot be loaded safely"),

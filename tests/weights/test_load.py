@@ -120,7 +120,7 @@ def test_what_a_file_with_a_decoder_does_not_tell_is_said_aloud(
 ) -> None:
     torch.save(torch.load(official, weights_only=False)["model"], tmp_path / "own.pth")
     started(tmp_path / "own.pth")
-    assert "does not tell decoder_heads and norm_pix_loss" in caplog.text
+    assert "does not record decoder_heads and norm_pix_loss" in caplog.text
     assert "decoder_heads 4 and norm_pix_loss True" in caplog.text
 
 
@@ -211,7 +211,7 @@ def test_weights_are_found_again_from_any_working_directory(
     moved = tmp_path / "new" / "runs" / "x" / "detector"
     assert Path(find_again(place | {"pretrained": False}, moved, name="x")).is_file()
     (tmp_path / "new" / "mae.pth").unlink()
-    with pytest.raises(ConfigError, match=r"stands on the encoder weights .*mae\.pth.* pass --init"):
+    with pytest.raises(ConfigError, match=r"needs the encoder weights .*mae\.pth.* pass --init"):
         find_again(place | {"pretrained": False}, moved, name="x")
 
 

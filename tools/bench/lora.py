@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tools.bench.common import machine, medians, run_alone, seconds, take_turns
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_types
+from trainer.config.settings import DetectorRecipe, check_types
 from trainer.fault_tolerance.exit_codes import run
 
 MODES = ("full", "lora")
@@ -69,7 +69,7 @@ class Mode:
         encoder = PatchEncoder(settings.model, image_size=settings.image_size)
         if lora:
             add_lora(encoder.vit, r=settings.lora_r)
-        self.model = MorphDetector(encoder, normalisation="imagenet", head=HeadOptions()).train()
+        self.model = MorphDetector(encoder, normalisation="imagenet", head=HeadOptions.of(DetectorRecipe())).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
         size, batch = settings.image_size, settings.micro_batch

@@ -64,7 +64,7 @@ def assemble_detector(recipe: DetectorRecipe, init: Init | None, *, grad_checkpo
             )
         elif recipe.backbone_is_frozen:
             encoder.requires_grad_(False)
-        head = HeadOptions(**{name: getattr(recipe, name) for name in HeadOptions.__slots__})
+        head = HeadOptions.of(recipe)
         styles = [
             MixStyle(
                 num_prefix=encoder.num_prefix,

@@ -1,4 +1,4 @@
-"""MorphClassifier: a small perceptron that tells [bonafide, morph] = [0, 1].
+"""MorphClassifier: a small perceptron with two classes, [bonafide, morph] = [0, 1].
 
 Shapes: B images, D width of the input, H hidden width, C = 2 classes.
 """

@@ -1,4 +1,4 @@
-"""What stands between the pooled tokens and the decision.
+"""Layers between the pooled tokens and the logits.
 
 Shapes: B images, D width of the input, E width of the projection, C = 2 classes [bonafide, morph].
 """
@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 
 class ProjectionHead(nn.Module):
-    """Linear, ReLU, linear: a space of its own for the decision, so that the encoder's need not bend.
+    """Linear, ReLU, linear: a separate space for the decision, so that the encoder's space changes less.
 
-    Without SimCLR's batch norms, whose statistics would depend on the micro batch and on the number of ranks.
+    SimCLR's batch norms are left out: their statistics would depend on the micro batch and the number of ranks.
 
     Source: Chen et al. 2020, arXiv 2002.05709, section 2.1.
     """
@@ -27,7 +27,7 @@ class ProjectionHead(nn.Module):
 
 
 class CosineLayer(nn.Module):
-    """Cosines between an embedding and one learned prototype a class; the last layer under the margin loss.
+    """Cosines between an embedding and one learned prototype a class; the last layer with the margin loss.
 
     Source: Wang et al. 2018 (CosFace), arXiv 1801.09414, section 3.1.
     """

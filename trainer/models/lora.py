@@ -1,10 +1,16 @@
-"""Low-rank adapters inside a timm ViT: peft's, on timm's fused ``qkv``. The only importer of peft.
+"""Low-rank adapters of peft inside a timm ViT, on timm's fused ``qkv`` layers.
 
 The recipe names ``query``, ``key`` and ``value``, which are thirds of the rows of ``qkv``. One adapter serves all of
-them; where only some are named, the rows of the others take no part and their weights stay exactly zero. So what is
-saved is always an ordinary peft adapter of ``qkv``, which plain peft loads on a plain timm model.
+them. If only some are named, the rows of the others get no gradient and stay exactly zero::
 
-Shapes: B images, T tokens, R rank, O rows of a layer.
+    qkv of width D, targets query and value          lora_B (3D, R)
+    rows 0 to D - 1        query                     trained
+    rows D to 2D - 1       key                       zero, always
+    rows 2D to 3D - 1      value                     trained
+
+So the saved file is always an ordinary peft adapter of ``qkv``, which plain peft loads on a plain timm model.
+
+Shapes: B images, T tokens, D width, R rank, O rows of a layer.
 Source: Hu et al. 2021, arXiv 2106.09685.
 """
 
@@ -18,11 +24,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import ConfigError
 
 _PARTS = ("query", "key", "value")
 _LAYERS = {"proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
@@ -32,21 +38,21 @@ _PEFT_PREFIX = "base_model.model."
 
 
 class _ChosenRows(nn.Linear):
-    """The second matrix of an adapter, of which only some rows take part.
+    """The second matrix of an adapter (lora_B), with only some rows trained.
 
-    The others get a gradient of exactly zero and so stay zero under AdamW, weight decay and every ZeRO stage.
+    The others get a gradient of exactly zero, so they stay zero under AdamW, weight decay and every ZeRO stage.
     """
 
-    def __init__(self, like: nn.Linear, takes_part_O: Tensor) -> None:
+    def __init__(self, like: nn.Linear, is_trained_O: Tensor) -> None:
         super().__init__(like.in_features, like.out_features, bias=False, device="meta")
         self.weight = like.weight
-        self._takes_part: dict[torch.device, Tensor] = {torch.device("cpu"): takes_part_O}
+        self._is_trained: dict[torch.device, Tensor] = {torch.device("cpu"): is_trained_O}
 
     def forward(self, low_BTR: Tensor) -> Tensor:
         device = low_BTR.device
-        if device not in self._takes_part:  # no buffer: a plain adapter has none
-            self._takes_part[device] = self._takes_part[torch.device("cpu")].to(device)
-        return F.linear(low_BTR, self.weight) * self._takes_part[device].to(low_BTR.dtype)
+        if device not in self._is_trained:  # not a buffer: the state dict must be that of a plain adapter
+            self._is_trained[device] = self._is_trained[torch.device("cpu")].to(device)
+        return F.linear(low_BTR, self.weight) * self._is_trained[device].to(low_BTR.dtype)
 
 
 def add_lora(
@@ -60,27 +66,27 @@ def add_lora(
     use_dora: bool = False,
     freeze: bool = True,
 ) -> None:
-    """Put adapters into a timm VisionTransformer, in place; they change nothing until they are trained.
+    """Add adapters to a timm VisionTransformer, in place; before training they change no output.
 
     Args:
-        vit: the model; initial weights are drawn from torch's generator.
+        vit: the model; the adapters' initial weights are drawn from torch's generator.
         r: rank.
         alpha: the adapters' output is scaled by alpha / r.
         dropout: before the adapters, in training.
         targets: any of query, key, value, proj, fc1, fc2.
         use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732).
-        use_dora: train magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353).
-        freeze: keep the model's own weights as they are.
+        use_dora: train magnitude and direction separately (Liu et al. 2024, arXiv 2402.09353).
+        freeze: do not train the model's own weights.
 
     Raises:
-        ConfigError: a target is unknown or matches nothing in this model, or stands where DoRA cannot work.
+        ConfigError: a target is unknown, matches no layer of this model, or does not work with DoRA.
     """
     parts = [name for name in _PARTS if name in targets]
     layers = _matched_layers(vit, targets)
     if use_dora and 0 < len(parts) < len(_PARTS):
         raise ConfigError(
-            f"lora_target_modules is {list(targets)} with use_dora, whose magnitudes belong to whole layers: name "
-            "query, key and value together, or set use_dora false"
+            f"lora_target_modules is {list(targets)} with use_dora, which has one magnitude for each row of a whole "
+            "layer: name query, key and value together, or set use_dora false"
         )
     config = LoraConfig(
         r=r,
@@ -104,7 +110,7 @@ def lora_parameters(vit: Any) -> dict[str, Tensor]:
 
 
 def base_state(vit: Any) -> dict[str, Tensor]:
-    """Return timm's own state dict, as it is without the adapters."""
+    """Return timm's own state dict, without the adapters."""
     state: dict[str, Tensor] = vit.state_dict()
     return {name.replace(".base_layer", ""): value for name, value in state.items() if ".lora_" not in name}
 
@@ -120,7 +126,12 @@ def backbone_sha256(vit: Any) -> str:
 
 @torch.no_grad()
 def merged_state(vit: Any) -> dict[str, Tensor]:
-    """Return timm's own state dict with the adapters added in; the model stays as it is."""
+    """Return timm's own state dict with the adapters merged in; the model is not changed.
+
+    An adapter adds B A x * alpha / r to a layer's W x, so the merged weight is W + (alpha / r) B A; peft computes the
+    second term. With DoRA, each row of the sum is then scaled to its trained magnitude: a row of norm 2 with magnitude
+    3 is multiplied by 1.5. The bias stays.
+    """
     state = {name: value.detach().clone() for name, value in base_state(vit).items()}
     for name, layer in vit.named_modules():
         if isinstance(layer, LoraLinear):
@@ -141,19 +152,19 @@ def save_adapter(
     base_model: str,
     values: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write adapters and head as plain peft reads them (``PeftModel.from_pretrained`` on timm's model with this head).
+    """Write adapters and head for plain peft (``PeftModel.from_pretrained`` on timm's model with this head).
 
     Args:
-        folder: is created; the caller makes it whole or absent.
+        folder: is created; the caller makes it atomic.
         vit: a model with adapters.
-        head: state of what stands in the place of timm's ``head``.
+        head: state dict of the module that replaces timm's ``head``.
         base_model: name of the timm model, for people.
-        values: parameters of the model by name, instead of those that it holds now (gathered from ZeRO's ranks).
+        values: parameters by name that replace the model's own (gathered from ZeRO's ranks).
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value for name, value in vit.state_dict().items() if ".lora_" in name} | dict(values or {})
-    ours = {name.replace(f".{_ADAPTER}", ""): value for name, value in state.items() if ".lora_" in name}
-    named = {_PEFT_PREFIX + name: value for name, value in ours.items()}
+    adapters = {name.replace(f".{_ADAPTER}", ""): value for name, value in state.items() if ".lora_" in name}
+    named = {_PEFT_PREFIX + name: value for name, value in adapters.items()}
     if head is not None:
         named |= {f"{_PEFT_PREFIX}head.{name}": value for name, value in head.items()}
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
@@ -167,55 +178,8 @@ def save_adapter(
     (folder / _CONFIG).write_text(text + "\n")
 
 
-def load_adapter(vit: Any, folder: Path) -> dict[str, Tensor]:
-    """Put adapters that `save_adapter` or plain peft wrote into a timm model, in place.
-
-    Returns:
-        rest: what else the file holds, such as ``head.weight``.
-
-    Raises:
-        CheckpointError: the files are missing, damaged, or of another backbone.
-    """
-    try:
-        config = json.loads((folder / _CONFIG).read_text())
-        tensors = load_file(folder / _WEIGHTS)
-        wanted = {
-            "r": config["r"],
-            "lora_alpha": config["lora_alpha"],
-            "lora_dropout": config.get("lora_dropout", 0.0),
-            "target_modules": config["target_modules"],
-            "use_rslora": config.get("use_rslora", False),
-            "use_dora": config.get("use_dora", False),
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"adapter {folder} is unreadable ({error!r}): restore it") from error
-    expected = (config.get("auto_mapping") or {}).get("backbone_sha256")
-    if expected not in (None, backbone_sha256(vit)):
-        raise CheckpointError(
-            f"adapter {folder} was trained on another backbone (sha256 {expected[:12]}..., this one has "
-            f"{backbone_sha256(vit)[:12]}...): load the weights that it was trained on"
-        )
-    inject_adapter_in_model(LoraConfig(**wanted), vit)
-    ours = {name.replace(f".{_ADAPTER}", ""): value for name, value in lora_parameters(vit).items()}
-    theirs = {name.removeprefix(_PEFT_PREFIX): value for name, value in tensors.items()}
-    for name, value in ours.items():
-        if name not in theirs or theirs[name].shape != value.shape:
-            found = f"has shape {tuple(theirs[name].shape)}" if name in theirs else "is missing"
-            raise CheckpointError(
-                f"adapter {folder} is of another backbone: {name} {found} instead of {tuple(value.shape)}: "
-                "choose the model that it was trained on"
-            )
-    unknown = [name for name in theirs if ".lora_" in name and name not in ours]
-    if unknown:
-        raise CheckpointError(f"adapter {folder} is of another backbone: {unknown[0]} has no place in this model")
-    with torch.no_grad():
-        for name, value in ours.items():
-            value.copy_(theirs[name])
-    return {name: value for name, value in theirs.items() if ".lora_" not in name}
-
-
 def _matched_layers(vit: Any, targets: Sequence[str]) -> set[str]:
-    """Translate the recipe's names into those of timm's layers."""
+    """Translate the recipe's names into names of timm's layers."""
     known = (*_PARTS, *_LAYERS)
     unknown = [name for name in targets if name not in known]
     if unknown or not targets:
@@ -233,15 +197,15 @@ def _matched_layers(vit: Any, targets: Sequence[str]) -> set[str]:
 
 
 def _choose_rows(vit: Any, parts: Sequence[str]) -> None:
-    """Let only the thirds of ``qkv`` that are named take part."""
+    """Train only the named thirds of ``qkv``."""
     if not 0 < len(parts) < len(_PARTS):
         return
     for name, layer in vit.named_modules():
         if name.endswith("attn.qkv") and isinstance(layer, LoraLinear):
             second: Any = layer.lora_B[_ADAPTER]
-            takes_part = torch.tensor([float(part in parts) for part in _PARTS], device="cpu")
-            takes_part_O = takes_part.repeat_interleave(second.out_features // len(_PARTS))
-            layer.lora_B[_ADAPTER] = _ChosenRows(second, takes_part_O)
+            is_trained = torch.tensor([float(part in parts) for part in _PARTS], device="cpu")
+            is_trained_O = is_trained.repeat_interleave(second.out_features // len(_PARTS))
+            layer.lora_B[_ADAPTER] = _ChosenRows(second, is_trained_O)
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A detector's folder on disk, read and verified."""
+"""Read and verify a detector's folder."""
 
 import json
 from pathlib import Path
@@ -47,12 +47,12 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def replaced_name(folder: Path) -> Path:
-    """Name where the detector lies that is being replaced."""
+    """Return where the old detector is while a new one replaces it."""
     return folder.with_name(f".{folder.name}-old")
 
 
 def read_detector(path: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
-    """Read a detector's folder, or that of a run which holds one. No code from the files is executed.
+    """Read a detector's folder, or the output folder of a run that holds one. No code from the files is executed.
 
     Returns:
         folder: where it was found.

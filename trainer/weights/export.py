@@ -1,9 +1,9 @@
-"""Weights in the formats of timm, transformers, peft and ONNX, each with a model card, each read back before it counts.
+"""Export weights to timm, transformers, peft and ONNX, each with a model card, and read each back before it counts.
 
-An export is a folder that is whole or absent. It is written as a draft, loaded there by the library that it is for, and
-what that computes on random images is compared with our model; only then does it get its name. The card's own code,
-run inside the folder, goes from a photograph to the score that evaluation gives; nothing on it names a place on the
-machine that wrote it.
+An export is an atomic folder. It is written as a draft and loaded by the library that it is for. Its outputs on random
+images are compared with those of the original model, and only then is the draft renamed. The code on the card, run
+inside the folder, goes from a photograph to the same score as an evaluation. The card names no path of the machine that
+wrote it.
 
 Shapes: B images, C channels or classes, H, W image, N patches, T tokens, D width, P values of a patch.
 """
@@ -48,50 +48,51 @@ from trainer.weights.subject import NUM_IMAGES, Loading, Subject, calibrated
 _WEIGHTS = "model.safetensors"
 _TOLERANCE = 1e-4
 """Largest difference between two libraries, in units of the largest number compared; float32 gives 1e-6 to 1e-5."""
-_SMALL = 0.1
-"""Numbers below this are compared as if they were this: rounding is as large as what they were summed from."""
-_ONE_ONNX_FILE_BYTES = 1_900_000_000
-"""protobuf ends at 2 GiB; larger weights go into a file of their own."""
+_MIN_SCALE = 0.1
+"""Smallest unit of that comparison: small outputs are sums of larger numbers, and carry their rounding errors."""
+_MAX_ONNX_FILE_BYTES = 1_900_000_000
+"""protobuf ends at 2 GiB; larger weights go into a separate file."""
 
 
 Writer = Callable[[Subject, Path], Loading]
-"""Writes into a folder and reads back.
+"""Writes an export into a folder and reads it back.
 
-Raises `ConfigError` where the format cannot express the model, `CheckpointError` where the other library disagrees.
+Raises `ConfigError` if the format cannot express the model, `CheckpointError` if the other library computes something
+else.
 """
 
 
 def export(subject: Subject, card: Mapping[str, Any], *, to: str, output: Path, licence: str) -> None:
-    """Write one folder, or nothing.
+    """Write an export, atomically.
 
     Args:
         subject: the model.
-        card: title -> what the card says of it: text, or values that become JSON.
+        card: title -> section of the model card: text, or values that become JSON.
         to: one of `FORMATS`.
         output: must not exist yet.
         licence: of the weights, for the card.
 
     Raises:
         ConfigError: the output exists, or the format cannot express the model.
-        CheckpointError: the other library computes something else, or the storage refuses.
+        CheckpointError: the other library computes something else, or the storage fails.
     """
     write, packages = FORMATS[to]
     with _whole_or_absent(output) as draft, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other libraries' to their own users
+        warnings.simplefilter("ignore")  # of other libraries
         try:
             loading = write(subject, draft)
         except (TrainerError, OSError):
             raise
         except Exception as error:
-            raise CheckpointError(f"{packages[0]} does not take the export ({error!r}): {_REMEDY}") from error
+            raise CheckpointError(f"{packages[0]} cannot load the export ({error!r}): {_REMEDY}") from error
         write_view(subject, draft)
         files = {name: entry["sha256"] for name, entry in describe_files(draft).items()}
-        told = dict(card) | {"sha256 of the files": files}
-        write_synced(draft / "README.md", model_card(loading, subject.colours, told, packages, licence))
+        sections = dict(card) | {"sha256 of the files": files}
+        write_synced(draft / "README.md", model_card(loading, subject.colours, sections, packages, licence))
 
 
 def refuse_early(to: str, output: Path) -> None:
-    """Refuse before any work what cannot end well.
+    """Refuse before any work.
 
     Raises:
         ConfigError: a library that the format needs is missing, or the output exists.
@@ -107,45 +108,45 @@ def refuse_early(to: str, output: Path) -> None:
 
 def write_timm(subject: Subject, draft: Path) -> Loading:
     """Write the encoder, adapters merged in, as timm's own state dict."""
-    theirs = _through_timm(subject, merged_state(subject.encoder.vit), subject.timm_options(), draft)
-    _compare("timm", theirs.forward_features(subject.pixels), subject.tokens)
+    model = _write_for_timm(subject, merged_state(subject.encoder.vit), subject.timm_options(), draft)
+    _compare("timm", model.forward_features(subject.pixels), subject.tokens)
     code = f"{code_until_pixels(subject, 'timm')}\n{TIMM_MODEL_CODE}"
     code += (
         "\ntokens = model.forward_features(pixels)  # class token (and registers), then patches\nprint(tokens.shape)"
     )
     notes = "Without a head. "
     if subject.encoder.has_fc_norm:
-        notes += "The last norm stands behind the pooling (fc_norm): `model(pixels)` gives the norm of the mean. "
+        notes += "The last norm comes after the pooling (fc_norm): `model(pixels)` gives the norm of the mean. "
     return Loading("Encoder for timm", notes, code)
 
 
 def write_merged(subject: Subject, draft: Path) -> Loading:
     """Write the detector, adapters merged in, as a timm model with two classes."""
     options, state = _timm_detector(subject, "merged")
-    theirs = _through_timm(subject, state, options, draft)
-    _compare("timm", theirs(subject.pixels), subject.logits)
+    model = _write_for_timm(subject, state, options, draft)
+    _compare("timm", model(subject.pixels), subject.logits)
     code = f"{code_until_pixels(subject, 'timm')}\n{TIMM_MODEL_CODE}\n{code_from_pixels(subject)}"
     return Loading("Morph detector for timm", SCORE_NOTE, code)
 
 
 def write_adapter(subject: Subject, draft: Path) -> Loading:
-    """Write the adapters and the head for plain peft, beside the weights of the plain timm model that they adapt."""
+    """Write the adapters and the head for plain peft, and the weights of the plain timm model that they adapt."""
     options, state = _timm_detector(subject, "adapter")
     vit = subject.encoder.vit
     if not hasattr(vit, "peft_config"):
         raise ConfigError("format is adapter, but the source was trained without LoRA: export it as merged")
     if any(p.requires_grad for name, p in vit.named_parameters() if ".lora_" not in name):
         raise ConfigError(
-            "format is adapter, but the encoder's own weights were trained beside the adapters (freeze_backbone "
-            "false), so that these alone say nothing: export it as merged"
+            "format is adapter, but the encoder's own weights were trained together with the adapters "
+            "(freeze_backbone false), so the adapters alone are useless: export it as merged"
         )
     head = {name: state[f"head.{name}"] for name in ("weight", "bias")}
     save_adapter(draft, vit, head, base_model=subject.name)
     _save(base_state(vit), draft / _BASE, subject.encoder.grid)
     plain = timm.create_model(subject.name, **options)
     plain.load_state_dict(load_file(draft / _BASE), strict=False)  # the head is the adapter's
-    theirs = PeftModel.from_pretrained(plain, str(draft)).eval()
-    _compare("peft", theirs(subject.pixels), subject.logits)
+    model = PeftModel.from_pretrained(plain, str(draft)).eval()
+    _compare("peft", model(subject.pixels), subject.logits)
     code = f"""{code_until_pixels(subject, "timm")}
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -162,7 +163,7 @@ model = PeftModel.from_pretrained(base, ".").eval()
 
 def write_vitmae(subject: Subject, draft: Path) -> Loading:
     """Write the masked autoencoder as transformers' ViTMAEForPreTraining."""
-    import transformers  # an extra
+    import transformers  # an optional dependency
 
     library: Any = transformers
     library.utils.logging.disable_progress_bar()
@@ -187,18 +188,19 @@ def write_vitmae(subject: Subject, draft: Path) -> Loading:
         decoder_hidden_size=mae.decoder_norm.weight.numel(),
         decoder_num_hidden_layers=len(mae.decoder_blocks),
         decoder_intermediate_size=last.mlp.fc1.out_features,
-        # They cut the count of kept patches off where we round it.
+        # Transformers truncates the number of visible patches, this trainer rounds it. With 49 patches and a ratio of
+        # 0.75, 12.25 gives 12 in both. With 0.7, 14.7 gives 14 there and 15 here; 1 - 15.5 / 49 gives 15 there.
         mask_ratio=subject.mask_ratio if int(N * (1 - subject.mask_ratio)) == kept else 1 - (kept + 0.5) / N,
         norm_pix_loss=mae.norm_pix_loss,
     )
     config.architectures = ["ViTMAEForPreTraining"]
     config.save_pretrained(draft)
-    theirs, info = library.ViTMAEForPreTraining.from_pretrained(draft, output_loading_info=True)
+    model, info = library.ViTMAEForPreTraining.from_pretrained(draft, output_loading_info=True)
     if any(info.values()):
         raise CheckpointError(f"transformers does not find its weights in the export ({info}): {_REMEDY}")
     noise_BN = torch.rand(NUM_IMAGES, N, generator=torch.Generator().manual_seed(1))
     keep_BK, masked_BM = draw_mask(noise_BN, mask_ratio=subject.mask_ratio, grid=encoder.grid)
-    found = theirs.eval()(subject.pixels, noise=noise_BN)
+    found = model.eval()(subject.pixels, noise=noise_BN)
     predicted_BMP = mae(subject.images, keep_BK, masked_BM, want="prediction")
     _compare("transformers", gather_tokens(found.logits, masked_BM), predicted_BMP)
     _compare("transformers", found.loss, mae(subject.images, keep_BK, masked_BM))
@@ -210,7 +212,7 @@ print(model(pixels).loss)  # of a random mask"""
 
 def write_onnx(subject: Subject, draft: Path) -> Loading:
     """Write a graph from uint8 RGB images, normalised inside, to the calibrated P(morph) and logits, or to tokens."""
-    import onnxruntime  # an extra, as onnx and onnxscript, which torch imports
+    import onnxruntime  # an optional dependency, as onnx and onnxscript are, which torch imports
 
     is_detector = subject.detector is not None
     expected = {"p_morph": subject.scores, "logits": subject.logits} if is_detector else {"tokens": subject.tokens}
@@ -223,21 +225,21 @@ def write_onnx(subject: Subject, draft: Path) -> Loading:
         input_names=["images"],
         output_names=names,
         dynamic_shapes={"images_BCHW": {0: torch.export.Dim("batch")}},
-        external_data=num_bytes > _ONE_ONNX_FILE_BYTES,
+        external_data=num_bytes > _MAX_ONNX_FILE_BYTES,
         dynamo=True,
         verbose=False,
     )
     session = onnxruntime.InferenceSession(draft / "model.onnx", providers=["CPUExecutionProvider"])
     for num_images in (1, NUM_IMAGES):
         outputs = session.run(names, {"images": subject.images[:num_images].numpy()})
-        for ours, theirs in zip(expected.values(), outputs, strict=True):
-            _compare("onnxruntime", torch.from_numpy(theirs), ours[:num_images])
+        for value, output in zip(expected.values(), outputs, strict=True):
+            _compare("onnxruntime", torch.from_numpy(output), value[:num_images])
     shape = ", ".join(map(str, subject.image_size))
     code = f"""{code_until_image(subject, "onnxruntime")}
 session = onnxruntime.InferenceSession("model.onnx")
 [{", ".join(names)}] = session.run({names}, {{"images": image.numpy()}})  # any number of images"""
     code += f"\n{code_to_decide(subject, 'float(p_morph[0])')}" if subject.detector else "\nprint(tokens.shape)"
-    notes = f"Input `images`: uint8 RGB, (batch, 3, {shape}); mean and std below stand inside the graph. "
+    notes = f"Input `images`: uint8 RGB, (batch, 3, {shape}); mean and std below are inside the graph. "
     notes += ONNX_SCORE_NOTE if subject.detector else "Output `tokens`: class token (and registers), then patches."
     return Loading("ONNX graph", notes, code)
 
@@ -249,7 +251,7 @@ FORMATS: dict[str, tuple[Writer, tuple[str, ...]]] = {
     "merged": (write_merged, ("timm",)),
     "onnx": (write_onnx, ("onnx", "onnxruntime", "onnxscript")),
 }
-"""Name -> what writes it, and the packages that it needs."""
+"""Name -> its writer, and the packages that it needs."""
 
 _TIMM_POOLING: dict[str, dict[str, Any]] = {
     "avg": {"global_pool": "avg", "fc_norm": False},
@@ -261,7 +263,7 @@ _BASE = "base.safetensors"
 
 
 class _Graph(nn.Module):
-    """From uint8 images to what an ONNX file returns, in timm's own modules with adapters merged in."""
+    """From uint8 images to the outputs of the ONNX file, in timm's own modules with the adapters merged in."""
 
     mean: Tensor
     std: Tensor
@@ -285,63 +287,62 @@ class _Graph(nn.Module):
         return calibrated(logits_BC, *self._calibration), logits_BC
 
 
-# ---------------------------------------------------------------------------------------------- the card's code
-
-
 # ---------------------------------------------------------------------------------------------- what fits where
 
 
 def _timm_detector(subject: Subject, to: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the options and the weights of the timm model with two classes that is the detector.
+    """Return the options and the weights of a timm model with two classes that equals the detector.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such model.
     """
     if subject.detector is None:
         raise ConfigError(f"format is {to}, but the source is no detector: name a run of finetune.py, or choose timm")
     head, pooling = subject.detector.head, subject.detector.options.pooling
     if not isinstance(head, nn.Linear):
         raise ConfigError(
-            f"format is {to}, but the head is a {type(head).__name__} where timm has one linear layer: export the "
+            f"format is {to}, but the head is a {type(head).__name__}, and timm has one linear layer there: export the "
             "detector as onnx, or its encoder as timm"
         )
     options = subject.timm_options(num_classes=2, **_TIMM_POOLING[pooling])
     state = merged_state(subject.encoder.vit) | {f"head.{name}": value for name, value in head.state_dict().items()}
     try:
         with torch.device("meta"):
-            names = timm.create_model(subject.name, **options).state_dict().keys()  # less a pooling that we never run
-    except AssertionError as error:  # a class token that is not there
-        raise ConfigError(f"format is {to}, but timm cannot pool so ({error}): export the detector as onnx") from error
+            names = timm.create_model(subject.name, **options).state_dict().keys()  # without unused poolings
+    except AssertionError as error:  # there is no class token
+        raise ConfigError(
+            f"format is {to}, but timm does not have this pooling ({error}): export the detector as onnx"
+        ) from error
     if names - state.keys():
         what = min(names - state.keys())
-        raise ConfigError(f"format is {to}, but timm pools behind {what}: export the detector as onnx")
+        raise ConfigError(f"format is {to}, but timm pools after {what}: export the detector as onnx")
     return options, {name: state[name] for name in names}
 
 
 def _published_mae(subject: Subject) -> MaskedAutoencoder:
-    """Return the autoencoder if transformers' ViTMAE can be it; `to_vitmae` refuses what has no name there."""
+    """Return the autoencoder if transformers' ViTMAE can express it; `to_vitmae` refuses parameters that it lacks."""
     mae, (height, width) = subject.mae, subject.image_size
     if mae is None:
         raise ConfigError("format is vitmae, but the source has no decoder: name a run of pretrain.py, or choose timm")
     if mae.decoder_type != "self":
         raise ConfigError(
-            f"format is vitmae, whose decoder attends to itself, but this one has decoder_type {mae.decoder_type}: "
+            f"format is vitmae, whose decoder has self-attention, but this one has decoder_type {mae.decoder_type}: "
             "export the encoder as timm"
         )
     if mae.decoder_pos_embed is None:
         raise ConfigError(
-            "format is vitmae, whose decoder has positions of its own, but this one sees the encoder's "
+            "format is vitmae, whose decoder has its own position embedding, but this one uses the encoder's "
             "(use_separate_pos_embed false): export the encoder as timm"
         )
     if mae.decoder_pos_embed.shape[1] != subject.encoder.num_patches or height != width:
         raise ConfigError(
-            f"image_size is {height}x{width}, but the positions of a decoder do not bend: leave image_size out"
+            f"image_size is {height}x{width}, but a decoder's position embedding is not resized: leave image_size out"
         )
     vit, num_prefix = subject.encoder.vit, subject.encoder.num_prefix
     if num_prefix != 1 or vit.cls_token is None or vit.no_embed_class:
         raise ConfigError(
-            "format is vitmae, where a class token with a position stands before the patches and nothing else, but "
-            f"this model has {num_prefix} such tokens, {vit.num_reg_tokens} of them registers: export it as timm"
+            "format is vitmae, which has exactly one class token, with a position, before the patches, but this model "
+            f"has {num_prefix} tokens there, {vit.num_reg_tokens} of them registers: export it as timm"
         )
     return mae
 
@@ -349,8 +350,8 @@ def _published_mae(subject: Subject) -> MaskedAutoencoder:
 # ---------------------------------------------------------------------------------------------- compare and write
 
 
-def _through_timm(subject: Subject, state: Mapping[str, Tensor], options: Mapping[str, Any], draft: Path) -> Any:
-    """Write weights and what timm must know of them; returns the model that timm makes of the folder alone."""
+def _write_for_timm(subject: Subject, state: Mapping[str, Tensor], options: Mapping[str, Any], draft: Path) -> Any:
+    """Write weights and timm's configuration; return the model that timm builds from the folder alone."""
     _save(state, draft / _WEIGHTS, subject.encoder.grid)
     height, width = subject.image_size
     view = {"mean": list(subject.mean), "std": list(subject.std), "interpolation": "bicubic", "crop_pct": 1.0}
@@ -366,13 +367,13 @@ def _through_timm(subject: Subject, state: Mapping[str, Tensor], options: Mappin
     return timm.create_model(f"local-dir:{draft}", pretrained=True).eval()
 
 
-def _compare(library: str, theirs: Tensor, ours: Tensor) -> None:
+def _compare(library: str, found: Tensor, expected: Tensor) -> None:
     """Raise `CheckpointError` if another library computes something else."""
-    far = float((theirs - ours).abs().max()) if theirs.shape == ours.shape else float("inf")
-    if not far <= _TOLERANCE * max(float(ours.abs().max()), _SMALL):  # not a number is no agreement
+    far = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
+    if not far <= _TOLERANCE * max(float(expected.abs().max()), _MIN_SCALE):  # a NaN fails too
         raise CheckpointError(
             f"{library} computes something else from the export (difference {far:.2g} in numbers up to "
-            f"{float(ours.abs().max()):.2g}): {_REMEDY}"
+            f"{float(expected.abs().max()):.2g}): {_REMEDY}"
         )
 
 

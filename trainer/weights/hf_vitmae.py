@@ -1,9 +1,14 @@
-"""Names of transformers' ViTMAE against those of the published MAE, whose encoder has timm's.
+"""Translate parameter names between transformers' ViTMAE and the published MAE, whose encoder has timm's names.
 
 Published names are ``blocks.N.attn.qkv.weight`` for the encoder and ``decoder_blocks.N...``, ``mask_token``,
-``decoder_pos_embed`` (with a row of zeros for the class token) for the decoder. Transformers keeps query, key and value
-apart. Its files have had three layouts: that of its hub, which is written here because every version reads it; that of
-its modules since version 5; and what version 5.23 saves, where the decoder's blocks are a ``decoder_encoder``.
+``decoder_pos_embed`` (with a row of zeros for the class token) for the decoder. Transformers has three layers for
+query, key and value::
+
+    published          blocks.3.attn.qkv.weight, the rows of query, key and value below each other
+    transformers       vit.encoder.layer.3.attention.attention.query.weight, ...key.weight, ...value.weight
+
+Transformers' files have had three layouts: that of its hub, which is written here because every version reads it; that
+of its modules since version 5; and that of version 5.23, where the decoder's blocks are a ``decoder_encoder``.
 """
 
 import re
@@ -19,7 +24,7 @@ _PARTS = {
     "key": ("attention.attention.key", "attention.k_proj"),
     "value": ("attention.attention.value", "attention.v_proj"),
 }
-_LAYERS = {  # published: the hub's, that of version 5
+_LAYERS = {  # published: name on the hub, name in version 5
     "norm1": ("layernorm_before", "layernorm_before"),
     "norm2": ("layernorm_after", "layernorm_after"),
     "attn.proj": ("attention.output.dense", "attention.o_proj"),
@@ -36,9 +41,9 @@ _OUTSIDE = {
 }
 _STACKS = {"blocks": "vit.encoder.layer", "decoder_blocks": "decoder.decoder_layers"}
 
-_OURS_INSIDE = {theirs: ours for ours, both in _LAYERS.items() for theirs in both}
-_PART_OF = {theirs: part for part, both in _PARTS.items() for theirs in both}
-_OURS_OUTSIDE = {theirs.removeprefix("vit."): ours for ours, theirs in _OUTSIDE.items()}
+_PUBLISHED_INSIDE = {hf_name: name for name, both in _LAYERS.items() for hf_name in both}
+_PART_OF = {hf_name: part for part, both in _PARTS.items() for hf_name in both}
+_PUBLISHED_OUTSIDE = {hf_name.removeprefix("vit."): name for name, hf_name in _OUTSIDE.items()}
 _STACK_OF = {
     **dict.fromkeys(("encoder.layer", "layers"), "blocks"),
     **dict.fromkeys(("decoder.decoder_layers", "decoder.decoder_encoder.layer"), "decoder_blocks"),
@@ -47,12 +52,12 @@ _INSIDE = re.compile(rf"({'|'.join(map(re.escape, _STACK_OF))})\.(\d+)\.(.+)\.(w
 
 
 def is_vitmae(weights: Mapping[str, Tensor]) -> bool:
-    """Whether the names are transformers', of ViTMAEForPreTraining or of ViTMAEModel."""
+    """Whether the names are those of transformers' ViTMAEForPreTraining or ViTMAEModel."""
     return any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in weights)
 
 
 def from_vitmae(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give transformers' weights the published names; names of other parts are left as they are."""
+    """Rename transformers' weights to the published names; unknown names stay as they are."""
     found: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in weights.items():
@@ -60,21 +65,21 @@ def from_vitmae(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inside = _INSIDE.fullmatch(bare)
         if inside is None:
             stem, dot, kind = bare.rpartition(".")
-            whole = _OURS_OUTSIDE.get(bare)
-            found[whole or f"{_OURS_OUTSIDE.get(stem, stem)}{dot}{kind}"] = value
+            full_name = _PUBLISHED_OUTSIDE.get(bare)  # a parameter by itself, such as cls_token
+            found[full_name or f"{_PUBLISHED_OUTSIDE.get(stem, stem)}{dot}{kind}"] = value
             continue
         stack, number, layer, kind = inside.groups()
         block = f"{_STACK_OF[stack]}.{number}"
         if layer in _PART_OF:
             parts.setdefault(f"{block}.attn.qkv.{kind}", {})[_PART_OF[layer]] = value
         else:
-            found[f"{block}.{_OURS_INSIDE.get(layer, layer)}.{kind}"] = value
-    whole_parts = {name: three for name, three in parts.items() if three.keys() == _PARTS.keys()}
-    return found | {name: torch.cat([three[part] for part in _PARTS]) for name, three in whole_parts.items()}
+            found[f"{block}.{_PUBLISHED_INSIDE.get(layer, layer)}.{kind}"] = value
+    complete = {name: three for name, three in parts.items() if three.keys() == _PARTS.keys()}
+    return found | {name: torch.cat([three[part] for part in _PARTS]) for name, three in complete.items()}
 
 
 def to_vitmae(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give published weights the names of transformers' hub.
+    """Rename published weights to the names of transformers' hub.
 
     Raises:
         ConfigError: the format has no place for one, such as a register token.
@@ -89,8 +94,8 @@ def to_vitmae(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif stem in _OUTSIDE:
             found[f"{_OUTSIDE[stem]}.{kind}"] = value
         elif stack in _STACKS and layer == "attn.qkv":
-            for (theirs, _), part in zip(_PARTS.values(), value.chunk(3), strict=True):
-                found[f"{place}.{theirs}.{kind}"] = part.contiguous()
+            for (hf_name, _), part in zip(_PARTS.values(), value.chunk(3), strict=True):
+                found[f"{place}.{hf_name}.{kind}"] = part.contiguous()
         elif stack in _STACKS and layer in _LAYERS:
             found[f"{place}.{_LAYERS[layer][0]}.{kind}"] = value
         else:

@@ -1,4 +1,4 @@
-"""--init, and --source of an export: where an encoder's weights come from, and whether they fit the recipe."""
+"""Read the weights that --init (or --source of an export) names, and check that they fit the recipe."""
 
 import argparse
 import contextlib
@@ -48,43 +48,43 @@ _PUBLISHED_SIZE = {"base": 768, "large": 1024, "huge": 1280}
 _PUBLISHED_FILE = re.compile(r"mae_(visualize|pretrain)_vit_(base|large|huge)(_full|_ganloss)?\.pth")
 """Files of facebookresearch/mae. Those to visualize were trained on plain pixels, the others on normalised ones."""
 _OF_OTHERS = ("reg_token", "norm_pre.", "blocks.0.ls1.", "blocks.0.attn.q_norm.", "attn_pool.")
-"""What no encoder of the published MAE has."""
+"""Parameters that no encoder of the published MAE has."""
 _OF_A_DECODER = ("decoder_", "mask_token", "position_embed.")
 
 
 @dataclass(frozen=True, slots=True)
 class Init:
-    """Weights by timm's names, and what is known of their past."""
+    """Weights by timm's names, and what is known of their training."""
 
     weights: dict[str, Tensor]
     description: str
     recipe: dict[str, Any]
-    """The pre-training recipe, as far as it can be told: always the two decoder options, where there was a decoder."""
+    """The pre-training recipe, as far as it is known; with a decoder, always the two decoder options."""
     decoder: dict[str, Tensor] = field(default_factory=dict)
-    """The rest of a masked autoencoder, by our names or the published ones; empty where only an encoder is left."""
+    """The rest of a masked autoencoder, by this trainer's names or the published ones; empty for an encoder alone."""
     manifest: dict[str, Any] = field(default_factory=dict)
-    """That of a run's checkpoint."""
+    """The manifest, for the checkpoint of a run."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a recipe must say for these weights: what was told, and what their shapes show, by its names."""
+        """The recipe's settings that fit these weights: what is recorded, else what their shapes show."""
         shown: dict[str, Any] = {}
         width, _, _, patch = self.weights["patch_embed.proj.weight"].shape
         if not any(name.startswith(_OF_OTHERS) for name in self.weights) and width in _PUBLISHED:
             shown["model"] = _PUBLISHED[width]
         shown |= {"patch_size": patch, "encoder_depth": num_blocks(self.weights, "blocks.")}
-        if "pos_embed" in self.weights:  # a few rows more are for class and registers
+        if "pos_embed" in self.weights:  # a few more rows are for class and register tokens
             shown["image_size"] = math.isqrt(self.weights["pos_embed"].shape[1]) * patch
         if "fc_norm.weight" in self.weights and "norm.weight" not in self.weights:
             shown["pooling"] = "avg_fc_norm"
-        told = {name: value for name, value in self.recipe.items() if value is not None}
-        if "model" in told:
-            told["model"] = told["model"].partition(".")[0]  # a tag names weights, not the model
-        return shown | told
+        recorded = {name: value for name, value in self.recipe.items() if value is not None}
+        if "model" in recorded:
+            recorded["model"] = recorded["model"].partition(".")[0]  # a tag names weights, not the model
+        return shown | recorded
 
 
 def read_init(init: str, *, pretrained: bool, setting: str = "init") -> Init | None:
-    """Read the weights that ``init``, the value of that setting, names; None for an empty name.
+    """Read the weights that ``init`` names; None for an empty name.
 
     Raises:
         ConfigError: there is no such file, or it holds no encoder, or the hub cannot be reached.
@@ -92,27 +92,27 @@ def read_init(init: str, *, pretrained: bool, setting: str = "init") -> Init | N
     """
     if not init:
         return None
-    path, said = Path(init).expanduser(), f"{setting} is {init!r}"
+    path, given = Path(init).expanduser(), f"{setting} is {init!r}"
     if pretrained:
-        return _from_timm(init, said)
+        return _from_timm(init, given)
     if not path.exists() and is_hub_name(init):
-        path = fetch_folder(init, said)
-        return dataclasses.replace(_from_folder(path, said), description=init)
+        path = fetch_folder(init, given)
+        return dataclasses.replace(_from_folder(path, given), description=init)
     if path.is_dir():
-        return _from_folder(path, said)
+        return _from_folder(path, given)
     if not path.is_file():
         raise ConfigError(
-            f"{said}, but there is no such file or folder: name a run of pretrain.py, a .safetensors or .pth file, or "
+            f"{given}, but there is no such file or folder: name a run of pretrain.py, a .safetensors or .pth file, or "
             "add --pretrained true if it is the name of a timm model"
         )
-    return _from_file(path, said)
+    return _from_file(path, given)
 
 
 def place_of(init: str, folder: Path) -> dict[str, str]:
-    """Say where weights are so that they are found again from any working directory, and where all moves together.
+    """Return where weights are, so that they are found from any working directory, and after a move of the whole tree.
 
     Returns:
-        places: by ``path`` absolute, and by ``relative`` from ``folder``; of a name on a hub only ``path``.
+        places: ``path`` is absolute, ``relative`` is from ``folder``; for a name on a hub only ``path``.
     """
     path = Path(init).expanduser()
     if not init or not path.exists():
@@ -121,15 +121,15 @@ def place_of(init: str, folder: Path) -> dict[str, str]:
 
 
 def find_again(origin: Mapping[str, Any], folder: Path, *, name: str) -> str:
-    """Return where the weights are that a detector in ``folder`` stands on.
+    """Find the encoder's weights that a detector in ``folder`` needs.
 
     Args:
-        origin: what `place_of` said, or older detectors, which recorded the path as it was typed.
-        folder: the detector's own.
+        origin: the result of `place_of`; older detectors recorded the path as it was typed.
+        folder: of the detector.
         name: of the detector, for the message.
 
     Raises:
-        ConfigError: they are gone.
+        ConfigError: they are not found.
     """
     typed = str(origin["path"])
     if origin["pretrained"] or not typed:
@@ -143,7 +143,7 @@ def find_again(origin: Mapping[str, Any], folder: Path, *, name: str) -> str:
     if is_hub_name(typed):
         return typed
     raise ConfigError(
-        f"{name} stands on the encoder weights {typed}, but there is no such file or folder: pass --init with where "
+        f"{name} needs the encoder weights {typed}, but there is no such file or folder: pass --init with where "
         f"they are now (sha256 {str(origin.get('sha256', ''))[:12]}...)"
     )
 
@@ -154,90 +154,90 @@ def holds_detector(path: Path) -> bool:
 
 
 def fitting_recipe(init: Init | None, recipe: DetectorRecipe, given: Collection[str]) -> DetectorRecipe:
-    """Take model, sizes, normalisation and pooling from the weights, but for settings that the user has given.
+    """Take model, sizes, normalisation and pooling from the weights, except where the user has set them.
 
     Raises:
         ConfigError: timm has no such model.
     """
     if init is None:
         return recipe
-    wanted, taken = init.settings, dict[str, Any]()
+    of_weights, taken = init.settings, dict[str, Any]()
     for name in ("model", "image_size", "normalisation", "pooling"):
-        value = wanted.get(name)
+        value = of_weights.get(name)
         if name not in given and value not in (None, getattr(recipe, name)) and isinstance(value, str | int):
             taken[name] = value
     if taken.get("model") == recipe.model.partition(".")[0]:
         del taken["model"]
-    ours = natural_shape(taken.get("model", recipe.model))
-    for name, natural in zip(("patch_size", "encoder_depth"), ours, strict=True):
-        if name not in given and wanted[name] != (getattr(recipe, name) or natural):
-            taken[name] = wanted[name]
+    default_shape = natural_shape(taken.get("model", recipe.model))
+    for name, default in zip(("patch_size", "encoder_depth"), default_shape, strict=True):
+        if name not in given and of_weights[name] != (getattr(recipe, name) or default):
+            taken[name] = of_weights[name]
     return dataclasses.replace(recipe, **taken)
 
 
 def check_heads(init: Init | None, encoder: PatchEncoder) -> None:
-    """Refuse weights of another number of attention heads, whose shapes do not show it.
+    """Refuse weights of another number of attention heads: the shapes are the same, so nothing else would notice.
 
     Raises:
-        ConfigError: naming both numbers.
+        ConfigError: the numbers differ; the message has both.
     """
-    theirs, ours = init.recipe.get("encoder_heads") if init else None, encoder.vit.blocks[0].attn.num_heads
-    if theirs not in (None, ours):
-        raise ConfigError(f"the weights have {theirs} attention heads and the model {ours}: pass their own --model")
+    found, expected = init.recipe.get("encoder_heads") if init else None, encoder.vit.blocks[0].attn.num_heads
+    if found not in (None, expected):
+        raise ConfigError(f"the weights have {found} attention heads and the model {expected}: pass their own --model")
 
 
 def check_init(init: Init | None, recipe: DetectorRecipe | PretrainRecipe, *, with_decoder: bool = True) -> None:
-    """Refuse weights that were trained otherwise than the recipe says.
+    """Refuse weights that were trained with other settings than the recipe's.
 
     Raises:
-        ConfigError: naming each setting that differs, with both values.
+        ConfigError: settings differ; the message lists each with both values.
     """
     decoder_options = ("use_learned_mask_token", "use_separate_pos_embed")
     required = {name: getattr(recipe, name) for name in decoder_options if with_decoder}
     wrong = []
     for name, value in required.items():
-        theirs = init.recipe.get(name) if init else None
-        if value is not None and theirs != value:
-            found = "without --init there is no pre-training" if init is None else f"init was trained with {theirs}"
+        trained = init.recipe.get(name) if init else None
+        if value is not None and trained != value:
+            found = "without --init there is no pre-training" if init is None else f"init was trained with {trained}"
             wrong.append(f"{name} is {value}, but {found}: change --init, or leave {name} out")
     if init is not None:
         wrong += _differing_settings(init, recipe, with_decoder=with_decoder)
     if wrong:
         raise ConfigError("\n  ".join(wrong) if len(wrong) == 1 else "\n  ".join(["--init does not fit:", *wrong]))
     if init is not None and isinstance(recipe, PretrainRecipe) and with_decoder:
-        untold = [name for name in ("decoder_heads", "norm_pix_loss") if name not in init.recipe]
-        if untold:
-            taken = " and ".join(f"{name} {getattr(recipe, name)}" for name in untold)
+        unknown = [name for name in ("decoder_heads", "norm_pix_loss") if name not in init.recipe]
+        if unknown:
+            used = " and ".join(f"{name} {getattr(recipe, name)}" for name in unknown)
             logger.warning(
-                "--init does not tell %s of its decoder; taken is what the recipe says, %s: with other values the "
-                "decoder's weights mean something else", " and ".join(untold), taken
+                "--init does not record %s of its decoder; the recipe's values are used, %s: if the decoder was "
+                "trained with others, it computes something else", " and ".join(unknown), used
             )  # fmt: skip
 
 
 def _differing_settings(init: Init, recipe: DetectorRecipe | PretrainRecipe, *, with_decoder: bool) -> list[str]:
-    told, wrong = init.settings, []
+    of_weights, wrong = init.settings, []
     with torch.device("meta"):
         encoder = PatchEncoder(
             recipe.model, image_size=recipe.image_size, patch_size=recipe.patch_size, depth=recipe.encoder_depth
         )
-    ours: dict[str, Any] = {"patch_size": encoder.patch, "encoder_depth": len(encoder.vit.blocks)}
+    expected: dict[str, Any] = {"patch_size": encoder.patch, "encoder_depth": len(encoder.vit.blocks)}
     if "model" in init.recipe:  # otherwise a guess
-        ours["model"] = recipe.model.partition(".")[0]
+        expected["model"] = recipe.model.partition(".")[0]
     if isinstance(recipe, DetectorRecipe):
-        ours["normalisation"] = recipe.normalisation
+        expected["normalisation"] = recipe.normalisation
     else:
-        ours["normalisation"] = "imagenet"  # pre-training knows no other
+        expected["normalisation"] = "imagenet"  # pre-training has no other
         if with_decoder:
-            ours |= {"decoder_heads": recipe.decoder_heads, "norm_pix_loss": recipe.norm_pix_loss}
-    for name, value in ours.items():
-        theirs = told.get(name, value)
-        if theirs == value:
+            expected |= {"decoder_heads": recipe.decoder_heads, "norm_pix_loss": recipe.norm_pix_loss}
+    for name, value in expected.items():
+        found = of_weights.get(name, value)
+        if found == value:
             continue
-        remedy = f"pass --{name} {str(theirs).lower() if isinstance(theirs, bool) else theirs}"
-        if name == "normalisation" and (isinstance(recipe, PretrainRecipe) or not isinstance(theirs, str)):
+        remedy = f"pass --{name} {str(found).lower() if isinstance(found, bool) else found}"
+        if name == "normalisation" and (isinstance(recipe, PretrainRecipe) or not isinstance(found, str)):
             remedy = f"choose weights that expect pixels normalised by {' or '.join(STATISTICS)}"
             remedy = "choose weights trained on ImageNet's" if isinstance(recipe, PretrainRecipe) else remedy
-        wrong.append(f"{name} is {value!r}, but --init was trained with {theirs!r}: {remedy}")
+        wrong.append(f"{name} is {value!r}, but --init was trained with {found!r}: {remedy}")
     return wrong
 
 
@@ -246,36 +246,36 @@ def num_blocks(weights: Mapping[str, Tensor], prefix: str) -> int:
     return len({name.split(".")[1] for name in weights if name.startswith(prefix)})
 
 
-def _from_timm(name: str, said: str) -> Init:
-    """Take timm's own weights of a model."""
+def _from_timm(name: str, given: str) -> Init:
+    """Read timm's own weights of a model."""
     hub_name = hub_name_of(name)
     remedy = (
-        f"download model.safetensors of {hub_name} where there is a network, and name that file in its place without "
-        "--pretrained, with --model and --normalisation as the weights want them"
+        f"download model.safetensors of {hub_name} where there is a network, and name that file instead, without "
+        "--pretrained, with the --model and --normalisation of the weights"
     )
-    with within_seconds(hub_name, f"{said} with pretrained true", remedy):
+    with within_seconds(hub_name, f"{given} with pretrained true", remedy):
         weights, mean, std = pretrained_weights(name)
     return Init(weights, f"timm {name}", {"model": name, "normalisation": _normalisation(mean, std)})
 
 
 def _normalisation(mean: Any, std: Any) -> Any:
-    """Return the recipe's name of a mean and deviation, or both where it has none."""
+    """Return the recipe's name of a mean and deviation, or the two values if it has no name for them."""
     for name, statistics in STATISTICS.items():
         if torch.allclose(torch.tensor(statistics), torch.tensor([tuple(mean), tuple(std)])):
             return name
     return tuple(mean), tuple(std)
 
 
-def _from_folder(path: Path, said: str) -> Init:
+def _from_folder(path: Path, given: str) -> Init:
     if holds_detector(path):
-        return _from_detector(path, said)
+        return _from_detector(path, given)
     for name in (_EXPORT, _OLD_HUB_FILE):
         if (path / name).is_file():
-            return _from_file(path / name, said)
-    return _from_run(path, said)
+            return _from_file(path / name, given)
+    return _from_run(path, given)
 
 
-def _from_run(path: Path, said: str) -> Init:
+def _from_run(path: Path, given: str) -> Init:
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if (root / "manifest.json").exists():
         folder, manifest = root, checkpoint.verify(root)
@@ -283,55 +283,55 @@ def _from_run(path: Path, said: str) -> Init:
         found = checkpoint.find(root)
         if found is None:
             raise ConfigError(
-                f"{said}, but that folder holds no checkpoint and no {_EXPORT}: name a run of pretrain.py"
+                f"{given}, but that folder holds no checkpoint and no {_EXPORT}: name a run of pretrain.py"
             )
         folder, manifest = found
     recipe = dict(manifest["identity"]["recipe"]) | {"normalisation": "imagenet"}
     if "mask_ratio" not in recipe:
-        raise ConfigError(f"{said}, which is no run of pretrain.py: name one")
+        raise ConfigError(f"{given}, which is no run of pretrain.py: name one")
     weights = read_weights(folder)
     decoder = {name: value for name, value in weights.items() if name.startswith(_OF_A_DECODER)}
-    return Init(_encoder_part(weights, said), str(folder), recipe, decoder, manifest)
+    return Init(_encoder_part(weights, given), str(folder), recipe, decoder, manifest)
 
 
-def _from_detector(path: Path, said: str) -> Init:
-    """Take the encoder that a full fine-tuning has trained; with a frozen one there is only half of it here."""
+def _from_detector(path: Path, given: str) -> Init:
+    """Read the encoder of a full fine-tuning; with a frozen encoder, the folder holds only adapters or a head."""
     folder, description, weights = read_detector(path)
     recipe = description["recipe"]
     if "encoder.vit.patch_embed.proj.weight" not in weights or recipe["use_lora"]:
         raise ConfigError(
-            f"{said}, a detector that holds only adapters or a head: export it first, python tools/export.py --source "
+            f"{given}, a detector that holds only adapters or a head: export it first, python tools/export.py --source "
             f"{path} --format timm --output FOLDER, and name that folder"
         )
     names = ("model", "patch_size", "encoder_depth", "normalisation", "image_size", "pooling")
     known = {name: recipe[name] for name in names if name in recipe}
-    return Init(_encoder_part(weights, said), str(folder), known)
+    return Init(_encoder_part(weights, given), str(folder), known)
 
 
-def _from_file(path: Path, said: str) -> Init:
-    """Read a file of timm's, of the published MAE's or of transformers' ViTMAE's names."""
-    weights, known = _safetensors(path, said) if path.suffix == ".safetensors" else _unpickled(path, said)
+def _from_file(path: Path, given: str) -> Init:
+    """Read a file with the names of timm, of the published MAE, or of transformers' ViTMAE."""
+    weights, known = _safetensors(path, given) if path.suffix == ".safetensors" else _unpickled(path, given)
     if is_vitmae(weights):
         weights = from_vitmae(weights)
     decoder = {name: value for name, value in weights.items() if name.startswith(_OF_A_DECODER)}
     if decoder:
         known["use_learned_mask_token"] = bool("mask_token" in weights and weights["mask_token"].any())
         known["use_separate_pos_embed"] = "decoder_pos_embed" in weights
-    known = _told_by_name(path, decoder) | known | _told_beside(path, said)
-    return Init(_encoder_part(weights, said), str(path), known, decoder)
+    known = _known_from_name(path, decoder) | known | _known_from_config(path, given)
+    return Init(_encoder_part(weights, given), str(path), known, decoder)
 
 
-def _told_by_name(path: Path, decoder: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return what is known of an official file, which says nothing of itself, by its name."""
+def _known_from_name(path: Path, decoder: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what the name of an official file shows; the file itself records nothing."""
     named = _PUBLISHED_FILE.fullmatch(path.name)
     if named is None:
         return {}
-    told: dict[str, Any] = {"model": _PUBLISHED[_PUBLISHED_SIZE[named[2]]], "normalisation": "imagenet"}
-    return told | ({"decoder_heads": 16, "norm_pix_loss": named[1] == "pretrain"} if decoder else {})
+    known: dict[str, Any] = {"model": _PUBLISHED[_PUBLISHED_SIZE[named[2]]], "normalisation": "imagenet"}
+    return known | ({"decoder_heads": 16, "norm_pix_loss": named[1] == "pretrain"} if decoder else {})
 
 
-def _told_beside(path: Path, said: str) -> dict[str, Any]:
-    """Return what config.json (transformers' or timm's) and preprocessor_config.json beside a hub's file tell."""
+def _known_from_config(path: Path, given: str) -> dict[str, Any]:
+    """Read config.json (transformers' or timm's) and preprocessor_config.json beside a file of the hub."""
     if path.name not in (_EXPORT, _OLD_HUB_FILE):
         return {}
     found: dict[str, Any] = {}
@@ -340,51 +340,56 @@ def _told_beside(path: Path, said: str) -> dict[str, Any]:
         config, view = (json.loads(file.read_text()) if file.is_file() else {} for file in files)
         names = {"encoder_heads": "num_attention_heads", "decoder_heads": "decoder_num_attention_heads"}
         names |= {name: name for name in ("mask_ratio", "norm_pix_loss")} | {"model": "architecture"}
-        found = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
-        timms = config.get("pretrained_cfg", {})
-        for mean, std in ((timms.get("mean"), timms.get("std")), (view.get("image_mean"), view.get("image_std"))):
+        found = {name: config[key] for name, key in names.items() if key in config}
+        timm_config = config.get("pretrained_cfg", {})
+        for mean, std in (
+            (timm_config.get("mean"), timm_config.get("std")),
+            (view.get("image_mean"), view.get("image_std")),
+        ):
             if mean and std and view.get("do_normalize", True):
                 found["normalisation"] = _normalisation(mean, std)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{said}: a config.json beside it is damaged ({error}): download it again") from error
+        raise CheckpointError(f"{given}: a config.json beside it is damaged ({error}): download it again") from error
     return found
 
 
-def _safetensors(path: Path, said: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file."""
+def _safetensors(path: Path, given: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a .safetensors file; its metadata may name the grid of patches."""
     try:
         with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
             rows, _, columns = (file.metadata() or {}).get("grid", "").partition("x")
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{said}, which is damaged ({error}): download or export it again") from error
+        raise CheckpointError(f"{given}, which is damaged ({error}): download or export it again") from error
     if rows != columns:
         raise ConfigError(
-            f"{said}, which was exported for {rows} x {columns} patches, but training is on squares: name what it was "
-            "exported from"
+            f"{given}, which was exported for {rows} x {columns} patches, but training uses square images: name the "
+            "source of that export"
         )
     return weights, {}
 
 
-def _unpickled(path: Path, said: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a .pth file without running code from it; official MAE files may hold the arguments of their training."""
+def _unpickled(path: Path, given: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a .pth file without running code from it; official MAE files can hold the arguments of their training."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{said}, which cannot be loaded safely ({error}): convert it to .safetensors") from error
-    told = state.get("args") if isinstance(state, dict) else None
-    told = vars(told) if isinstance(told, argparse.Namespace) else told if isinstance(told, dict) else {}
+        raise CheckpointError(
+            f"{given}, which cannot be loaded safely ({error}): convert it to .safetensors"
+        ) from error
+    args = state.get("args") if isinstance(state, dict) else None
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     for name in ("model", "state_dict", "module"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
     if not isinstance(state, dict):
-        raise ConfigError(f"{said}, which holds no weights by name: name a state dict")
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}, _told_by_args(told)
+        raise ConfigError(f"{given}, which holds no weights by name: name a state dict")
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}, _known_from_args(args)
 
 
-def _told_by_args(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate the arguments of the published MAE's training, and of those who add to them."""
+def _known_from_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate the arguments of the published MAE's training, and of forks with more of them."""
     names = ("mask_ratio", "norm_pix_loss", "decoder_heads")
     known = {name: args[name] for name in names if name in args}
     if "decoder_num_heads" in args:
@@ -395,13 +400,15 @@ def _told_by_args(args: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-def _encoder_part(weights: dict[str, Tensor], said: str) -> dict[str, Tensor]:
+def _encoder_part(weights: dict[str, Tensor], given: str) -> dict[str, Tensor]:
     for prefix in (*_ENCODER_PREFIXES, ""):
         part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         part = {name: value for name, value in part.items() if name.startswith(_OF_THE_ENCODER)}
         if "patch_embed.proj.weight" in part:
             return part
-    raise ConfigError(f"{said}, which holds no encoder (no patch_embed.proj.weight): name weights of a timm ViT or MAE")
+    raise ConfigError(
+        f"{given}, which holds no encoder (no patch_embed.proj.weight): name weights of a timm ViT or MAE"
+    )
 
 
 def describe(init: Init | None) -> str:

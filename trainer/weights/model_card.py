@@ -1,4 +1,4 @@
-"""The card of an export: what it is, and code that runs it."""
+"""The model card of an export: what it is, and code that runs it."""
 
 import json
 import math
@@ -27,7 +27,7 @@ TIMM_MODEL_CODE = 'model = timm.create_model("local-dir:.", pretrained=True).eva
 
 
 def code_until_image(subject: Subject, library: str) -> str:
-    """Write what turns a photograph into the uint8 ``image`` (1, 3, H, W), exactly as evaluation looks at it."""
+    """Write the code from a photograph to the uint8 ``image`` (1, 3, H, W), exactly as evaluation sees it."""
     height, width = subject.image_size
     size = f"round(side * {height} / min(rows, columns))"
     if height != width:
@@ -56,7 +56,7 @@ image = torch.from_numpy(image).permute(2, 0, 1)[None]
 
 
 def code_until_pixels(subject: Subject, library: str) -> str:
-    """Write the same up to the normalised ``pixels`` that a timm model takes."""
+    """Write the code from a photograph to the normalised ``pixels`` that a timm model takes."""
     return f"""{code_until_image(subject, library)}
 mean, std = torch.tensor([{list(subject.mean)}, {list(subject.std)}])[:, :, None, None]
 pixels = (image.float() / 255 - mean) / std
@@ -64,25 +64,25 @@ torch.set_grad_enabled(False)"""
 
 
 def code_from_pixels(subject: Subject) -> str:
-    """Write what turns ``pixels`` into the calibrated score and the decision."""
+    """Write the code from ``pixels`` to the calibrated score and the decision."""
     slope, offset = subject.calibration
     return f"""logits = model(pixels)[0].double()  # [bonafide, morph]
 {code_to_decide(subject, f"float(torch.sigmoid({slope!r} * (logits[1] - logits[0]) + {offset!r}))")}"""
 
 
 def code_to_decide(subject: Subject, score: str) -> str:
-    """Write what prints a score and which class it means."""
+    """Write the code that prints a score and its class."""
     return f"""score = {score}
 print(f"{{score:.6f}}", "morph" if score >= {_number(subject.threshold)} else "bonafide")"""
 
 
 def _number(value: float) -> str:
-    """Write a number as Python reads it, infinity too."""
+    """Write a number as a Python expression; infinity has no literal."""
     return repr(value) if math.isfinite(value) else f'float("{value}")'
 
 
 def write_view(subject: Subject, draft: Path) -> None:
-    """Write preprocessor_config.json, which transformers reads and other tools look at; the card's code is exact."""
+    """Write preprocessor_config.json for transformers and other tools. It is approximate; the card's code is exact."""
     height, width = subject.image_size
     view = {
         "image_processor_type": "CLIPImageProcessor",
@@ -100,7 +100,7 @@ def call_arguments(name: str, options: Mapping[str, Any]) -> str:
 
 
 def model_card(loading: Loading, colours: str, card: Mapping[str, Any], packages: tuple[str, ...], licence: str) -> str:
-    """Write the README: front matter as the hub reads it, the snippet, and what is known of the weights."""
+    """Write the README: front matter for the hub, the snippet, and the facts about the weights."""
     colours = colours and f" Images were {colours}; the code below does not do that: give it sRGB."
     versions = {name: version(name) for name in ("torch", *packages, "safetensors")}
     parts = [
@@ -108,18 +108,18 @@ def model_card(loading: Loading, colours: str, card: Mapping[str, Any], packages
         f"# {loading.title}\n\n{loading.notes}{colours}\n",
         f"Inside this folder:\n\n```python\n{loading.snippet}\n```\n",
     ]
-    for title, value in (_without_places(card) | {"Versions that wrote and checked it": versions}).items():
+    for title, value in (_without_folders(card) | {"Versions that wrote and checked it": versions}).items():
         text = value if isinstance(value, str) else f"```json\n{json.dumps(value, indent=1)}\n```"
         parts.append(f"## {title}\n\n{text}\n")
     return "\n".join(parts)
 
 
-def _without_places(value: Any) -> Any:
-    """Shorten absolute paths to their last name: a card is for other machines."""
+def _without_folders(value: Any) -> Any:
+    """Shorten absolute paths to their last name: a card is read on other machines."""
     if isinstance(value, Mapping):
-        return {name: _without_places(entry) for name, entry in value.items() if name not in ("path", "relative")}
+        return {name: _without_folders(entry) for name, entry in value.items() if name not in ("path", "relative")}
     if isinstance(value, list | tuple):
-        return [_without_places(entry) for entry in value]
+        return [_without_folders(entry) for entry in value]
     if not isinstance(value, str):
         return value
     parts = [part if not part.strip().startswith(("/", "~")) else Path(part).name for part in value.split(",")]

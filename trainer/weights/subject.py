@@ -1,4 +1,4 @@
-"""What an export is made of: one of our models, and what it computes on random images."""
+"""The subject of an export: a model of this trainer, and its outputs on random images."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,27 +16,27 @@ NUM_IMAGES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is exported: our model in evaluation mode, on the CPU, for images of the size wanted."""
+    """The model to export, in evaluation mode, on the CPU, for the requested image size."""
 
     name: str
     """timm's name of the encoder."""
     encoder: PatchEncoder
-    """Of a detector its own, with adapters."""
+    """For a detector its own encoder, with adapters."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     view: str = ""
-    """What a detector records of its view of images."""
+    """The view of images that a detector records."""
     colours: str = ""
-    """What it records of their colours, where anything happens to them."""
+    """The change of colours that it records, if any."""
     mae: MaskedAutoencoder | None = None
-    """Around that encoder, where there is a decoder."""
+    """The autoencoder around the encoder, if there is a decoder."""
     mask_ratio: float = 0.75
     detector: MorphDetector | None = None
-    """Around that encoder, where there is one."""
+    """The detector around the encoder, if there is one."""
     calibration: tuple[float, float] = (1.0, 0.0)
     """Slope and offset of a detector's score, see `calibrated`."""
     threshold: float = 0.5
-    """On that score, for the card's code."""
+    """On the calibrated score, for the card's code."""
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -46,36 +46,36 @@ class Subject:
 
     @property
     def images(self) -> Tensor:
-        """The random uint8 images (B, 3, H, W) on which libraries are compared, the same ones every time."""
+        """Random uint8 images (B, 3, H, W) for the comparison with other libraries, the same ones every time."""
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, 256, (NUM_IMAGES, 3, *self.image_size), dtype=torch.uint8, generator=generator)
 
     @property
     def pixels(self) -> Tensor:
-        """The same, normalised."""
+        """The same images, normalised."""
         mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (self.images.float() / 255 - mean_C11) / std_C11
 
     @property
     def tokens(self) -> Tensor:
-        """What our encoder makes of them (B, T, D)."""
+        """The encoder's output for them (B, T, D)."""
         tokens_BTD: Tensor = self.encoder(patchify(self.pixels, self.encoder.patch))
         return tokens_BTD
 
     @property
     def logits(self) -> Tensor:
-        """What our detector makes of them (B, 2)."""
+        """The detector's output for them (B, 2)."""
         assert self.detector is not None
         logits_BC: Tensor = self.detector(self.images, want="logits")
         return logits_BC
 
     @property
     def scores(self) -> Tensor:
-        """The calibrated P(morph) that our detector gives them (B)."""
+        """The detector's calibrated P(morph) for them (B)."""
         return calibrated(self.logits, *self.calibration)
 
     def timm_options(self, **more: Any) -> dict[str, Any]:
-        """Return what `timm.create_model` must be told beside the name."""
+        """Return the arguments of `timm.create_model` beside the name."""
         height, width = self.image_size
         size = height if height == width else (height, width)
         shape = {"img_size": size, "patch_size": self.encoder.patch, "depth": len(self.encoder.vit.blocks)}
@@ -85,7 +85,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How an export is used, for its card."""
+    """How to use an export, for its card."""
 
     title: str
     notes: str
@@ -93,5 +93,5 @@ class Loading:
 
 
 def calibrated(logits_BC: Tensor, slope: float, offset: float) -> Tensor:
-    """Return P(morph) as evaluation gives it, a sigmoid of slope times the difference of both logits, plus offset."""
+    """Return P(morph) as evaluation computes it: sigmoid(slope * (logit of morph - logit of bona fide) + offset)."""
     return torch.sigmoid(slope * (logits_BC[:, 1] - logits_BC[:, 0]) + offset)

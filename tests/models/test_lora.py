@@ -78,13 +78,14 @@ def test_plain_peft_loads_what_is_saved_on_a_plain_timm_model(
     torch.testing.assert_close(peft_model(pictures()), vit(pictures()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("options", [options for options in VARIANTS if "use_dora" not in options])
 def test_a_saved_adapter_is_the_file_that_plain_peft_saves_itself(tmp_path: Path, options: dict[str, Any]) -> None:
     vit = plain()
     add_lora(vit, **options)
     train(vit)
     save_adapter(tmp_path / "adapter", vit, vit.head.state_dict(), base_model="test_vit")
-    PeftModel.from_pretrained(plain(), tmp_path / "adapter").save_pretrained(tmp_path / "again")
+    loaded = PeftModel.from_pretrained(plain(), tmp_path / "adapter")
+    loaded.save_pretrained(tmp_path / "again", save_embedding_layers=False)  # "auto" asks the hub
     saved, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
     assert saved.keys() == again.keys()
     for name, value in saved.items():

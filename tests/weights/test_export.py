@@ -379,7 +379,7 @@ def test_onnx_gives_the_score_of_any_head_from_uint8_images_in_batches_of_any_si
         with pytest.raises(ConfigError, match="the head is a Sequential, and timm has one linear layer"):
             export(run, to, tmp_path / to)
 
-    monkeypatch.setattr(formats, "_ONE_ONNX_FILE_BYTES", 0)  # as if this were a ViT-H
+    monkeypatch.setattr(formats, "_MAX_ONNX_FILE_BYTES", 0)  # as if this were a ViT-H
     folder = export(official, "onnx", tmp_path / "tokens", model=NAME, image_size="16x24")
     assert (folder / "model.onnx.data").exists()
     tokens = follow_the_card(folder, IMAGES[0, :, :16, :24])["session"]
@@ -515,7 +515,7 @@ def test_a_card_names_no_place_of_the_machine_that_wrote_it_and_the_sha256_of_ev
         ({"source": "SHARED", "format": "vitmae"}, "use_separate_pos_embed false"),
         (
             {"source": "REGISTERS", "format": "vitmae", "model": "vit_small_patch14_reg4_dinov2"},
-            "5 such tokens, 4 of them registers",
+            "has 5 tokens there, 4 of them registers",
         ),
         ({"source": "PLACED", "format": "vitmae"}, "the class token has a position in the decoder"),
         ({"source": "HEADS"}, "the weights have 6 attention heads and the model 3"),

@@ -190,6 +190,13 @@ def of_the_split(place: Path) -> None:
     assert (place / "splits" / "train.csv").exists()
 
 
+def planned(place: Path, out: str) -> None:
+    """A dry run names the steps, and writes no run."""
+    assert "Nothing was written to" in out, out[-3000:]
+    assert not (place / "runs" / "again").exists()
+    assert not (place / "runs" / "small").exists()
+
+
 def trained(place: Path, out: str) -> None:
     steps = metrics(place / "runs/detector")
     assert steps
@@ -220,6 +227,7 @@ def morphed(place: Path, out: str) -> None:
 
 STARTED = re.compile(r"\d+ steps of [\d,]+ images").pattern
 ALONE = Expected()
+PLANNED = Expected(planned)
 NO_SLURM = Expected(code=2, look=says("sbatch"))
 DRY = Expected(look=says("#SBATCH --nodes", "train "))
 
@@ -239,9 +247,11 @@ EXPECTED: dict[str, Expected] = {
     "deepspeed launch/pretrain.py --help": Expected(says("mae_vit_base", "mask_ratio")),
     "deepspeed launch/pretrain.py --recipe mae_vit_base --data 'shards/train/*.tar' "
     "--val_data 'shards/val/*.tar' --output_dir runs/base": Expected(stop_after=STARTED),
+    "deepspeed launch/pretrain.py --recipe demo --data 'shards/train/*.tar' --output_dir runs/small --dry_run": PLANNED,
     "python tools/export.py --source runs/base --format timm --output exported/encoder": Expected(
         holds("exported/encoder/model.safetensors", "exported/encoder/README.md"), before=pretrained
     ),
+    "python launch/pretrain.py --config runs/base/recipe.json --output_dir runs/again --dry_run": PLANNED,
     "python tools/run_status.py --run runs/base": Expected(says("runs/base: interrupted at step 2 of"), code=3),
     "python tools/compare_runs.py --runs exact=runs/exact,fast=runs/fast --plot curves.png": Expected(
         holds("curves.png"), before=pretrained
@@ -260,8 +270,10 @@ EXPECTED: dict[str, Expected] = {
     ),
     "python tools/shortcut_baselines.py --data 'detect/train/*.tar' --test_sets 'test=detect/test/*.tar' "
     "--output baselines.json": Expected(holds("baselines.json")),
+    "deepspeed launch/finetune.py --recipe probe --init runs/base --data 'detect/train/*.tar' --dry_run": PLANNED,
     "deepspeed launch/finetune.py --recipe lora --init runs/base --data 'detect/train/*.tar' "
     "--val_data 'detect/dev/*.tar'": Expected(trained, before=pretrained),
+    "python launch/finetune.py --config runs/detector/recipe.json --output_dir runs/again --dry_run": PLANNED,
     "python launch/evaluate.py --models 'lora=runs/detector' --test_sets 'test=detect/test/*.tar'": Expected(judged),
     "python tools/export.py --source runs/detector --format merged --output exported/merged": Expected(
         holds("exported/merged/model.safetensors", "exported/merged/README.md")

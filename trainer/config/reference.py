@@ -1,8 +1,8 @@
 """The settings reference, launch/SETTINGS.md, written from the docstrings under the fields: ``make docs``."""
 
 import dataclasses
+import itertools
 import sys
-import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from trainer.config.settings import (
     Recipe,
     Runtime,
     field_names,
-    type_text,
 )
 from trainer.files import write_atomically
 
@@ -45,7 +44,7 @@ def reference() -> str:
     parts = [_HEAD]
     for title, config, base in _SECTIONS:
         inherited = field_names(base) if base else set()
-        parts.append(f"\n## {title}\n\n{_table(config, inherited)}")
+        parts.append(f"\n## {title}\n{_tables(config, inherited)}")
     parts.append("\n## Recipes\n\nEach names its source, hardware, cost and expected score, and sets:\n")
     for script, recipes in (("launch/pretrain.py", RECIPES), ("launch/finetune.py", DETECTOR_RECIPES)):
         parts.append(f"\n### Of `{script}`\n")
@@ -53,14 +52,17 @@ def reference() -> str:
     return "".join(parts)
 
 
-def _table(config: type, inherited: set[str]) -> str:
-    docs, hints = {setting.name: setting.doc for setting in settings_of(config)}, typing.get_type_hints(config)
-    lines = ["| setting | type, default | meaning [unit] |", "| --- | --- | --- |"]
-    for entry in dataclasses.fields(config):
-        if entry.name not in inherited:
-            kind = f"{type_text(hints[entry.name])}, `{as_text(entry.default)}`"
-            lines.append("| " + " | ".join(_escaped(x) for x in (f"`{entry.name}`", kind, docs[entry.name])) + " |")
-    return "\n".join(lines) + "\n"
+def _tables(config: type, inherited: set[str]) -> str:
+    """Return one table for each section of the settings that a class declares itself."""
+    own = [setting for setting in settings_of(config) if setting.name not in inherited]
+    parts = []
+    for section, settings in itertools.groupby(own, key=lambda setting: setting.section):
+        parts.append(f"\n### {section}\n\n" if section else "\n")
+        parts.append("| setting | type, default | meaning [unit] |\n| --- | --- | --- |\n")
+        for setting in settings:
+            cells = (f"`{setting.name}`", f"{setting.kind}, `{as_text(setting.value)}`", setting.doc)
+            parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
+    return "".join(parts)
 
 
 def _recipe(name: str, function: Callable[[], tuple[Any, Any]]) -> str:
@@ -74,10 +76,6 @@ def _changed(config: Any) -> Mapping[str, Any]:
     """Return the values that are not the class's defaults."""
     values = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
     return {e.name: values[e.name] for e in dataclasses.fields(config) if values[e.name] != e.default}
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,17 @@ from PIL import Image
 
 from tests.helpers.runs import ROOT, TINY, launch, metrics
 
-_STARTS = ("python ", "deepspeed ", "make ", "sbatch ", "ssh ", "for part in ", "pip install ", "source .venv")
+_STARTS = (
+    "python ",
+    "deepspeed ",
+    "make ",
+    "sbatch ",
+    "ssh ",
+    "for part in ",
+    "pip install ",
+    "source .venv",
+    "face-mae-",
+)
 _HIDDEN = {".git", ".venv", "demo", "runs", "build", "dist", ".pytest_cache"}
 _COMMANDS = sorted([*ROOT.glob("launch/*.py"), *ROOT.glob("tools/**/*.py")])
 SCRIPTS = [path for path in _COMMANDS if "__main__" in path.read_text()]
@@ -299,6 +309,10 @@ ELSEWHERE = {
     "make install": "every run of CI begins with it",
     "make demo": "eight minutes; its tools and commands are here",
     "make test": "this",
+    "pip install .": "tests/test_wheel.py",
+    "face-mae-": "tests/test_wheel.py, in a clean environment",
+    "deepspeed --num_gpus 2 $(which face-mae-pretrain)": "tests/test_wheel.py",
+    "deepspeed --num_gpus 2 --module trainer.launch.": "tests/test_wheel.py",
     "make lint": "CI",
     "make docs": "tests/config/test_reference.py compares what it writes",
     "make bench": "an hour of timings; its tools answer --help in tests/config/test_help.py",

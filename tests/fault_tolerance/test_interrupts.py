@@ -92,7 +92,7 @@ def test_a_second_ctrl_c_ends_a_training_at_once_and_the_same_keystroke_does_not
         stop = StopRequest()
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.number == signal.SIGINT
-        stop._came_s -= again_s
+        stop._first_s -= again_s
         os.kill(os.getpid(), signal.SIGINT)
 
     assert exit_code_of(lambda: press(1.5)) == 130

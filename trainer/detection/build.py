@@ -37,7 +37,7 @@ def build_detector(
 
 
 def assemble_detector(recipe: DetectorRecipe, init: Init | None, *, grad_checkpointing: bool = False) -> MorphDetector:
-    """Build the same without a look at its weights, so that they may be on torch's meta device."""
+    """Build the same without reading its weights, so that they may be on torch's meta device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         encoder = PatchEncoder(
@@ -120,12 +120,12 @@ def preprocessing(
 
 
 def recipe_of(saved: SavedDetector) -> DetectorRecipe:
-    """Read a detector's recipe as JSON has kept it."""
+    """Read a detector's recipe from its description."""
     return from_dict(DetectorRecipe, saved.description["recipe"])
 
 
 def rebuild(saved: SavedDetector, recipe: DetectorRecipe, *, name: str, init: str | None) -> MorphDetector:
-    """Build a saved detector with its weights and the encoder that it stands on.
+    """Build a saved detector with its weights and its encoder.
 
     Args:
         saved: what its folder holds.
@@ -134,14 +134,14 @@ def rebuild(saved: SavedDetector, recipe: DetectorRecipe, *, name: str, init: st
         init: where the frozen encoder's weights are now, if not where training found them.
 
     Raises:
-        CheckpointError: its weights do not fit, or its encoder's weights are other ones.
-        ConfigError: its encoder's weights are gone.
+        CheckpointError: its weights do not fit, or its encoder's weights are different.
+        ConfigError: its encoder's weights are missing.
     """
     origin, frozen = saved.description["init"], recipe.backbone_is_frozen
     place = init or (find_again(origin, saved.path, name=name) if frozen else "")
     weights = read_init(place, pretrained=origin["pretrained"]) if frozen else None
     asked = dataclasses.replace(recipe, use_learned_mask_token=None, use_separate_pos_embed=None)
-    model, sha256 = build_detector(asked, weights)  # training has checked what it was asked to
+    model, sha256 = build_detector(asked, weights)  # training has compared these two settings with its init
     if frozen and sha256 != origin["sha256"]:
         raise CheckpointError(
             f"{name} stands on an encoder of sha256 {origin['sha256'][:12]}..., but that of "
@@ -152,16 +152,16 @@ def rebuild(saved: SavedDetector, recipe: DetectorRecipe, *, name: str, init: st
 
 
 def load_trained(model: MorphDetector, weights: Mapping[str, Tensor]) -> None:
-    """Put the weights that training changed into a model that was built from the same recipe.
+    """Copy the weights that training changed into a model that was built from the same recipe.
 
     Raises:
         CheckpointError: they do not fit.
     """
-    ours = dict(model.named_parameters())
-    wanted = {name for name, parameter in ours.items() if parameter.requires_grad}
-    wrong = sorted(wanted ^ weights.keys()) or [n for n in sorted(wanted) if ours[n].shape != weights[n].shape]
+    parameters = dict(model.named_parameters())
+    wanted = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    wrong = sorted(wanted ^ weights.keys()) or [n for n in sorted(wanted) if parameters[n].shape != weights[n].shape]
     if wrong:
         raise CheckpointError(f"the detector's weights do not fit its recipe, for example {wrong[0]}: train it again")
     with torch.no_grad():
         for name, value in weights.items():
-            ours[name].copy_(value)
+            parameters[name].copy_(value)

@@ -1,4 +1,4 @@
-"""Judges detectors on test sets: scores, error rates, report."""
+"""Evaluation of detectors on test sets: scores, error rates, report."""
 
 import dataclasses
 import itertools
@@ -97,18 +97,18 @@ def open_detector(name: str, path: Path, settings: EvaluationSettings) -> Detect
     """Load a detector and the encoder that it stands on.
 
     Raises:
-        CheckpointError: it is damaged, or its encoder's weights are gone or other ones.
+        CheckpointError: it is damaged, or its encoder's weights are missing or different.
         ConfigError: its preprocessing or its thresholds are not those asked for.
     """
     saved = load_detector(path)
     recipe = recipe_of(saved)
-    ours, theirs = preprocessing_of(recipe), saved.description["preprocessing"]
+    expected, recorded = preprocessing_of(recipe), saved.description["preprocessing"]
     wanted = settings.image_size
-    for field_name, value in (ours | ({"image_size": wanted} if wanted else {})).items():
-        if theirs.get(field_name) != value:
+    for field_name, value in (expected | ({"image_size": wanted} if wanted else {})).items():
+        if recorded.get(field_name) != value:
             raise ConfigError(
-                f"{name} was trained with {field_name} {theirs.get(field_name)!r}, but would be tested with {value!r}: "
-                "scores would mean nothing; test as it was trained, or train again"
+                f"{name} was trained with {field_name} {recorded.get(field_name)!r}, but would be tested with "
+                f"{value!r}: scores would mean nothing; test as it was trained, or train again"
             )
     if settings.threshold not in saved.decision.thresholds:
         raise ConfigError(
@@ -147,7 +147,9 @@ def overlaps(detector: Detector, test_set: TestSet, settings: EvaluationSettings
     if detector.saved.description.get("overlap"):
         found.append(f"{detector.name}: training and validation shared {detector.saved.description['overlap']}")
     if found and not settings.allow_overlap:
-        raise ConfigError(f"{found[0]}: take other test data, or pass --allow_overlap true, which the report will say")
+        raise ConfigError(
+            f"{found[0]}: take other test data, or pass --allow_overlap true, which the report will record"
+        )
     return found
 
 
@@ -213,7 +215,7 @@ def score_set(detector: Detector, test_set: TestSet, settings: EvaluationSetting
 
 
 def scored_set(detector: Detector, test_set: TestSet, scores: Scores, settings: EvaluationSettings) -> ScoredSet:
-    """Put scores beside what is known of the images; the figures come later."""
+    """Join scores with the labels and names of the images; `summary_of` adds the figures."""
     index, truth, decision = test_set.index, test_set.truth, detector.saved.decision
     return ScoredSet(
         model=detector.name,
@@ -282,7 +284,7 @@ def hardest_of(
 
 
 def cautions(detectors: Sequence[Detector], scored: Sequence[ScoredSet], settings: EvaluationSettings) -> list[str]:
-    """Say where intervals claim too much, and which detectors' thresholds decide nothing."""
+    """Warn where intervals are too narrow, and of thresholds that call nothing, or everything, a morph."""
     found = []
     for detector in detectors:
         decision, name = detector.saved.decision, settings.threshold

@@ -116,7 +116,7 @@ def check_groups(recipe: DetectorRecipe, micro_batch: int) -> None:
         fitting = next((size for size in (8, 6, 4, 10, 5, 3, 2) if batch % size == 0), batch)
         raise ConfigError(
             f"mix_group is {group}, but {mixing} needs at least 2 samples in a group, and whole groups in "
-            f"global_batch={batch}: try --mix_group {fitting} (0 is the mark of a run that began before there were "
+            f"global_batch={batch}: try --mix_group {fitting} (a run has 0 if it began before there were "
             "groups: go on with the version that began it, or name a new output_dir)"
         )
     if micro_batch % group:

@@ -1,7 +1,7 @@
-"""Which settings of a DeepSpeed JSON do something here. Everything else is refused by name, with what to do instead.
+"""Which settings of a DeepSpeed JSON have an effect here. All others are refused by name, with a remedy.
 
 DeepSpeed ignores top-level names that it does not know, and reads others for features that this trainer does not use.
-A file that seems to ask for something and gets nothing is worse than an error.
+A file that asks for something and silently gets nothing is worse than an error.
 """
 
 import difflib
@@ -70,10 +70,10 @@ HONOURED: dict[str, frozenset[str]] = {
     "comet": frozenset({"enabled", "samples_log_interval", "project", "workspace", "api_key"})
     | {"experiment_name", "experiment_key", "online", "mode"},
 }
-"""Block -> the names that do in it what they say; "" is the file itself."""
+"""Block -> the names that have an effect in it; "" is the file itself."""
 
 _REMOVED = "DeepSpeed removed it in 0.19.8"
-_PRECISION = "it changes the numbers, and a checkpoint would not tell: bf16, fp16 or neither are recorded"
+_PRECISION = "it changes the numbers, and a checkpoint would not record it: only bf16, fp16 or neither are"
 _OWN_SAVING = "checkpoints are written by trainer/fault_tolerance/checkpoint.py (save_every, keep_checkpoints)"
 _OWN_LOADER = "batches come from trainer/data (num_workers, prefetch)"
 _PARALLEL = "ranks divide the batch and the optimizer's state only (zero_optimization)"
@@ -158,7 +158,7 @@ REFUSED: dict[str, str] = {
 """Dotted name -> why it is not used, or what to write instead."""
 
 _NOT_FINITE = "gradients that are not finite would move the weights"
-_NOT_RECORDED = "the recipe does not own it, so that a checkpoint would not tell"
+_NOT_RECORDED = "the recipe does not own it, so that a checkpoint would not record it"
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "optimizer.type": (("AdamW", "adamw", "Adam", "adam"), "the recipe's weight_decay and betas are those of AdamW"),
     "optimizer.params.adam_w_mode": ((True,), "the recipe's weight_decay is that of AdamW"),
@@ -177,27 +177,27 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
 """Dotted name -> the values that it may have, and why no others."""
 
 
-def check_names(config: Mapping[str, Any], said: str) -> None:
-    """Refuse what does nothing here, or something that no checkpoint would tell of.
+def check_names(config: Mapping[str, Any], source: str) -> None:
+    """Refuse what has no effect here, and what changes numbers without being recorded in a checkpoint.
 
     Args:
         config: a DeepSpeed configuration.
-        said: how messages name the file.
+        source: how messages name the file.
 
     Raises:
-        ConfigError: naming the setting, and what to do; of an unknown name the nearest that are known.
+        ConfigError: it names the setting and a remedy; for an unknown name the most similar known ones.
     """
-    _check_block("", config, said)
+    _check_block("", config, source)
     for name, (values, reason) in _ONLY.items():
         value = _value_at(config, name)
         if value not in (None, "auto") and not any(type(value) is type(fit) and value == fit for fit in values):
             raise ConfigError(
-                f"{said} sets {name} to {json.dumps(value)}, but {reason}: remove the line, or write "
+                f"{source} sets {name} to {json.dumps(value)}, but {reason}: remove the line, or write "
                 f"{json.dumps(values[0])}"
             )
     for block, package in _MONITORS.items():
         if package and _value_at(config, f"{block}.enabled") and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{said} enables {block}, but {package} is not installed: pip install {package}")
+            raise ConfigError(f"{source} enables {block}, but {package} is not installed: pip install {package}")
 
 
 def compiled_optimizer(config: Mapping[str, Any]) -> str:
@@ -206,18 +206,20 @@ def compiled_optimizer(config: Mapping[str, Any]) -> str:
     return "" if optimizer.get("params", {}).get("torch_adam") else str(optimizer.get("type", ""))
 
 
-def _check_block(block: str, config: Mapping[str, Any], said: str) -> None:
+def _check_block(block: str, config: Mapping[str, Any], source: str) -> None:
     for name, value in config.items():
         path = f"{block}.{name}" if block else name
         if path in REFUSED:
-            raise ConfigError(f"{said} sets {path!r}, which is not used here: {REFUSED[path]}; remove it")
+            raise ConfigError(f"{source} sets {path!r}, which is not used here: {REFUSED[path]}; remove it")
         if name not in HONOURED[block]:
-            raise ConfigError(f"{said} sets {path!r}, which DeepSpeed does not know: {_nearest(name, HONOURED[block])}")
+            raise ConfigError(
+                f"{source} sets {path!r}, which DeepSpeed does not know: {_nearest(name, HONOURED[block])}"
+            )
         if path in HONOURED:
             if not isinstance(value, Mapping):
                 example = '; write {"stage": 1}' if path == "zero_optimization" else ""
-                raise ConfigError(f"{said} sets {path} to {json.dumps(value)}, but it must be a JSON object{example}")
-            _check_block(path, value, said)
+                raise ConfigError(f"{source} sets {path} to {json.dumps(value)}, but it must be a JSON object{example}")
+            _check_block(path, value, source)
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
@@ -333,7 +335,7 @@ def owned_by_recipe(
     Raises:
         ConfigError: the global batch is not made of whole micro batches.
     """
-    accumulation, rest = divmod(global_batch, num_ranks * micro_batch)
+    accumulation, rest = divmod(global_batch, num_ranks * micro_batch)  # 4096 = 16 ranks x 64 images x 4 accumulated
     if rest or not accumulation:
         raise ConfigError(
             f"global_batch is {global_batch}, but must be divisible by ranks x micro_batch = {num_ranks} x "
@@ -367,7 +369,11 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _batch_remedy(global_batch: int, micro_batch: int, num_ranks: int) -> str:
-    """Say which world sizes and micro batches would do; for a run that goes on the global batch is fixed."""
+    """Name the world sizes and micro batches that would fit; the global batch of a run must not change.
+
+    With 60 images, a micro batch of 8 and 4 ranks: no number of ranks fits that micro batch, but 60 / 4 = 15 images a
+    rank are whole micro batches of 1, 3, 5 or 15.
+    """
     sizes = divisors(global_batch // micro_batch) if global_batch % micro_batch == 0 else []
     remedies = [f"start {_either(sizes, num_ranks)} ranks"] if sizes else []
     if global_batch % num_ranks == 0:

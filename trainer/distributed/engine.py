@@ -1,7 +1,7 @@
-"""What the trainer asks of DeepSpeed: start the ranks, build the engine, take one step, save and load its state.
+"""The trainer's interface to DeepSpeed: start the ranks, build the engine, take one step, save and load its state.
 
 DeepSpeed owns memory, communication and precision (``ds_configs/``); the recipe owns everything that changes the
-mathematics. A value that both could set stands as "auto" in the JSON and is filled in here; a contradiction is refused.
+mathematics. A value that both could set is "auto" in the JSON and filled in by `ds_config`; a contradiction is refused.
 """
 
 import logging
@@ -35,14 +35,14 @@ from trainer.models.parameter_groups import parameter_groups
 logger = logging.getLogger(__name__)
 
 _PRINTING = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger", "flops_profiler")
-"""Settings of the JSON that ask DeepSpeed to speak; otherwise only its warnings are shown."""
+"""Settings of the JSON that ask DeepSpeed to print; without them only its warnings are shown."""
 
 
 def connect(world: World, *, timeout_s: int, start_timeout_s: int = 600) -> World:
     """Start the process group of the run and return the world with its group for decisions.
 
     Args:
-        world: who this process is.
+        world: this process among its ranks.
         timeout_s: how long a collective waits for a missing rank.
         start_timeout_s: how long the ranks wait for each other here.
 
@@ -52,7 +52,7 @@ def connect(world: World, *, timeout_s: int, start_timeout_s: int = 600) -> Worl
     deepspeed_logger.setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls names that torch 2.14 is about to rename; delete with the next DeepSpeed.
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
-    # DeepSpeed compiles a shared-memory all-reduce at the first CPU start, minutes of silence. gloo does without.
+    # DeepSpeed compiles a shared-memory all-reduce at the first start on a CPU, which takes minutes. gloo needs none.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = default_device()
     if device.type == "cuda":
@@ -62,7 +62,7 @@ def connect(world: World, *, timeout_s: int, start_timeout_s: int = 600) -> Worl
     dist.init_process_group(
         backend, store=store, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s)
     )
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it even where it is told the rest
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it, whatever it is given
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), auto_mpi_discovery=False)
     return add_decision_groups(world)
 
@@ -75,7 +75,7 @@ def disconnect() -> None:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What all ranks know of a step: the same on each of them, but for `micro_losses`."""
+    """The outcome of a step: equal on all ranks, except for `micro_losses`."""
 
     loss: float
     """Mean over the global batch."""
@@ -101,7 +101,7 @@ class Engine:
         decay_embeddings: bool = True,
         save_frozen: bool = True,
     ) -> None:
-        """Wrap the model. Only what requires a gradient reaches the optimizer; the rest is saved unless told not to.
+        """Wrap the model. Only what requires a gradient reaches the optimizer; the rest is saved if ``save_frozen``.
 
         Raises:
             ConfigError: DeepSpeed refuses the configuration.
@@ -111,7 +111,7 @@ class Engine:
         """Micro batches of this rank in one step."""
         groups = parameter_groups(model, weight_decay, layer_decay=layer_decay, decay_embeddings=decay_embeddings)
         self._lr_scales = [group["lr_scale"] for group in groups]
-        self._engine = _initialize(model, groups, ds_config, tells=world.is_main)
+        self._engine = _initialize(model, groups, ds_config, is_main=world.is_main)
         self.zero_stage = int(self._engine.zero_optimization_stage())
         bf16, fp16 = self._engine.bfloat16_enabled(), self._engine.fp16_enabled()
         self.precision = "bf16" if bf16 else "fp16" if fp16 else "fp32"
@@ -146,22 +146,23 @@ class Engine:
     ) -> StepResult:
         """Accumulate gradients over the micro batches and move the optimizer once, if all numbers are finite.
 
-        ``seed`` is given to torch's generators first: no model of ours draws from them, but what a library might draw
-        must be the same in a resumed run.
+        Seeds: ``seed`` is given to torch's generators first. The trainer's models draw nothing from them, but what a
+        library might draw must be the same in a resumed run.
 
-        The loss is never divided here: DeepSpeed divides by the accumulation steps, and doing it twice is a known
-        fault of other trainers.
+        Accumulation: the loss is not divided here, because DeepSpeed divides it by the accumulation steps. Dividing
+        twice is a known bug of other trainers.
 
-        Before the optimizer moves the ranks agree on three numbers, in one all-reduce, and the host waits for it: the
-        one wait of a step, at the place where ZeRO waits for the norm of the gradients anyway. A loss that is not
-        finite makes all gradients of its rank NaN, and sums carry these to every rank; so the gradients alone decide
-        whether the step is applied: here at stage 0 in fp32, otherwise by DeepSpeed's own check of their global norm.
+        Agreement: before the optimizer moves, the ranks agree on three numbers in one all-reduce (`_agree`). It is the
+        one time in a step that the host waits for the device, and ZeRO waits for the gradients' norm there anyway.
+        Whether the step is applied depends on the gradients alone: a loss that is not finite makes all gradients of
+        its rank NaN (`_spread_nonfinite`), and the sum over the ranks makes them NaN everywhere. At stage 0 in fp32 the
+        check is made here, otherwise it is DeepSpeed's own check of the global norm.
 
         Args:
             micro_batches: what the model takes, one tuple a micro batch.
             learning_rate: of this step.
             seed: see above.
-            stop: whether this rank wants the run to stop.
+            stop: whether this rank was asked to stop the run.
         """
         torch.manual_seed(seed)
         for group, scale in zip(self._engine.optimizer.param_groups, self._lr_scales, strict=True):
@@ -173,7 +174,7 @@ class Engine:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             loss: Tensor = self._engine(*inputs)
             self._engine.backward(_spread_nonfinite(loss))
-            losses.append(loss.detach().clone())  # a replayed graph writes the next one to the same place
+            losses.append(loss.detach().clone())  # a replayed CUDA graph overwrites the tensor
             if self._engine.is_gradient_accumulation_boundary():
                 mean_loss, bad, stop_votes = self._agree(losses, stop)
             self._engine.step()
@@ -203,7 +204,7 @@ class Engine:
 
     @property
     def module(self) -> Any:
-        """The model, to ask it for plain numbers. Its forward is called through the engine and never through this."""
+        """The model, for its sizes and counts. Its forward must be called through the engine, never through this."""
         return self._engine.module
 
     @torch.no_grad()
@@ -228,7 +229,7 @@ class Engine:
         return float(norm) if norm is not None else float("nan")
 
     def check_finite(self) -> None:
-        """Refuse a state that must not be saved; all ranks call, and all get the same verdict.
+        """Refuse a state that must not be saved; all ranks call, and all get the same answer.
 
         Raises:
             DataError: a weight or a moment of the optimizer is not finite on some rank, which the message names.
@@ -237,7 +238,8 @@ class Engine:
         tensors = [getattr(p, "ds_tensor", p).detach() for p in self._engine.module.parameters()]
         tensors += [p.detach() for group in optimizer.param_groups for p in group["params"]]
         tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-        largest = nn.utils.get_total_norm([t for t in tensors if t.numel()], norm_type=math.inf)  # NaN stays NaN
+        # The maximum norm: one number for all tensors, infinite or NaN if any element is.
+        largest = nn.utils.get_total_norm([t for t in tensors if t.numel()], norm_type=math.inf)
         found = self.world.gather_over_ranks(bool(largest.isfinite()))
         if not all(found):
             raise DataError(
@@ -246,10 +248,10 @@ class Engine:
             )
 
     def capture(self, copy: bool) -> Callable[[Path], list[Path]]:
-        """Take the state of every rank; all ranks call. Nothing is written by this.
+        """Collect the state of every rank in memory; all ranks call. Nothing is written until `write` is called.
 
         Args:
-            copy: copy it to the host, so that training may go on; otherwise it must be written before the next step.
+            copy: copy the state to the host, so that training can go on; otherwise write it before the next step.
 
         Returns:
             write: writes this rank's files below a folder and returns their paths.
@@ -266,13 +268,13 @@ class Engine:
         finally:
             self._engine.checkpoint_engine = writer
         if copy and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the copies to pinned memory were only begun
+            torch.cuda.synchronize(self.device)  # the copies to pinned memory have only started
 
         def write(directory: Path) -> list[Path]:
             paths = [directory / zero_files.STATE / name for name in collector.files]
             for path in paths:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(collector.files.pop(path.name), path)  # let go of one copy after the other
+                torch.save(collector.files.pop(path.name), path)  # frees one copy after the other
             return paths
 
         return write
@@ -324,13 +326,15 @@ class Engine:
         return state
 
 
-def _initialize(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[str, Any], *, tells: bool) -> Any:
-    """Build DeepSpeed's engine; what it compiles is said before, because that takes minutes of silence."""
+def _initialize(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[str, Any], *, is_main: bool) -> Any:
+    """Build DeepSpeed's engine; the log names what it compiles before it does, because that takes minutes."""
     compiled = compiled_optimizer(ds_config)
     remedy = 'write {"torch_adam": true, "fused": true} into the params of its optimizer'
-    if compiled and tells:
-        told = "DeepSpeed compiles the optimizer %s of this ds_config now, which takes minutes the first time (or %s)"
-        logger.info(told, compiled, remedy)
+    if compiled and is_main:
+        logger.info(
+            "DeepSpeed compiles the optimizer %s of this ds_config now, which takes minutes the first time (or %s)",
+            *(compiled, remedy),
+        )
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     except (deepspeed.DeepSpeedConfigError, AssertionError, NotImplementedError, ValueError) as error:
@@ -350,7 +354,7 @@ def _initialize(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[
 
 
 class _Collector(CheckpointEngine):  # type: ignore[misc]
-    """Takes what DeepSpeed would write, by the name of the file, and touches no disk."""
+    """Keeps in memory what DeepSpeed would write, by the name of the file."""
 
     def __init__(self, *, copy: bool) -> None:
         super().__init__()
@@ -358,14 +362,14 @@ class _Collector(CheckpointEngine):  # type: ignore[misc]
         self._copy = copy
 
     def create(self, info: Any) -> None:
-        """Nothing is announced to anybody."""
+        """Nothing needs an announcement."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """The folders belong to `trainer.fault_tolerance.checkpoint`."""
 
     def save(self, state_dict: Any, path: str) -> None:
         """Keep the state."""
-        if self._copy:  # a torch.Size is a tuple to the mapping, and would come back as a plain one
+        if self._copy:  # tree_map would turn a torch.Size into a plain tuple
             state_dict = tree_map_only(Tensor, _on_host, state_dict, is_leaf=lambda node: isinstance(node, torch.Size))
         self.files[Path(path).name] = state_dict
 
@@ -378,7 +382,7 @@ class _Collector(CheckpointEngine):  # type: ignore[misc]
         return True
 
     def preserves_storage_sharing(self) -> bool:
-        """Whether DeepSpeed must copy small parts out of large tensors first: a copy of ours is small already."""
+        """Whether DeepSpeed must copy small parts out of large tensors first: a copy on the host is small already."""
         return not self._copy
 
 

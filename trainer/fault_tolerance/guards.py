@@ -1,4 +1,4 @@
-"""What stops a run in order: too many unreadable samples, and signals."""
+"""What ends a run early and in order: too many unreadable samples, bad steps, loss spikes, signals."""
 
 import logging
 import os
@@ -21,20 +21,16 @@ from trainer.fault_tolerance.watchdog_process import Phase
 
 logger = logging.getLogger(__name__)
 
-
-_ENOUGH_FOR_A_SHARE = 10_000
+_MIN_SAMPLES_FOR_SHARE = 10_000
 """With fewer samples read, one bad image would already be a large share."""
-
-
 _SAME_REQUEST_S, _SAME_KEY_S = 5.0, 1.0
-
-
+"""So long after the first signal another one is the same request; the second is for Ctrl-C."""
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @dataclass(slots=True)
 class BadSamples:
-    """Counts substituted samples and stops a run whose data is rotten."""
+    """Counts substituted samples, and stops a run with too many."""
 
     max_share: float
     reasons: Counter[str] = field(default_factory=Counter)
@@ -42,7 +38,7 @@ class BadSamples:
     num_read: int = 0
 
     def note(self, batch: Batch) -> None:
-        """Add what one batch met."""
+        """Add the counts of one batch."""
         self.num_read += len(batch.keys)
         self.reasons.update(batch.bad)
         self.keys = (self.keys + batch.bad_keys)[:20]
@@ -56,11 +52,11 @@ class BadSamples:
         found = world.gather_over_ranks([dict(self.reasons), self.keys, self.num_read])
         reasons: Counter[str] = sum((Counter(f[0]) for f in found), Counter())
         num_read, num_bad = sum(f[2] for f in found), reasons.total()
-        if num_bad > self.max_share * max(num_read, _ENOUGH_FOR_A_SHARE):
+        if num_bad > self.max_share * max(num_read, _MIN_SAMPLES_FOR_SHARE):
             keys = [key for f in found for key in f[1]][:10]
             raise DataError(
                 f"{num_bad} of {num_read} samples could not be decoded ({dict(reasons)}), which is above "
-                f"max_bad_sample_share {self.max_share}; among them {', '.join(keys)}: mend the shards or raise it"
+                f"max_bad_sample_share {self.max_share}; among them {', '.join(keys)}: repair the shards, or raise it"
             )
         return dict(reasons)
 
@@ -68,15 +64,15 @@ class BadSamples:
 class StopRequest:
     """Remembers SIGTERM and SIGUSR1, which a scheduler sends before it takes the machine away, and Ctrl-C.
 
-    A second signal ends the process at once, with 128 + signal. Schedulers and terminals signal every process of a job
-    and launchers pass on what they get, so what arrives within a few seconds of the first is the same request; a second
-    Ctrl-C counts earlier, because people do not wait.
+    A second request ends the process at once, with 128 + signal. Schedulers and terminals signal every process of a
+    job, and launchers pass signals on, so a signal within 5 seconds of the first counts as the same request. A second
+    Ctrl-C counts after 1 second, because people do not wait.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        """The signal that asked, or 0."""
-        self._came_s = 0.0
+        """The signal that asked to stop, or 0."""
+        self._first_s = 0.0
         for number in _STOP_SIGNALS:
             signal.signal(number, self._note)
 
@@ -86,7 +82,7 @@ class StopRequest:
         return self.number != 0
 
     def close(self) -> None:
-        """Ignore the signals from here on: all is saved, and srun ends the others when the first rank has left."""
+        """Ignore signals from now on: everything is saved, and srun signals the other ranks when the first has left."""
         for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
@@ -94,10 +90,10 @@ class StopRequest:
         del frame
         name, now = name_of_signal(number), time.monotonic()
         if not self.seen:
-            self.number, self._came_s = number, now
+            self.number, self._first_s = number, now
             once_more = "; once more leaves at once, without saving" if number == signal.SIGINT else ""
             logger.warning("got %s: saving after this step or the next, then leaving%s", name, once_more)
-        elif now >= self._came_s + (_SAME_KEY_S if number == self.number == signal.SIGINT else _SAME_REQUEST_S):
+        elif now >= self._first_s + (_SAME_KEY_S if number == self.number == signal.SIGINT else _SAME_REQUEST_S):
             logger.warning("got %s, the second request: leaving at once, without saving", name)
             set_phase(Phase.LEAVING)
             os._exit(128 + number)
@@ -110,7 +106,7 @@ def name_of_signal(number: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Guards:
-    """What looks after the data, the numbers, the wishes of the scheduler and newer attempts at the same run."""
+    """What may end a run, or send it back to a checkpoint: data, numbers, signals, newer attempts at the same run."""
 
     bad_samples: BadSamples
     bad_steps: BadSteps

@@ -1,8 +1,9 @@
-"""When numbers go wrong: steps that were skipped, and losses that jump.
+"""Steps that were skipped because a number was not finite, and losses that jump.
 
-The engine decides, on all ranks alike, whether a step is applied. Here the outcome is counted, told with the samples
-behind it, and ends the run where it does not pass. Losses of applied steps are watched for spikes: the decision is a
-pure function of numbers that every rank has, so no rank decides alone.
+The engine decides, the same on all ranks, whether a step is applied. `BadSteps` counts the steps that were not, logs
+the samples behind them, and ends the run after too many in a row. `SpikeWatch` compares the loss of every applied step
+with the ones before it. Its decision is a pure function of numbers that are equal on all ranks, so all of them decide
+alike without talking to each other.
 """
 
 import json
@@ -26,10 +27,12 @@ logger = logging.getLogger(__name__)
 
 WINDOW = 128
 """How many losses a new one is compared with, at most."""
-_ENOUGH = 32
+_MIN_WINDOW = 32
+"""With fewer losses nothing is called a spike."""
 _LEAST_SPREAD = 1e-3
 """Of the median: losses that hardly differ must not make a spike of a rounding error."""
-_NAMED = 8
+_MAX_KEYS = 8
+"""Samples of a micro batch that a message names."""
 
 
 @dataclass(slots=True)
@@ -44,7 +47,7 @@ class BadSteps:
     in_a_row: int = 0
 
     def note(self, progress: Progress, result: StepResult, batches: Sequence[Batch], world: World) -> None:
-        """Take notice of a step; all ranks call.
+        """Count a step, and log the samples behind one that was skipped; all ranks call.
 
         Raises:
             DataError: on all ranks, when so many steps in a row could not be applied.
@@ -68,13 +71,13 @@ class BadSteps:
             world.on_main(lambda: _report(path, {"step": progress.step, "in_a_row": self.in_a_row, "ranks": ranks}))
             raise DataError(
                 f"{self.in_a_row} steps in a row up to step {progress.step} had a loss or gradient that is not finite "
-                f"({suspects}); nothing was saved since the last checkpoint, and {path} has all samples: mend these "
+                f"({suspects}); nothing was saved since the last checkpoint, and {path} has all samples: repair these "
                 "samples or the device, lower learning_rate, or set clip_grad_norm 1.0"
             )
 
 
 def _evidence(result: StepResult, batches: Sequence[Batch], world: World) -> dict[str, Any]:
-    """What this rank knows of a step, as JSON, which has no NaN."""
+    """Collect the losses and samples of this rank's step. JSON has no NaN, so a loss that is not finite is a text."""
     return {
         "rank": world.rank,
         "host": socket.gethostname(),
@@ -87,8 +90,8 @@ def _evidence(result: StepResult, batches: Sequence[Batch], world: World) -> dic
 
 def _suspects(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
-        f"loss {part['loss']} on rank {found['rank']} ({found['host']}) of {', '.join(part['keys'][:_NAMED])}"
-        + ", ..." * (len(part["keys"]) > _NAMED)
+        f"loss {part['loss']} on rank {found['rank']} ({found['host']}) of {', '.join(part['keys'][:_MAX_KEYS])}"
+        + ", ..." * (len(part["keys"]) > _MAX_KEYS)
         for found in ranks
         for part in found["micro_batches"]
         if isinstance(part["loss"], str)
@@ -101,12 +104,13 @@ def _report(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def is_spike(loss: float, recent: Sequence[float], threshold: float) -> bool:
-    """Tell whether a loss stands more than ``threshold`` MADs above the median of recent ones.
+    """Whether a loss is more than ``threshold`` MADs (median absolute deviations) above the median of recent ones.
 
-    Median and median absolute deviation do not move when a few of the recent losses were spikes themselves. Of losses
-    that rise evenly the next one stands about 2 MADs above the median.
+    Median and MAD hardly move when a few of the recent losses were spikes themselves. Of recent losses 0.48 to 0.52 the
+    median is 0.50 and the MAD about 0.01, so with a threshold of 10 a loss above 0.60 is a spike. Of losses that rise
+    evenly the next one is about 2 MADs above the median.
     """
-    if not threshold or len(recent) < _ENOUGH:
+    if not threshold or len(recent) < _MIN_WINDOW:
         return False
     median = statistics.median(recent)
     deviation = statistics.median(abs(other - median) for other in recent)
@@ -120,12 +124,12 @@ class SpikeWatch:
     threshold: float
     """In median absolute deviations; 0 watches nothing."""
     patience: int
-    """So many spikes in a row are one incident; fewer are noise."""
+    """This many spikes in a row are one incident; fewer are noise."""
     goes_back: bool
     """Whether an incident ends in a rollback, or in a line of the log only."""
 
     def note(self, progress: Progress, result: StepResult) -> bool:
-        """Take notice of a step; tell whether the run must go back, which all ranks conclude from the same numbers."""
+        """Look at the loss of a step; returns whether the run must go back to a checkpoint, the same on all ranks."""
         if not self.threshold or not result.applied:
             return False
         if not is_spike(result.loss, progress.recent_losses, self.threshold):

@@ -149,7 +149,7 @@ def resume(run: Run) -> Progress:
         if found is None:
             if run.runtime.resume == "must":
                 raise CheckpointError(
-                    f"resume is must, but {run.checkpoints} holds no checkpoint: use --resume auto to start anew"
+                    f"resume is must, but {run.checkpoints} holds no checkpoint: use --resume auto to start from step 0"
                 )
             return []
         progress = check_run(run.recipe, run.runtime, run.identity, found)

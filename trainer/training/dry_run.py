@@ -1,4 +1,4 @@
-"""What a training would do: its settings, steps, memory and cost, told before anything is written or computed.
+"""What --dry_run prints: settings, steps, memory and cost of a training, before anything is written or computed.
 
 `tools/plan_run.py` answers the same for a cluster that is not there yet.
 """
@@ -39,7 +39,7 @@ def describe(
     world: World,
     build: BuildModel,
 ) -> str:
-    """Tell what the run would do; writes no output, but an index of the shards where there is none, as the run would.
+    """Describe what the run would do; writes nothing but a missing index of the shards, as the run would.
 
     Args:
         recipe: what the run computes, with what it takes from --init.
@@ -104,13 +104,13 @@ def _cost(model: ModelCost, recipe: Recipe, runtime: Runtime, steps: int, world:
     total = float(flops) * recipe.global_batch * steps
     device = default_device()
     peak, how = (peak_flops(), "its data sheet's") if device.type == "cuda" else (_measured_flops(), "its measured")
-    said = f"Cost:   {flops / 1e9:.3g} GFLOP an image and step, {total:.2e} FLOP"
+    cost = f"Cost:   {flops / 1e9:.3g} GFLOP an image and step, {total:.2e} FLOP"
     if not peak or (device.type == "cuda" and precision == "fp32"):
-        return f"{said}; how fast this device computes in {precision} is not known here"
+        return f"{cost}; how fast this device computes in {precision} is not known here"
     share = _MFU[device.type]
     ranks = world.size if device.type == "cuda" else world.size / world.local_size
     took = timedelta(seconds=math.ceil(total / (peak * share * ranks)))
-    return f"{said}; about {took} (h:mm:ss) at {share:.0%} (assumed) of {how} {peak / 1e9:,.0f} GFLOP/s, loading aside"
+    return f"{cost}; about {took} (h:mm:ss) at {share:.0%} (assumed) of {how} {peak / 1e9:,.0f} GFLOP/s, loading aside"
 
 
 def _measured_flops() -> float:

@@ -75,7 +75,8 @@ def count_model(recipe: Recipe, build: BuildModel, precision: str) -> ModelCost:
     )
     trains = any(p.requires_grad for p in encoder.parameters())
     saved = saved_bytes(plain, recipe)
-    saved_checkpointing = saved_bytes(lean, recipe) if trains else saved  # what nobody needs is not kept
+    # An encoder without a backward pass keeps no activations, so checkpointing has nothing to recompute.
+    saved_checkpointing = saved_bytes(lean, recipe) if trains else saved
     block = BLOCK_TENSORS * tokens * BYTES[precision]
     return ModelCost(weights, flops, forward * trains, saved, saved_checkpointing, block)
 

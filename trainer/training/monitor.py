@@ -3,8 +3,8 @@
 Only rank 0 writes, except for the ledger, of which every rank keeps its own file. Nothing here waits for the device:
 values arrive as floats, and arrive at logging steps only.
 
-After a resume, records of steps beyond the checkpoint are cut away, so that every file tells the story of the
-weights that exist.
+After a resume, records of steps beyond the checkpoint are cut away, so that every file describes the weights that
+exist.
 """
 
 import json
@@ -48,7 +48,7 @@ _LABEL_PIXELS = 14
 
 
 class Monitor:
-    """Rank 0's view of the run; on other ranks every method does nothing."""
+    """Rank 0's sinks; on other ranks every method does nothing."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Monitor:
         epoch_at: Callable[[int], float] | None = None,
         last_step: int | None = None,
     ) -> None:
-        """Open the sinks and cut away what lies beyond ``first_step``, and what an older attempt may yet write.
+        """Open the sinks, and cut away rows beyond ``first_step`` and what an older attempt may still write.
 
         Args:
             output_dir: of the run.
@@ -99,7 +99,7 @@ class Monitor:
             self._board._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
 
     def step_done(self) -> None:
-        """Move the bar, and say once when the run will end."""
+        """Move the bar, and log once when the run will end."""
         if self._is_main:
             self._progress.update()
             if text := self._forecast.step_done():
@@ -134,14 +134,14 @@ class Monitor:
             self._board.add_pr_curve(name, label_N, score_N, step)
 
     def picture(self, step: int, name: str, image_CHW: torch.Tensor, *, file: str = "step") -> None:
-        """Record a uint8 picture in TensorBoard and as OUTPUT/pictures/step-XXXXXXXX.png, or another word than step."""
+        """Record a uint8 picture in TensorBoard and as OUTPUT/pictures/FILE-XXXXXXXX.png, with the step's number."""
         if self._is_main:
             self._board.add_image(name, image_CHW, step)
             self._pictures.mkdir(exist_ok=True)
             Image.fromarray(image_CHW.permute(1, 2, 0).numpy()).save(self._pictures / f"{file}-{step:08d}.png")
 
     def flush(self) -> None:
-        """Bring everything recorded so far to disk; called with each checkpoint."""
+        """Sync everything recorded so far to disk; called with each checkpoint."""
         if self._is_main:
             self._metrics.flush()
             os.fsync(self._metrics.fileno())

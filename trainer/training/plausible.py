@@ -1,4 +1,4 @@
-"""What a training says of sizes that nobody wants: batches beyond the data, a handful of steps, years on a CPU."""
+"""Warnings about sizes that are probably a mistake: batches beyond the data, a handful of steps, years on a CPU."""
 
 from collections.abc import Iterator
 

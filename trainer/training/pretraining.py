@@ -59,7 +59,7 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime, *, dry_run: bool 
     run = begin(engine, sets, recipe, runtime, init_sha256=init_sha256)
     with recording_refusals(run):
         ending = Training(run, PretrainingTask(engine, recipe, runtime, validation), data).train()
-        if validation and math.isnan(validation.last_loss):  # no step was left to take, and so none validated
+        if validation and math.isnan(validation.last_loss):  # no step was left, or a stop came before the first
             validation.loss(engine)
     return leave(run, ending, lambda: print_summary(run.output, ending, validation))
 
@@ -92,17 +92,17 @@ def build_model(recipe: PretrainRecipe, *, grad_checkpointing: bool = False) -> 
 
 
 def load_init_weights(model: MaskedAutoencoder, recipe: PretrainRecipe, runtime: PretrainRuntime) -> str:
-    """Start from the weights of ``init`` if any are named; returns the sha256 of them.
+    """Load the weights of ``init``, if it is given; returns their sha256, or "" without.
 
     Raises:
-        ConfigError: they are of another model.
+        ConfigError: they belong to another model.
     """
     init = read_init(runtime.init, pretrained=False)
     if init is None:
         return ""
-    said = f"init is {runtime.init!r}"
+    prefix = f"init is {runtime.init!r}"
     if not runtime.init_encoder_only and "decoder_pred.weight" not in init.decoder:
-        raise ConfigError(f"{said}, which has no decoder: add --init_encoder_only true")
+        raise ConfigError(f"{prefix}, which has no decoder: add --init_encoder_only true")
     check_init(init, recipe, with_decoder=not runtime.init_encoder_only)
     check_heads(init, model.encoder)
     model.encoder.load_weights(init.weights)
@@ -111,7 +111,7 @@ def load_init_weights(model: MaskedAutoencoder, recipe: PretrainRecipe, runtime:
             model.load_decoder(init.decoder)
         except ConfigError as error:
             raise ConfigError(
-                f"{said}, but {error}: set the decoder's settings to its own, or add --init_encoder_only true"
+                f"{prefix}, but {error}: set the decoder's settings to its own, or add --init_encoder_only true"
             ) from error
     return backbone_sha256(model)
 
@@ -119,7 +119,7 @@ def load_init_weights(model: MaskedAutoencoder, recipe: PretrainRecipe, runtime:
 def mask_of(
     recipe: PretrainRecipe, encoder: PatchEncoder, *, mask_ratio: float, predict_share: float = 1.0
 ) -> reconstruction.DrawMask:
-    """Bind the recipe's mask settings: noise -> indices. Validation images are always predicted whole."""
+    """Bind the recipe's mask settings: noise -> indices. Of validation images every hidden patch is predicted."""
     return functools.partial(
         draw_mask,
         mask_ratio=mask_ratio,
@@ -131,7 +131,7 @@ def mask_of(
 
 
 def val_mask_ratio(recipe: PretrainRecipe, runtime: PretrainRuntime) -> float:
-    """Return the share of patches that is hidden in validation images."""
+    """Return the share of patches that are hidden in validation images."""
     return runtime.val_mask_ratio or recipe.mask_ratio
 
 

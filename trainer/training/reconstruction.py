@@ -1,4 +1,4 @@
-"""Validation loss, its honest baseline, and reconstruction pictures.
+"""Validation loss, the baseline to beat, and reconstruction pictures.
 
 The validation images, their views and their masks never change, so the figures of two steps, and of two runs with the
 same image size and mask ratio, compare. The baseline predicts for every patch the mean over the training set of what
@@ -32,9 +32,10 @@ class ValidationImages:
 
 
 def share_of(num_images: int, *, rank: int, num_ranks: int) -> list[int]:
-    """Every ``num_ranks``-th validation image; the same number on every rank, because ZeRO-3 forwards are collective.
+    """Return every ``num_ranks``-th image, equally many on every rank, because ZeRO-3 forwards are collective.
 
-    A rank that has one image fewer measures its first one again with weight zero (see `masked_error`).
+    A rank with one image fewer gets image 0 once more, which `masked_error` gives weight zero. Of 5 images on 2 ranks,
+    rank 0 has [0, 2, 4] and rank 1 has [1, 3, 0].
     """
     mine = list(range(rank, num_images, num_ranks))
     missing = math.ceil(num_images / num_ranks) - len(mine)
@@ -49,8 +50,9 @@ def masked_error(engine: Engine, images: ValidationImages, draw_mask: DrawMask) 
     for batch in images.batches():
         ready = to_device(batch, engine.device)
         error_B = engine.evaluate(ready.images_BCHW, *draw_mask(ready.noise_BN), want="error")
-        ours_B = torch.arange(seen, seen + len(error_B), device=engine.device) * num_ranks + rank < images.num_images
-        total += torch.stack([error_B.double()[ours_B].sum(), ours_B.sum().double()])
+        # The i-th image of this rank is number i * num_ranks + rank of the set, unless that lies beyond its end.
+        is_real_B = torch.arange(seen, seen + len(error_B), device=engine.device) * num_ranks + rank < images.num_images
+        total += torch.stack([error_B.double()[is_real_B].sum(), is_real_B.sum().double()])
         seen += len(error_B)
     error_sum, count = engine.mean_over_ranks(total).tolist()
     return float(error_sum / count)

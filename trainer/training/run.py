@@ -67,14 +67,14 @@ class Ending:
 
     @property
     def exit_code(self) -> int:
-        """0 finished; 85 queue the same command again; 130 a person pressed Ctrl-C, and no scheduler shall go on."""
+        """0 finished; 85 queue the same command again; 130 a person pressed Ctrl-C, so a scheduler must not go on."""
         if not self.signal:
             return 0
         return EXIT_INTERRUPTED if self.signal == SIGINT else EXIT_REQUEUE
 
     @property
     def is_complete(self) -> bool:
-        """Whether the schedule is done, so that the next command is another one."""
+        """Whether the whole schedule is done."""
         return not self.signal and self.step == self.total_steps
 
     def __str__(self) -> str:

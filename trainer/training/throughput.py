@@ -10,26 +10,26 @@ import torch
 
 from trainer.distributed.hardware import DENSE_BF16_PEAK
 
-_LONG_STEP_S, _STEPS_TO_TELL = 60.0, 6
+_LONG_STEP_S, _STEPS_TO_FORECAST = 60.0, 6
 
 
 class Forecast:
-    """Says after the first steps of an attempt how long a step takes, and when the last one will be done."""
+    """Estimates after the first steps of an attempt how long a step takes, and when the last one will be done."""
 
     def __init__(self, num_steps: int, *, clock: Callable[[], float] = time.time) -> None:
         self._num_steps, self._clock = num_steps, clock
-        self._done, self._start_s, self._told = 0, clock(), False
+        self._done, self._start_s, self._was_given = 0, clock(), False
 
     def step_done(self) -> str | None:
-        """Count a step; returns the words once: after six steps, or after the first one that takes minutes."""
+        """Count a step; returns the estimate once: after six steps, or after the first one that takes a minute."""
         self._done += 1
         now = self._clock()
         taken_s = (now - self._start_s) / max(1, self._done - 1)
         if self._done == 1:  # a usual step does not wait for the workers' first batches
             self._start_s = now
-        if self._told or (self._done != _STEPS_TO_TELL and taken_s < _LONG_STEP_S):
+        if self._was_given or (self._done != _STEPS_TO_FORECAST and taken_s < _LONG_STEP_S):
             return None
-        self._told = True
+        self._was_given = True
         left_s = (self._num_steps - self._done) * taken_s
         end = datetime.fromtimestamp(now + left_s)
         return f"a step takes {taken_s:.3g} s: about {duration(left_s)} to go, until {end:%Y-%m-%d %H:%M}"
@@ -59,7 +59,7 @@ class Speedometer:
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Return images/s, step time, data-wait share, memory, and MFU where the peak is known; start anew."""
+        """Return the rates, memory, and MFU where the peak is known; the next reading starts from here."""
         now = time.perf_counter()
         elapsed, steps = max(now - self._start, 1e-9), max(self._steps, 1)
         images_per_s = self._steps * self._global_batch / elapsed
@@ -84,7 +84,7 @@ def _memory_gib() -> float:
 
 
 def peak_resident_gib() -> float:
-    """Return the most host memory that this process has held so far; NaN where the system does not say."""
+    """Return the most host memory that this process has held so far; NaN where the system does not report it."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 2**20

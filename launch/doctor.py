@@ -1,13 +1,15 @@
 """Is this cluster ready? One line for each check, before a training starts; the sbatch scripts begin with it.
 
-    deepspeed launch/doctor.py [--script finetune] [the words of that training]
-    python launch/doctor.py --hostfile hosts [...]      first contact: can each host be reached, and is it like this one
+It takes the settings of the training, so a mistake in them is found here as well. Under ``deepspeed`` or ``srun`` it
+examines all ranks; with --hostfile it asks every host over ssh, before ranks can start. Lines begin with ok, warn
+or FAIL; with any FAIL the exit code is 2. Nothing is left behind.
 
-It takes the words of the training, so a mistake in them is found here as well. Lines begin with ok, warn or FAIL; with
-any FAIL the exit code is 2. Nothing is left behind.
+Usage: python launch/doctor.py [--script finetune] [--hostfile FILE] [settings of that training]
 
 Examples:
     python launch/doctor.py --recipe mae_vit_base --data 'shards/train/*.tar'
+    python launch/doctor.py --script finetune --recipe lora --data 'detect/train/*.tar' --output_dir runs/lora
+    python launch/doctor.py --hostfile hosts --recipe mae_vit_base --data 'shards/train/*.tar'
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Judge morph detectors on test sets: MACER, BSCER, D-EER with intervals, scores, and a report.
+r"""Judge morph detectors on test sets: MACER, BSCER, D-EER with intervals, scores, and a report.
 
 Models are runs of launch/finetune.py, test sets are labelled shards; each gets a name. Thresholds and calibration are
 those that were fitted on a detector's validation data; nothing is fitted on test data. Writes into OUTPUT:
@@ -13,6 +13,10 @@ Usage: python launch/evaluate.py --models 'lora=runs/lora;full=runs/full' --test
 
 Examples:
     python launch/evaluate.py --models 'lora=runs/detector' --test_sets 'test=detect/test/*.tar'
+    python launch/evaluate.py --models 'lora=runs/detector' --test_sets 'test=detect/test/*.tar' \
+        --output_dir results/strict --threshold bscer_0.01
+    python launch/evaluate.py --models 'lora=runs/detector' --test_sets 'test=detect/test/*.tar' \
+        --output_dir results/compared --baselines baselines.json
 """
 
 import sys

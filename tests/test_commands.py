@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -228,11 +229,21 @@ def judged(place: Path, out: str) -> None:
     assert "<html" in report.read_text()
 
 
-def morphed(place: Path, out: str) -> None:
-    with (place / "morphs" / "morphs.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert rows
-    assert all((place / "morphs" / row["path"]).is_file() for row in rows)
+def morphed(folder: str) -> Callable[[Path, str], None]:
+    def look(place: Path, out: str) -> None:
+        with (place / folder / "morphs.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert rows
+        assert all((place / folder / row["path"]).is_file() for row in rows)
+
+    return look
+
+
+def settings_file(place: Path) -> None:
+    """The file that the guide shows."""
+    text = (ROOT / "launch" / "README.md").read_text()
+    [shown] = re.findall(r"```\n((?:  \w+: .*\n)+)", text)
+    (place / "base.yaml").write_text(textwrap.dedent(shown))
 
 
 STARTED = re.compile(r"\d+ steps of [\d,]+ images").pattern
@@ -246,13 +257,22 @@ EXPECTED: dict[str, Expected] = {
         packed("shards/train", PEOPLE * PHOTOGRAPHS)
     ),
     "python tools/make_shards.py --source faces_val --output_dir shards/val": Expected(packed("shards/val", 3)),
+    "python tools/make_shards.py --source faces --output_dir shards/small --max_side 64 --encode jpeg": Expected(
+        packed("shards/small", PEOPLE * PHOTOGRAPHS)
+    ),
     "python tools/check_shards.py --data shards/train": Expected(says("40")),
+    "python tools/check_shards.py --data shards/train --num_processes 2": Expected(says("40")),
     "python tools/check_shards.py --data 'shards/train/*.tar'": Expected(says("40")),
     "python tools/check_shards.py --data 'shards/train/*.tar' --repair shards/repaired": Expected(
         packed("shards/repaired", PEOPLE * PHOTOGRAPHS)
     ),
     "python tools/contact_sheet.py --data 'shards/train/*.tar' --output sheet.png": Expected(holds("sheet.png")),
+    "python tools/contact_sheet.py --data 'shards/train/*.tar,shards/val/*.tar' --output both.png "
+    "--num_images 9": Expected(holds("both.png")),
     "python launch/doctor.py --recipe mae_vit_base --data 'shards/train/*.tar'": Expected(says("ok ")),
+    "deepspeed launch/pretrain.py --config base.yaml --dry_run": Expected(
+        says("vit_base_patch16_224"), before=settings_file
+    ),
     "deepspeed launch/pretrain.py --version": Expected(says("face-mae-trainer", "Python")),
     "deepspeed launch/pretrain.py --help": Expected(says("mae_vit_base", "mask_ratio")),
     "deepspeed launch/pretrain.py --recipe mae_vit_base --data 'shards/train/*.tar' "
@@ -266,28 +286,54 @@ EXPECTED: dict[str, Expected] = {
     "python tools/compare_runs.py --runs exact=runs/exact,fast=runs/fast --plot curves.png": Expected(
         holds("curves.png"), before=pretrained
     ),
+    "python tools/compare_runs.py --runs exact=runs/exact,fast=runs/fast,base=runs/base": Expected(
+        says("base"), before=pretrained
+    ),
     "python tools/run_status.py --run runs/exact,runs/fast": Expected(
         says("runs/exact: interrupted at step 2 of", "runs/fast: interrupted at step 2 of"), before=pretrained, code=3
     ),
     "python tools/splits.py --source people.csv --output_dir splits": Expected(
         holds("splits/train.csv", "splits/dev.csv", "splits/test.csv")
     ),
+    "python tools/splits.py --source people.csv --output_dir splits-even --shares 0.4,0.2,0.4 --seed 1": Expected(
+        holds("splits-even/train.csv", "splits-even/dev.csv", "splits-even/test.csv")
+    ),
+    "python tools/splits.py --source faces --output_dir splits-faces "
+    "--identity_pattern '(?P<a>person[0-9]+)/'": Expected(holds("splits-faces/train.csv")),
     "python tools/make_shards.py --source splits/train.csv --output_dir detect/train": Expected(packed("detect/train")),
     "for part in train dev test; do python tools/make_shards.py --source splits/$part.csv --output_dir detect/$part; "
     "done": Expected(packed_parts),
     "python tools/make_morphs.py --source bona_fides.csv --landmarks landmarks.npz --output_dir morphs": Expected(
-        morphed
+        morphed("morphs")
     ),
+    "python tools/make_morphs.py --source bona_fides.csv --landmarks landmarks.npz --output_dir controls "
+    "--same_person": Expected(morphed("controls")),
+    "python tools/make_morphs.py --source bona_fides.csv --landmarks landmarks.npz --output_dir spliced "
+    "--mode splice": Expected(morphed("spliced")),
     "python tools/shortcut_baselines.py --data 'detect/train/*.tar' --test_sets 'test=detect/test/*.tar' "
     "--output baselines.json": Expected(holds("baselines.json")),
+    "python tools/shortcut_baselines.py --data 'detect/train/*.tar' --test_sets 'test=detect/test/*.tar' "
+    "--output baselines-64.json --image_size 64 --num_replicates 100": Expected(holds("baselines-64.json")),
+    "python launch/doctor.py --script finetune --recipe lora --data 'detect/train/*.tar' "
+    "--output_dir runs/lora": Expected(says("ok ")),
     "deepspeed launch/finetune.py --recipe probe --init runs/base --data 'detect/train/*.tar' --dry_run": PLANNED,
     "deepspeed launch/finetune.py --recipe lora --init runs/base --data 'detect/train/*.tar' "
     "--val_data 'detect/dev/*.tar'": Expected(trained, before=pretrained),
     "python launch/finetune.py --config runs/detector/recipe.json --output_dir runs/again --dry_run": PLANNED,
     "python launch/evaluate.py --models 'lora=runs/detector' --test_sets 'test=detect/test/*.tar'": Expected(judged),
+    "python launch/evaluate.py --models 'lora=runs/detector' --test_sets 'test=detect/test/*.tar' "
+    "--output_dir results/strict --threshold bscer_0.01": Expected(holds("results/strict/*_eval.json")),
+    "python launch/evaluate.py --models 'lora=runs/detector' --test_sets 'test=detect/test/*.tar' "
+    "--output_dir results/compared --baselines baselines.json": Expected(holds("results/compared/*_report.html")),
     "python tools/export.py --source runs/detector --format merged --output exported/merged": Expected(
         holds("exported/merged/model.safetensors", "exported/merged/README.md")
     ),
+    "python tools/export.py --source runs/detector --format adapter --output exported/adapter": Expected(
+        holds("exported/adapter/README.md")
+    ),
+    "python tools/plan_run.py --recipe mae_vit_base --nodes 4 --hardware a100 --network ethernet "
+    "--images 1281167": Expected(says("ZeRO", "ethernet")),
+    "python tools/plan_run.py --recipe lora --gpus 1 --images 100000 --plot plan.png": Expected(holds("plan.png")),
     "python tools/plan_run.py --recipe mae_vit_large --nodes 8 --gpus 8 --hardware h100 --images 300000000": Expected(
         says("ZeRO", "images/s")
     ),

@@ -10,6 +10,7 @@ ones alone. Each sample that is lost is named with the reason, all in FOLDER/los
 Usage: python tools/check_shards.py --data 'shards/*.tar' [--repair FOLDER] [--name value]
 
 Examples:
+    python tools/check_shards.py --data shards/train --num_processes 2
     python tools/check_shards.py --data 'shards/train/*.tar'
     python tools/check_shards.py --data 'shards/train/*.tar' --repair shards/repaired
 """

@@ -4,6 +4,7 @@ Usage: python tools/compare_runs.py --runs exact=runs/exact,fast=runs/fast [--pl
 
 Examples:
     python tools/compare_runs.py --runs exact=runs/exact,fast=runs/fast --plot curves.png
+    python tools/compare_runs.py --runs exact=runs/exact,fast=runs/fast,base=runs/base
 
 The first run is the reference. Seconds are those of optimizer steps (step_s of metrics.jsonl), without start, saving,
 measuring and drawing. Runs must have seen the same validation images: give both the same --val_data.

@@ -6,6 +6,7 @@ Usage: python tools/contact_sheet.py --data 'shards/*.tar' --output sheet.png [-
 
 Examples:
     python tools/contact_sheet.py --data 'shards/train/*.tar' --output sheet.png
+    python tools/contact_sheet.py --data 'shards/train/*.tar,shards/val/*.tar' --output both.png --num_images 9
 
 Shapes: H, W image size; HWC uint8 RGB.
 """

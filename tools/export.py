@@ -15,6 +15,7 @@ Usage: python tools/export.py --source RUN_OR_FILE --format timm --output FOLDER
 Examples:
     python tools/export.py --source runs/base --format timm --output exported/encoder
     python tools/export.py --source runs/detector --format merged --output exported/merged
+    python tools/export.py --source runs/detector --format adapter --output exported/adapter
 """
 
 import sys

@@ -19,6 +19,8 @@ Usage: python tools/make_morphs.py --source FACES.csv --landmarks POINTS.npz --o
 
 Examples:
     python tools/make_morphs.py --source bona_fides.csv --landmarks landmarks.npz --output_dir morphs
+    python tools/make_morphs.py --source bona_fides.csv --landmarks landmarks.npz --output_dir controls --same_person
+    python tools/make_morphs.py --source bona_fides.csv --landmarks landmarks.npz --output_dir spliced --mode splice
 """
 
 import sys

@@ -20,6 +20,7 @@ Usage: python tools/make_shards.py --source FOLDER_OR_CSV_OR_TARS --output_dir F
 Examples:
     python tools/make_shards.py --source faces --output_dir shards/train
     python tools/make_shards.py --source splits/train.csv --output_dir detect/train
+    python tools/make_shards.py --source faces --output_dir shards/small --max_side 64 --encode jpeg
 """
 
 import sys

@@ -9,6 +9,8 @@ largest up to the recipe's is taken that divides the global batch.
 
 Examples:
     python tools/plan_run.py --recipe mae_vit_large --nodes 8 --gpus 8 --hardware h100 --images 300000000
+    python tools/plan_run.py --recipe mae_vit_base --nodes 4 --hardware a100 --network ethernet --images 1281167
+    python tools/plan_run.py --recipe lora --gpus 1 --images 100000 --plot plan.png
 """
 
 import sys

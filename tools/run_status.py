@@ -7,6 +7,7 @@ interrupted, but one still runs; 2 a folder holds no run. What a launcher return
 returns 0 when the process between it and the ranks is killed.
 
 Examples:
+    python tools/run_status.py --run runs/base
     python tools/run_status.py --run runs/exact,runs/fast
 """
 

@@ -12,6 +12,8 @@ Usage: python tools/shortcut_baselines.py --data 'train/*.tar' --test_sets 'NAME
 Examples:
     python tools/shortcut_baselines.py --data 'detect/train/*.tar' --test_sets 'test=detect/test/*.tar' \
         --output baselines.json
+    python tools/shortcut_baselines.py --data 'detect/train/*.tar' --test_sets 'test=detect/test/*.tar' \
+        --output baselines-64.json --image_size 64 --num_replicates 100
 """
 
 import sys

@@ -12,6 +12,8 @@ Usage: python tools/splits.py --source FOLDER_OR_CSV --output_dir FOLDER [--name
 
 Examples:
     python tools/splits.py --source people.csv --output_dir splits
+    python tools/splits.py --source people.csv --output_dir splits-even --shares 0.4,0.2,0.4 --seed 1
+    python tools/splits.py --source faces --output_dir splits-faces --identity_pattern '(?P<a>person[0-9]+)/'
 """
 
 import sys

@@ -124,7 +124,7 @@ def as_text(value: Any) -> str:
 
 
 class Bare(str):
-    """The text of a setting after which no value stands: right for a boolean only."""
+    """The text of a setting without a value: true for a flag, none for a null of a file."""
 
     __slots__ = ()
 
@@ -151,10 +151,10 @@ def _parse(name: str, text: str, hint: Any) -> Any:
         return tuple(_parse(name, word, typing.get_args(hint)[0]) for word in words if word)
     options = union_members(hint)
     lowered = text.strip().lower()
-    if isinstance(text, Bare) and bool not in options:
-        raise ConfigError(f"{name} has no value: write --{name} VALUE")
     if type(None) in options and lowered in ("none", "null"):
         return None
+    if isinstance(text, Bare) and bool not in options:
+        raise ConfigError(f"{name} has no value: write --{name} VALUE")
     if bool in options:
         if lowered in ("true", "1", "yes", "on"):
             return True

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.foreign_names import RENAMED
+from trainer.config.parse import Bare
 from trainer.config.record import complete_record
 from trainer.errors import ConfigError
 
@@ -106,14 +107,14 @@ def _once(path: str, pairs: Iterable[tuple[Any, Any]]) -> Iterable[tuple[str, An
 def _text(path: str, name: str, value: Any) -> str:
     """Write a value as the command line takes it."""
     if value is None:
-        return "none"
+        return Bare("none")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
         return ",".join(_text(path, name, entry) for entry in value)
     if isinstance(value, dict):
         raise ConfigError(
-            f"config is {path!r}, in which {name} holds settings of its own: write all settings on one level; "
+            f"config is {path!r}, in which {name} holds settings of its own: write all on one level; "
             "DeepSpeed's JSON is given as --ds_config FILE"
         )
     return str(value)

@@ -1,4 +1,4 @@
-"""Settings from a file are those of the command line: same names, types, refusals. Flags win; a record starts its run."""
+"""Settings from a file are those of the command line. Flags win over them; the record of a run starts the same run."""
 
 import dataclasses
 import json

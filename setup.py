@@ -42,7 +42,7 @@ setup(
         "trainer.detection": ["report.html.jinja"],
         "trainer.ds_configs": ["*.json"],
         "trainer.launch": ["slurm/*.sh"],
-        "trainer.tools": ["demo/data/*"],
+        "trainer.tools": ["demo/data/*.npz", "demo/data/README.md"],
     },
     zip_safe=False,  # trainer/files.py finds files by their paths
     entry_points={"console_scripts": COMMANDS},

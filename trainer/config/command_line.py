@@ -31,6 +31,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import trainer
 from trainer.config.parse import Bare, from_flags, help_text, refuse_unknown, resolve
 from trainer.config.recipes import Recipes
 from trainer.config.record import keep_legacy_values
@@ -310,8 +311,8 @@ def _answered(argv: Sequence[str], help_of: Callable[[list[str]], str]) -> bool:
 
 def version_text() -> str:
     """Name this project's version and those of the libraries that decide what a run computes."""
-    found = []
-    for name in ("face-mae-trainer", "torch", "deepspeed", "timm"):
+    found = [f"face-mae-trainer {trainer.__version__}"]
+    for name in ("torch", "deepspeed", "timm"):
         with contextlib.suppress(PackageNotFoundError):
             found.append(f"{name} {version(name)}")
     return ", ".join([*found, f"Python {platform.python_version()}"])

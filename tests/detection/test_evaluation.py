@@ -92,13 +92,9 @@ def test_a_score_is_the_morphs_logit_less_the_bona_fides_and_a_failure_is_no_sco
     assert (found.sample_N.tolist(), found.code_N) == ([4, 7, 9], ["Success", "Success", "corrupt"])
 
 
-def test_joined_ranks_count_a_sample_once_in_ascending_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = [[1, 3], [None, 9.0], ["corrupt", "Success"]]
-    monkeypatch.setattr(World, "gather_over_ranks", lambda self, mine: [mine, other])
-    mine = Scores(np.array([3, 2]), np.array([0.5, np.nan]), ["Success", "empty"])
-    joined = over_ranks(mine, World())
-    assert (joined.sample_N.tolist(), joined.code_N) == ([1, 2, 3], ["corrupt", "empty", "Success"])
-    np.testing.assert_array_equal(joined.logit_N, [np.nan, np.nan, 0.5])
+def test_the_scores_of_one_rank_are_all_scores() -> None:
+    local = Scores(np.array([2, 3]), np.array([np.nan, 0.5]), ["empty", "Success"])
+    assert over_ranks(local, World()) is local
 
 
 def test_truth_names_tools_of_morphs_and_the_people_in_each_image(tmp_path: Path) -> None:

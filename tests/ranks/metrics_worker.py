@@ -1,4 +1,7 @@
-"""One rank of tests/detection/test_error_rates.py: uneven and padded shares of 25 scores; then a rank that has none."""
+"""One rank of tests/detection/test_error_rates.py: uneven and padded shares of 25 scores; then a rank that has none.
+
+At last the joined scores of both ranks, as hexadecimal texts, one of them of an unreadable image.
+"""
 
 import json
 import os
@@ -9,7 +12,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from trainer.detection.scoring import Scores, over_ranks
 from trainer.detection.torch_metrics import DEER
+from trainer.distributed.world import World
 
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo")
@@ -20,5 +25,9 @@ for shares in (([*range(10), 24, 3], list(range(8, 25))), (list(range(25)), []))
     metric, mine = DEER(), shares[rank]
     metric.update(torch.tensor(scores[mine]), torch.tensor(labels[mine]), torch.tensor(mine, dtype=torch.int64))
     found.append(metric.compute().item())
+logits = np.where(np.arange(25) == 6, np.nan, scores)
+mine = np.array([[*range(10), 24], [*range(10, 25), 3]][rank])
+joined = over_ranks(Scores(mine, logits[mine] + rank * (mine == 3), [""] * len(mine)), World(rank, 2))
+found.append([joined.sample_N.tolist(), [x.hex() for x in joined.logit_N.tolist()], joined.code_N])
 Path(sys.argv[1], f"rank-{rank}.json").write_text(json.dumps(found))
 dist.destroy_process_group()

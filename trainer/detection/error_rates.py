@@ -1,20 +1,40 @@
-"""Error rates of morph detectors, exact: what a detector is judged by.
+"""Error rates of morph detectors, computed exactly.
 
-A score is P(morph), higher means attack; classes are [bonafide, morph] = [0, 1]; an image is called a morph where its
-score is at least the threshold t. Names in other papers stand in brackets.
+A score is P(morph), higher means attack. Classes are [bonafide, morph] = [0, 1]. An image is classified as a morph if
+its score is at least the threshold t. Other papers' names are in brackets.
 
 MACER(t)       (APCER) share of morphs with score < t: attacks accepted
 BSCER(t)       (BPCER) share of bona fides with score >= t: honest people stopped
-D-EER          (EER) where the two meet
+D-EER          (EER) the rate where the two are equal
 BSCER@MACER=a  lowest BSCER over the thresholds with MACER(t) <= a; "BPCER20" is this at a = 5 % in some papers and the
                opposite in others, so the name is always written in full
 MACER@BSCER=b  lowest MACER over the thresholds with BSCER(t) <= b
 
-Thresholds run over the distinct scores and infinity. Equal scores cannot be parted, no point between two thresholds is
-interpolated, and a limit is never exceeded; the usual ``argmin |MACER - a|`` exceeds it in half of all cases and
-flatters BSCER@MACER=1 % by 1.7 points on 204 bona fides. On new images a threshold exceeds a limit that it just met on
-the old ones: see `threshold_for_macer`. Sources: ISO/IEC 30107-3 and 20059 (the rates, and that the worst attack tool
-counts); Maio et al. 2002, FVC2000, IEEE TPAMI 24(3) (the equal error rate and its interval).
+Thresholds are the distinct scores and infinity. Equal scores are never separated, nothing is interpolated between two
+thresholds, and a limit is never exceeded. The common ``argmin |MACER - a|`` exceeds it in half of all cases and makes
+BSCER@MACER=1 % look 1.7 points better on 204 bona fides. Example with tied scores::
+
+    morphs 0.4 0.7 0.7 0.9      bona fides 0.1 0.2 0.4 0.7
+
+    t        0.1    0.2    0.4    0.7    0.9    inf
+    MACER    0      0      0      0.25   0.75   1
+    BSCER    1      0.75   0.5    0.25   0      0
+
+    D-EER 0.25 at t = 0.7, where the curves meet        BSCER@MACER=0.10 = 0.5 at t = 0.4
+
+Without the two morphs at 0.7 the curves cross between two thresholds and never meet::
+
+    t        0.1    0.2    0.4    0.7    0.9    inf
+    MACER    0      0      0      0.5    0.5    1
+    BSCER    1      0.75   0.5    0.25   0      0
+
+    MACER <= BSCER last at 0.4: 0 and 0.5, sum 0.5      MACER >= BSCER first at 0.7: 0.5 and 0.25, sum 0.75
+    the smaller sum gives the interval [0, 0.5], and its middle 0.25 is the D-EER
+
+On new images a threshold exceeds a limit that it just met on the old ones: see `threshold_for_macer`.
+
+Sources: ISO/IEC 30107-3 and 20059 (the rates, and that the worst attack tool counts); Maio et al. 2002, FVC2000, IEEE
+TPAMI 24(3) (the equal error rate and its interval).
 
 Shapes: N samples, T thresholds, R replicates, I identities.
 """
@@ -37,12 +57,12 @@ from trainer.seeds import Purpose, counts_of_draws
 MACER_LIMITS = (0.01, 0.05, 0.10, 0.20)
 BSCER_LIMITS = (0.01, 0.10)
 FEW_IDENTITIES = 20
-"""With fewer, percentile intervals of a bootstrap cover less than they claim."""
+"""With fewer, the percentile intervals of a bootstrap cover less than they claim."""
 _ROUNDING = 1e-12
-"""Shares are sums of weights divided by their sum; a limit is met up to this."""
+"""Tolerance of a limit: shares are sums of weights divided by their sum, so they carry rounding errors."""
 
-_AT_ONCE = 10_000_000
-"""Weights of replicates that are cumulated together; more would need memory and bring no speed."""
+_MAX_WEIGHTS_AT_ONCE = 10_000_000
+"""Weights of replicates that are summed in one block; larger blocks need more memory and are not faster."""
 
 Floats = NDArray[np.float64]
 
@@ -52,7 +72,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class ErrorCurve:
-    """Both error rates at every threshold that makes a difference."""
+    """Both error rates at every distinct threshold."""
 
     threshold_T: Floats
     """Ascending: each distinct score, then infinity."""
@@ -70,13 +90,13 @@ class OperatingPoint:
 
 
 def json_threshold(threshold: float) -> float | str | None:
-    """Return a threshold as JSON can hold it: infinity, which calls nothing a morph, is None; minus infinity "-inf"."""
+    """Return a threshold as a JSON value: infinity (nothing is a morph) is None, minus infinity is "-inf"."""
     return threshold if np.isfinite(threshold) else None if threshold > 0 else "-inf"
 
 
 @dataclass(frozen=True, slots=True)
 class EqualErrorRate:
-    """The D-EER, between the rates of FVC2000's interval."""
+    """The D-EER, and the two rates of FVC2000's interval around it."""
 
     value: float
     low: float
@@ -85,15 +105,15 @@ class EqualErrorRate:
 
 
 def error_curve(scores: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None) -> ErrorCurve:
-    """Count both errors at every threshold.
+    """Compute both error rates at every threshold.
 
     Args:
-        scores: P(morph), or any other number that grows with it.
+        scores: P(morph), or any other number that increases with it.
         labels: 0 is bona fide, 1 is morph.
         weights: how often each sample counts; None means once.
 
     Raises:
-        DataError: a score is no finite number, a label is neither 0 nor 1, or a class is missing.
+        DataError: a score is not finite, a label is neither 0 nor 1, or a class is missing.
     """
     score_N, label_N = _checked(scores, labels)
     weight_N = np.ones(len(score_N)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -103,7 +123,7 @@ def error_curve(scores: ArrayLike, labels: ArrayLike, weights: ArrayLike | None 
 
 
 def rates_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> OperatingPoint:
-    """Measure both errors at a threshold that was chosen elsewhere; raises as `error_curve`."""
+    """Compute both error rates at a given threshold; raises as `error_curve`."""
     score_N, label_N = _checked(scores, labels)
     macer, bscer = (score_N[label_N == 1] < threshold).mean(), (score_N[label_N == 0] >= threshold).mean()
     return OperatingPoint(threshold, float(macer), float(bscer))
@@ -112,30 +132,35 @@ def rates_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> Operatin
 def d_eer(curve: ErrorCurve) -> EqualErrorRate:
     """Return the detection equal error rate and its interval, by FVC2000's rule.
 
-    Of the last threshold with MACER <= BSCER and the first with MACER >= BSCER, the one whose rates have the smaller
-    sum gives the interval; its middle is the D-EER. Where the curves meet exactly the interval is a point.
+    Take the last threshold with MACER <= BSCER and the first with MACER >= BSCER. The one whose rates have the smaller
+    sum gives the interval, and its middle is the D-EER. If the curves meet, the interval is a point. See the example of
+    this module.
     """
     at, low, high = (x[0] for x in _equal_error(curve.macer_T[None], curve.bscer_T[None]))
     return EqualErrorRate(float((low + high) / 2), float(low), float(high), float(curve.threshold_T[at]))
 
 
 def bscer_at_macer(curve: ErrorCurve, limit: float) -> OperatingPoint:
-    """Return the point of lowest BSCER among those with MACER at most the limit; there always is one."""
+    """Return the point with the lowest BSCER among those with MACER at most the limit; there always is one."""
     return _point(curve, _last_within(curve.macer_T[None], limit)[0])
 
 
 def macer_at_bscer(curve: ErrorCurve, limit: float) -> OperatingPoint:
-    """Return the point of lowest MACER among those with BSCER at most the limit; infinity always is one."""
+    """Return the point with the lowest MACER among those with BSCER at most the limit; infinity always is one."""
     return _point(curve, _first_within(curve.bscer_T[None], limit)[0])
 
 
 def threshold_for_macer(morph_scores: ArrayLike, limit: float) -> float:
     """Return the highest threshold whose MACER on new images is expected to be at most the limit.
 
-    With n morphs it is their k-th lowest score, k = floor(limit * (n + 1)): a new morph scores below it with a chance
-    of at most k / (n + 1), whatever the distribution, if it comes from where these came from. The threshold that just
-    meets the limit on the n themselves has about (k + 1) / (n + 1): 1.97 % for 1 % and n = 100. Minus infinity, which
-    calls everything a morph, where k is 0: see `samples_needed`.
+    With n morphs it is their k-th lowest score, k = floor(limit * (n + 1)). A new morph from the same distribution
+    scores below it with a probability of at most k / (n + 1), whatever the distribution is.
+
+    Example: limit 1 % and n = 100 give k = 1, the lowest score: 0 of the 100 lie below it, and 1 / 101 = 0.99 % is
+    expected on new images. The highest threshold that meets 1 % on the 100 themselves is the second lowest score: 1 of
+    100 lies below it, but 2 / 101 = 1.98 % is expected on new images.
+
+    With too few morphs (k = 0) it is minus infinity, which makes everything a morph: see `samples_needed`.
 
     Source: Vovk, Gammerman and Shafer 2005, "Algorithmic Learning in a Random World" (conformal prediction).
     """
@@ -147,8 +172,8 @@ def threshold_for_macer(morph_scores: ArrayLike, limit: float) -> float:
 def threshold_for_bscer(bona_fide_scores: ArrayLike, limit: float) -> float:
     """Return the lowest threshold whose BSCER on new images is expected to be at most the limit.
 
-    It lies just above the k-th highest of n bona fides, k = floor(limit * (n + 1)), as `threshold_for_macer` explains.
-    Infinity, which calls nothing a morph, where k is 0.
+    It is just above the k-th highest of n bona fides, k = floor(limit * (n + 1)), as in `threshold_for_macer`. With too
+    few bona fides (k = 0) it is infinity, which makes nothing a morph.
     """
     score_N = np.sort(np.asarray(bona_fide_scores, dtype=np.float64))
     k = _allowed(len(score_N), limit)
@@ -156,12 +181,12 @@ def threshold_for_bscer(bona_fide_scores: ArrayLike, limit: float) -> float:
 
 
 def samples_needed(limit: float) -> int:
-    """Return how many samples of a class a threshold for new images needs at least, to hold a limit of its errors."""
+    """Return how many samples of a class a threshold for new images needs at least: 99 for a limit of 1 %."""
     return math.ceil(1 / limit - 1 - _ROUNDING)
 
 
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Return the chance that a morph scores above a bona fide; equal scores count half (Mann-Whitney)."""
+    """Return the probability that a morph scores above a bona fide; equal scores count half (Mann-Whitney)."""
     curve = error_curve(scores, labels)
     return float(_area(curve.macer_T[None], curve.bscer_T[None])[0])
 
@@ -181,22 +206,29 @@ def expected_calibration_error(scores: ArrayLike, labels: ArrayLike, num_bins: i
 
 
 def clopper_pearson(num_errors: int, num_trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the exact binomial interval of an error rate, of independent trials (Clopper and Pearson 1934)."""
+    """Return the exact binomial interval of an error rate, for independent trials (Clopper and Pearson 1934).
+
+    The lower limit is the rate at which ``num_errors`` or more errors have a probability of 2.5 %, the upper one the
+    rate at which as many or fewer have it. No error in 204 trials gives [0, 1 - 0.025 ** (1 / 204)] = [0, 1.79 %].
+    """
     tail = (1 - confidence) / 2
     low = 0.0 if num_errors == 0 else float(beta.ppf(tail, num_errors, num_trials - num_errors + 1))
     high = 1.0 if num_errors == num_trials else float(beta.ppf(1 - tail, num_errors + 1, num_trials - num_errors))
     return low, high
 
 
-def bootstrap_weights(people: Sequence[Sequence[str]], *, num_replicates: int, seed: int) -> Floats:
-    """Draw people, not images, with replacement, and weigh every image by how often its people were drawn.
+def bootstrap_weights(identities: Sequence[Sequence[str]], *, num_replicates: int, seed: int) -> Floats:
+    """Return the weights of a bootstrap over identities: identities are drawn with replacement, not images.
 
-    A bona fide of person i counts c_i times, a morph of persons i and j counts c_i * c_j times (the vertex bootstrap:
-    Snijders and Borgatti 1999, Connections 22(2)). An image that names nobody is a person of its own. Images of one
-    person are alike, so drawing images would give intervals that are too narrow.
+    A bona fide of identity i counts c_i times, a morph of i and j c_i * c_j times (the vertex bootstrap: Snijders and
+    Borgatti 1999, Connections 22(2)). An image without a named identity has one of its own. Images of one person
+    are alike, so a bootstrap over images would give intervals that are too narrow.
+
+    Example: of anna, ben and cleo a replicate draws ben twice and cleo once. Images of anna weigh 0, of ben 2, of cleo
+    1; a morph of ben and cleo weighs 2, and every morph of anna 0.
 
     Args:
-        people: the identities in each sample, at most two.
+        identities: of each sample, at most two.
         num_replicates: R.
         seed: of the draws.
 
@@ -205,41 +237,43 @@ def bootstrap_weights(people: Sequence[Sequence[str]], *, num_replicates: int, s
     """
     numbers: dict[str, int] = {}
     first, second = [], []
-    for i, names in enumerate(people):
+    for i, names in enumerate(identities):
         codes = [numbers.setdefault(name, len(numbers)) for name in (names or (f"\0sample {i}",))]
         first.append(codes[0])
         second.append(codes[-1] if len(set(codes)) > 1 else -1)
     drawn_RI = counts_of_draws(seed, Purpose.BOOTSTRAP, num_replicates, len(numbers)).astype(np.float64)
-    padded_RI = np.concatenate([drawn_RI, np.ones((num_replicates, 1))], axis=1)  # -1 picks the ones
+    padded_RI = np.concatenate(
+        [drawn_RI, np.ones((num_replicates, 1))], axis=1
+    )  # index -1: the last column, a factor of 1
     weights_RN: Floats = padded_RI[:, first] * padded_RI[:, second]
     return weights_RN
 
 
 def d_eer_replicates(scores: ArrayLike, labels: ArrayLike, weights_RN: Floats) -> Floats:
-    """Return the D-EER of each replicate that drew both classes: the same ones whatever the scores."""
+    """Return the D-EER of each replicate that drew both classes; which ones do does not depend on the scores."""
     score_N, label_N = _checked(scores, labels)
-    whole_R = (weights_RN[:, label_N == 0].sum(1) > 0) & (weights_RN[:, label_N == 1].sum(1) > 0)
+    has_both_R = (weights_RN[:, label_N == 0].sum(1) > 0) & (weights_RN[:, label_N == 1].sum(1) > 0)
     threshold_T, place_N = np.unique(score_N, return_inverse=True)
     rates, found = _Rates(place_N, label_N, len(threshold_T)), []
-    for some_RN in np.array_split(weights_RN[whole_R], 1 + weights_RN.size // _AT_ONCE):
+    for some_RN in np.array_split(weights_RN[has_both_R], 1 + weights_RN.size // _MAX_WEIGHTS_AT_ONCE):
         _, low_R, high_R = _equal_error(*rates(some_RN))
         found.append((low_R + high_R) / 2)
     return np.concatenate(found)
 
 
-def resampling_of(people: Sequence[Sequence[str]], labels: ArrayLike) -> dict[str, Any]:
-    """Say what `bootstrap_weights` draws.
+def resampling_of(identities: Sequence[Sequence[str]], labels: ArrayLike) -> dict[str, Any]:
+    """Describe the units that `bootstrap_weights` draws.
 
     Returns:
-        resampling: ``unit``, "identities", "images" where none names a person, or "identities and unnamed images";
-            ``num_identities``; ``num_unnamed`` images; ``num_units`` drawn from in the class that has fewer.
+        resampling: ``unit``, "identities", "images" if no image names an identity, or "identities and unnamed images";
+            ``num_identities``; ``num_unnamed`` images; ``num_units`` of the class that has fewer.
     """
-    named = {name for names in people for name in names}
-    num_unnamed = sum(not names for names in people)
+    named = {name for names in identities for name in names}
+    num_unnamed = sum(not names for names in identities)
     units = []
     for label in (0, 1):
-        mine = [names for names, its in zip(people, np.asarray(labels).tolist(), strict=True) if its == label]
-        units.append(len({name for names in mine for name in names}) + sum(not names for names in mine))
+        of_class = [names for names, its in zip(identities, np.asarray(labels).tolist(), strict=True) if its == label]
+        units.append(len({name for names in of_class for name in names}) + sum(not names for names in of_class))
     unit = "images" if not named else "identities and unnamed images" if num_unnamed else "identities"
     return {"unit": unit, "num_identities": len(named), "num_unnamed": num_unnamed, "num_units": min(units)}
 
@@ -248,36 +282,36 @@ def summarise(
     scores: ArrayLike,
     labels: ArrayLike,
     tools: Sequence[str],
-    people: Sequence[Sequence[str]] | None = None,
+    identities: Sequence[Sequence[str]] | None = None,
     *,
     threshold: float | None = None,
     num_replicates: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
-    """Measure a detector on a test set: all attacks pooled, each tool against all bona fides, and the worst tool.
+    """Measure a detector on a test set: all attacks pooled, each attack tool against all bona fides, the worst tool.
 
     Args:
         scores: P(morph).
         labels: 0 is bona fide, 1 is morph.
-        tools: attack tool of each morph; of no account for bona fides.
-        people: identities in each sample, for the intervals; None takes every image as a person of its own.
-        threshold: one that was fixed on other data; None leaves the rates there out.
-        num_replicates: of the bootstrap over people; 0 leaves its intervals out.
+        tools: attack tool of each morph; ignored for bona fides.
+        identities: of each sample, for the intervals; with None every image has its own.
+        threshold: fixed on other data; with None the rates at a threshold are left out.
+        num_replicates: of the bootstrap over identities; with 0 its intervals are left out.
         seed: of the bootstrap.
         confidence: of the intervals.
 
     Returns:
         summary: JSON-able, {"pooled": row, "tools": {tool: row}, "worst": {...}, "resampling": see `resampling_of`};
-        see `_row`. An infinite threshold is None, minus infinity "-inf".
+        see `_row`. An infinite threshold is None, minus infinity is "-inf".
 
     Raises:
         DataError: as `error_curve`.
     """
     score_N, label_N = _checked(scores, labels)
-    tool_N, everyone = np.array(tools, dtype=object), people or [()] * len(score_N)
-    weights_RN = bootstrap_weights(everyone, num_replicates=num_replicates, seed=seed) if num_replicates else None
-    resampling = resampling_of(everyone, label_N)
+    tool_N, names_N = np.array(tools, dtype=object), identities or [()] * len(score_N)
+    weights_RN = bootstrap_weights(names_N, num_replicates=num_replicates, seed=seed) if num_replicates else None
+    resampling = resampling_of(names_N, label_N)
 
     def row_of(chosen_N: NDArray[np.bool_]) -> dict[str, Any]:
         weights = None if weights_RN is None else weights_RN[:, chosen_N]
@@ -293,7 +327,7 @@ def summarise(
 def _row(
     score_N: Floats, label_N: NDArray[np.int64], weights_RN: Floats | None, threshold: float | None, confidence: float
 ) -> dict[str, Any]:
-    """Put together every figure of one comparison of morphs with bona fides."""
+    """Compute all figures of one set of morphs against bona fides."""
     curve, limits = error_curve(score_N, label_N), _Replicates(score_N, label_N, weights_RN, threshold, confidence)
     eer = d_eer(curve)
     counts = {"num_bona_fide": int((label_N == 0).sum()), "num_morphs": int((label_N == 1).sum())}
@@ -320,13 +354,15 @@ def _row(
             f"{name}_ci": list(clopper_pearson(round(rate * counts[count]), counts[count], confidence))
             for name, rate, count in (("macer", point.macer, "num_morphs"), ("bscer", point.bscer, "num_bona_fide"))
         }
-        row["at_threshold"] |= {"ci_assumes": "independent images"}  # Clopper-Pearson's; *_cluster_ci does not
+        row["at_threshold"] |= {
+            "ci_assumes": "independent images"
+        }  # for Clopper-Pearson; *_cluster_ci does not assume it
         row["at_threshold"] |= {f"{name}_cluster_ci": limits.of(name).get("ci") for name in ("macer", "bscer")}
     return row
 
 
 def _worst(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Name the attack tool against which each figure is highest (ISO/IEC 30107-3: the worst species counts)."""
+    """Return the attack tool with the highest value of each figure (ISO/IEC 30107-3: the worst species counts)."""
 
     def highest(figure: Any) -> str:
         return max(rows, key=lambda name: (figure(rows[name]), name))
@@ -348,7 +384,7 @@ def _worst(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 class _Replicates:
-    """The same figures over all replicates of a bootstrap; percentiles of them are the intervals."""
+    """The figures of all replicates of a bootstrap; their percentiles are the intervals."""
 
     def __init__(
         self,
@@ -363,10 +399,10 @@ class _Replicates:
         self.num_used = self.num_skipped = 0
         if weights_RN is None:
             return
-        whole_R = (weights_RN[:, label_N == 0].sum(1) > 0) & (weights_RN[:, label_N == 1].sum(1) > 0)
-        self.num_used, self.num_skipped = int(whole_R.sum()), int((~whole_R).sum())
+        has_both_R = (weights_RN[:, label_N == 0].sum(1) > 0) & (weights_RN[:, label_N == 1].sum(1) > 0)
+        self.num_used, self.num_skipped = int(has_both_R.sum()), int((~has_both_R).sum())
         threshold_T, place_N = np.unique(score_N, return_inverse=True)
-        macer_RT, bscer_RT = _Rates(place_N, label_N, len(threshold_T))(weights_RN[whole_R])
+        macer_RT, bscer_RT = _Rates(place_N, label_N, len(threshold_T))(weights_RN[has_both_R])
         each_R = np.arange(self.num_used)
         _, low_R, high_R = _equal_error(macer_RT, bscer_RT)
         self._figures = {"d_eer": (low_R + high_R) / 2, "auc": _area(macer_RT, bscer_RT)}
@@ -375,23 +411,28 @@ class _Replicates:
         for limit in BSCER_LIMITS:
             self._figures[f"macer_at_bscer_{limit}"] = macer_RT[each_R, _first_within(bscer_RT, limit)]
         if threshold is not None:
-            at = int(np.searchsorted(threshold_T, threshold, side="left"))  # the first score that is called a morph
+            at = int(np.searchsorted(threshold_T, threshold, side="left"))  # the lowest score that is a morph at it
             self._figures |= {"macer": macer_RT[:, at], "bscer": bscer_RT[:, at]}
 
     def of(self, name: str) -> dict[str, Any]:
-        """Return {"ci": [low, high]} of a figure, or None in its place."""
+        """Return {"ci": [low, high]} of a figure; None instead of the list if there are no replicates."""
         values = self._figures.get(name)
         return {"ci": None if values is None or not len(values) else np.percentile(values, self._tails).tolist()}
 
 
 class _Rates:
-    """Weights (R, N) -> MACER and BSCER (R, T + 1) at each distinct score and at infinity."""
+    """Computes MACER and BSCER (R, T + 1) at each distinct score and at infinity from weights (R, N).
+
+    Each class is sorted by score once; a cumulative sum of its weights then gives the weight below any threshold.
+    Morphs at the places 0, 1, 1 of three distinct scores with weights 1, 2, 1 have the cumulative sums 0, 1, 3, 4.
+    Below places 0, 1, 2 and infinity lie 0, 1, 4 and 4 of 4, so MACER is 0, 0.25, 1, 1: tied scores move together.
+    """
 
     def __init__(self, place_N: NDArray[np.int64], label_N: NDArray[np.int64], num_scores: int) -> None:
         self._classes = []
         for label in (1, 0):
-            mine_N = np.flatnonzero(label_N == label)
-            order_N = mine_N[np.argsort(place_N[mine_N], kind="stable")]
+            of_class_N = np.flatnonzero(label_N == label)
+            order_N = of_class_N[np.argsort(place_N[of_class_N], kind="stable")]
             self._classes.append((order_N, np.searchsorted(place_N[order_N], np.arange(num_scores + 1))))
 
     def __call__(self, weights_RN: Floats) -> tuple[Floats, Floats]:
@@ -407,7 +448,7 @@ def _cumulated(weights_RN: Floats, up_to_T: NDArray[np.int64]) -> tuple[Floats, 
 
 
 def _equal_error(macer_RT: Floats, bscer_RT: Floats) -> tuple[NDArray[np.int64], Floats, Floats]:
-    """Return the place and the two rates, ascending, that `d_eer` describes."""
+    """Return the index and the two rates, ascending, that `d_eer` describes."""
     each_R = np.arange(len(macer_RT))
     after_R = np.argmax(macer_RT >= bscer_RT - _ROUNDING, axis=1)  # MACER rises from 0 to 1, BSCER falls from 1 to 0
     meets_R = np.abs(macer_RT[each_R, after_R] - bscer_RT[each_R, after_R]) <= _ROUNDING
@@ -438,7 +479,7 @@ def _point(curve: ErrorCurve, at: int) -> OperatingPoint:
 
 
 def _allowed(num_samples: int, limit: float) -> int:
-    return math.floor(limit * (num_samples + 1) + 1e-9)  # 0.29 * 100 is a little less than 29
+    return math.floor(limit * (num_samples + 1) + 1e-9)  # 0.29 * 100 is slightly less than 29
 
 
 def _plain(point: OperatingPoint) -> dict[str, Any]:
@@ -448,15 +489,15 @@ def _plain(point: OperatingPoint) -> dict[str, Any]:
 def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.int64]]:
     score_N, label_N = np.asarray(scores, dtype=np.float64), np.asarray(labels)
     if score_N.ndim != 1 or score_N.shape != label_N.shape:
-        raise DataError(f"there are {score_N.shape} scores for {label_N.shape} labels: pass one of each a sample")
+        raise DataError(f"there are {score_N.shape} scores for {label_N.shape} labels: pass one of each per sample")
     if not len(score_N):
         raise DataError("there are no scores: the test set is empty")
     if not np.isfinite(score_N).all():
         bad = int(np.flatnonzero(~np.isfinite(score_N))[0])
-        raise DataError(f"score {bad} is {score_N[bad]}: leave out, and count, what could not be scored")
+        raise DataError(f"score {bad} is {score_N[bad]}: leave samples without a score out, and count them")
     if not np.isin(label_N, (0, 1)).all():
         bad = int(np.flatnonzero(~np.isin(label_N, (0, 1)))[0])
-        raise DataError(f"label {bad} is {label_N[bad]}, but must be 0 (bona fide) or 1 (morph): mend the labels")
+        raise DataError(f"label {bad} is {label_N[bad]}, but must be 0 (bona fide) or 1 (morph): correct the labels")
     for label, name in enumerate(CLASSES):
         if not (label_N == label).any():
             raise DataError(f"none of {len(score_N)} samples is a {name} (label {label}): error rates need both")
@@ -480,9 +521,10 @@ class Calibration:
 
 
 def fit_platt(logits: ArrayLike, labels: ArrayLike) -> Calibration:
-    """Fit a calibration by maximum likelihood to smoothed targets, so that separable data do not diverge.
+    """Fit a calibration by maximum likelihood to smoothed targets, which have a finite optimum on separable data too.
 
-    The slope never falls below a small positive number: a calibration must not turn the order of the scores around.
+    With 8 morphs and 3 bona fides the targets are 9/10 and 1/5 instead of 1 and 0. The slope is at least a small
+    positive number: a calibration must not reverse the order of the scores.
 
     Source: Platt 1999, "Probabilistic outputs for support vector machines", section 2; Lin, Lin and Weng 2007, Machine
     Learning 68(3).
@@ -501,6 +543,3 @@ def fit_platt(logits: ArrayLike, labels: ArrayLike) -> Calibration:
     found = minimize(loss_and_gradient, [1.0, 0.0], jac=True, method="L-BFGS-B", bounds=[(1e-3, None), (None, None)])
     slope = float(found.x[0]) / scale
     return Calibration(slope, float(found.x[1]) - slope * float(centre))
-
-
-# ---------------------------------------------------------------------------------------------- over ranks

@@ -20,47 +20,23 @@ from trainer.detection.error_rates import clopper_pearson, error_curve
 
 Floats = NDArray[np.float64]
 
-
 Row = Mapping[str, Any]
 
-
 _ENDS = (0.0005, 0.99)
-"""Of the axes of all DET curves. A rate of 0 or 1 has no place on a probit axis; it is drawn at the end."""
-
-
+"""Ends of the axes of all DET curves. A rate of 0 or 1 is infinite on a probit axis; it is drawn at the end."""
 _TICKS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
-
-
 _GRID = 0.004
-"""Points of a DET curve that are closer than this are one: half a pixel [probits]."""
-
-
+"""Points of a DET curve that are closer than this are drawn as one: half a pixel [probits]."""
 _BINS = 25
-
-
 _RELIABILITY_BINS = 15
-
-
-_FEW = 50
-"""Up to so many samples, each is drawn."""
-
-
+_MAX_RUG_SAMPLES = 50
+"""Up to this number of samples, each is drawn as a tick."""
 _LABEL_LENGTH = 44
-
-
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito 2008, told apart by colour-blind people; dashes and markers tell curves apart in grey print."""
-
-
+"""Okabe and Ito 2008: distinct for colour-blind people. Dashes and markers keep curves distinct in grey print."""
 _DASHES: Any = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (9, 3)), (0, (3, 1, 1, 1, 1, 1)))
-
-
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h")
-
-
 _BASELINE_COLOUR = "#6e6e6e"
-
-
 _STYLE: Any = [
     "default",
     {
@@ -79,7 +55,7 @@ _STYLE: Any = [
         "svg.hashsalt": "report",
     },
 ]
-"""Whatever the user's matplotlibrc says."""
+"""Replaces the user's matplotlibrc."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +71,10 @@ class ScoredSet:
     """Attack tool of each morph, "" for bona fides."""
     key_N: list[str]
     threshold: float | None
-    """The stated one, fixed on other data."""
+    """The stated threshold, fixed on other data."""
     threshold_name: str
     summary: dict[str, Any]
-    """What `trainer.detection.error_rates.summarise` returned."""
+    """The result of `trainer.detection.error_rates.summarise`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +93,7 @@ class DetCurve:
 
 
 def percent(rate: float | None) -> str:
-    """Write a rate with three digits or to 0.01 %; "-" where there is none."""
+    """Write a rate with three digits or to 0.01 %; "-" if there is none."""
     if rate is None or not math.isfinite(rate):
         return "-"
     if rate in (0, 1):
@@ -128,14 +104,14 @@ def percent(rate: float | None) -> str:
 
 
 def det_figure(title: str, curves: Sequence[DetCurve]) -> Figure:
-    """Draw DET curves: MACER across, BSCER up, both as probits, on the same axes in every figure.
+    """Draw DET curves: MACER on x, BSCER on y, both as probits, with the same axes in every figure.
 
-    A curve is the staircase of what some threshold reaches, never better: between two thresholds it stays at the higher
-    BSCER. Points that lie within half a pixel are left out. Each curve has dashes and a marker of its own.
+    A curve is a staircase through the thresholds, never better than they are: between two thresholds it stays at the
+    higher BSCER. Points within half a pixel are left out. Each curve has its own dashes and marker.
     """
     ends = ndtri(_ENDS)
     with style.context(_STYLE):
-        height = 5.5 + 0.18 * (1 + len(curves))  # all measures are inches, so that the axes of all figures are equal
+        height = 5.5 + 0.18 * (1 + len(curves))  # all lengths are in inches, so the axes of all figures are equal
         figure = Figure(figsize=(5.3, height))
         axis = figure.add_axes((0.6 / 5.3, 1 - 4.9 / height, 4.6 / 5.3, 4.6 / height))
         (diagonal,) = axis.plot(ends, ends, color="#767676", linewidth=0.8, linestyle=(0, (6, 3)), label="equal")
@@ -146,8 +122,8 @@ def det_figure(title: str, curves: Sequence[DetCurve]) -> Figure:
             x_T, y_T = _staircase(_probit(curve.macer_T), _probit(curve.bscer_T))
             width, steps = 1.0 if curve.is_baseline else 1.4, "steps-post"
             axis.plot(x_T, y_T, color=colour, linestyle=dash, linewidth=width, drawstyle=steps, label=f"curve-{number}")
-            _mark(axis, curve.limits, marker, colour, "white")
-            _mark(axis, [curve.stated] if curve.stated else [], marker, colour, colour)
+            _draw_markers(axis, curve.limits, marker, colour, "white")
+            _draw_markers(axis, [curve.stated] if curve.stated else [], marker, colour, colour)
             shown = {"color": colour, "linestyle": dash, "linewidth": width, "marker": marker, "markersize": 4.5}
             handles.append(Line2D([], [], markerfacecolor="white", **shown))
         places, texts = ndtri(_TICKS), [f"{100 * t:g}" for t in _TICKS]
@@ -163,7 +139,7 @@ def det_figure(title: str, curves: Sequence[DetCurve]) -> Figure:
 
 
 def score_figure(scored: ScoredSet) -> Figure:
-    """Draw a histogram of the scores of bona fides and of each tool, each as shares of its own samples."""
+    """Draw a histogram of the scores of bona fides and of each attack tool, each as shares of its own samples."""
     groups = _groups(scored)
     with style.context(_STYLE):
         figure = Figure(figsize=(5.6, 0.5 + 0.82 * len(groups)), layout="constrained")
@@ -176,7 +152,7 @@ def score_figure(scored: ScoredSet) -> Figure:
                 wrong_N = (score_N >= scored.threshold) != bool(label)
                 axis.axvline(scored.threshold, color="black", linewidth=0.9, linestyle="--")
                 text += f": {wrong_N.sum()} {'missed' if label else 'false alarms'}"
-            _rug(axis, score_N if len(score_N) <= _FEW else score_N[wrong_N])
+            _rug(axis, score_N if len(score_N) <= _MAX_RUG_SAMPLES else score_N[wrong_N])
             axis.set_title(text, loc="left", fontsize=8, pad=2)
         axes[-1].set(xlabel="P(morph)", xlim=(-0.01, 1.01))
     return figure
@@ -208,14 +184,14 @@ def reliability_figure(scored: ScoredSet) -> Figure:
 
 
 def report_figures(sets: Sequence[ScoredSet], baselines: Sequence[Row]) -> list[dict[str, Any]]:
-    """Draw every test set's figures: DET of all detectors, DET by tool of each, scores and reliability of each."""
+    """Draw the figures of each test set: DET of all detectors; of each detector DET by tool, scores, reliability."""
     found: list[dict[str, Any]] = []
     for test_set in dict.fromkeys(scored.test_set for scored in sets):
-        mine = [scored for scored in sets if scored.test_set == test_set]
-        pooled = [curve for s in mine for curve in _curve(s.model, s, s.summary["pooled"], None)]
+        of_set = [scored for scored in sets if scored.test_set == test_set]
+        pooled = [curve for s in of_set for curve in _curve(s.model, s, s.summary["pooled"], None)]
         pooled += [_baseline_curve(row) for row in baselines if row["test_set"] == test_set]
         dets = [det_figure(f"{test_set}: all attack tools pooled", pooled)]
-        for s in mine:
+        for s in of_set:
             curves = [curve for tool, row in s.summary["tools"].items() for curve in _curve(tool, s, row, tool)]
             dets.append(det_figure(f"{s.model}, by attack tool", curves))
         prefix = f"set{len(found)}"
@@ -231,7 +207,7 @@ def report_figures(sets: Sequence[ScoredSet], baselines: Sequence[Row]) -> list[
                         "scores": _svg(score_figure(s), f"{prefix}-scores{n}"),
                         "reliability": _svg(reliability_figure(s), f"{prefix}-reliability{n}"),
                     }
-                    for n, s in enumerate(mine)
+                    for n, s in enumerate(of_set)
                 ],
             }
         )
@@ -239,9 +215,9 @@ def report_figures(sets: Sequence[ScoredSet], baselines: Sequence[Row]) -> list[
 
 
 def _curve(name: str, scored: ScoredSet, row: Row, tool: str | None) -> Iterable[DetCurve]:
-    """Yield the curve of one attack tool, or of all; none where a class has no score."""
-    is_mine = [tool is None or label == 0 or t == tool for t, label in zip(scored.tool_N, scored.label_N, strict=True)]
-    chosen_N = np.array(is_mine, dtype=bool) & ~np.isnan(scored.score_N)
+    """Yield the curve of one attack tool, or of all; none if a class has no score."""
+    is_in = [tool is None or label == 0 or t == tool for t, label in zip(scored.tool_N, scored.label_N, strict=True)]
+    chosen_N = np.array(is_in, dtype=bool) & ~np.isnan(scored.score_N)
     label_N = scored.label_N[chosen_N]
     if label_N.min(initial=1) == label_N.max(initial=0):
         return
@@ -257,7 +233,7 @@ def _curve(name: str, scored: ScoredSet, row: Row, tool: str | None) -> Iterable
 
 
 def _baseline_curve(row: Row) -> DetCurve:
-    """Take a baseline's curve from its file; files of older versions hold no more than the points at the limits."""
+    """Read a baseline's curve from its file; files of older versions have only the points at the limits."""
     pooled, rates = row["summary"]["pooled"], row.get("det") or {"macer": [], "bscer": []}
     return DetCurve(
         name=row["name"],
@@ -270,9 +246,9 @@ def _baseline_curve(row: Row) -> DetCurve:
 
 
 def det_points(scores: ArrayLike, labels: ArrayLike) -> dict[str, list[float]]:
-    """Return the points of a DET curve that can be seen, for a file: {"macer": [...], "bscer": [...]}."""
+    """Return the visible points of a DET curve, for a file: {"macer": [...], "bscer": [...]}."""
     curve = error_curve(scores, labels)
-    seen_T = _seen(_probit(curve.macer_T), _probit(curve.bscer_T))
+    seen_T = _visible(_probit(curve.macer_T), _probit(curve.bscer_T))
     return {"macer": curve.macer_T[seen_T].tolist(), "bscer": curve.bscer_T[seen_T].tolist()}
 
 
@@ -282,8 +258,8 @@ def _probit(rate_T: Floats) -> Floats:
 
 
 def _staircase(x_T: Floats, y_T: Floats) -> tuple[Floats, Floats]:
-    """Keep the points that a staircase needs: one a cell of the grid, then the ends of straight runs."""
-    seen_T = _seen(x_T, y_T)
+    """Keep the points that a staircase needs: one in each cell of the grid, then the ends of straight runs."""
+    seen_T = _visible(x_T, y_T)
     x_T, y_T = x_T[seen_T], y_T[seen_T]
     keep_T = np.ones(len(x_T), dtype=bool)
     for z_T in (x_T, y_T):
@@ -291,14 +267,14 @@ def _staircase(x_T: Floats, y_T: Floats) -> tuple[Floats, Floats]:
     return x_T[keep_T], y_T[keep_T]
 
 
-def _seen(x_T: Floats, y_T: Floats) -> NDArray[np.bool_]:
+def _visible(x_T: Floats, y_T: Floats) -> NDArray[np.bool_]:
     cell_2T = np.round(np.stack([x_T, y_T]) / _GRID)
     seen_T = np.ones(len(x_T), dtype=bool)
     seen_T[1:-1] = (cell_2T[:, 1:-1] != cell_2T[:, :-2]).any(axis=0)
     return seen_T
 
 
-def _mark(axis: Axes, points: Sequence[tuple[float, float]], marker: str, edge: str, face: str) -> None:
+def _draw_markers(axis: Axes, points: Sequence[tuple[float, float]], marker: str, edge: str, face: str) -> None:
     rates_N2 = np.array(points, dtype=np.float64).reshape(-1, 2)
     x_N, y_N = _probit(rates_N2[:, 0]), _probit(rates_N2[:, 1])
     axis.plot(x_N, y_N, marker, markersize=4.5, markeredgecolor=edge, markerfacecolor=face, zorder=3)
@@ -312,7 +288,7 @@ def _histogram(axis: Axes, score_N: Floats, colour: str) -> None:
 
 
 def _rug(axis: Axes, score_N: Floats) -> None:
-    """Draw a tick below the axis at each score, one for scores that agree to three decimals."""
+    """Draw a tick below the axis at each score, one for all scores that agree to three decimals."""
     at_N = np.unique(score_N.round(3))
     low = axis.get_ylim()[0]
     x_3N = np.stack([at_N, at_N, np.full_like(at_N, np.nan)])
@@ -329,18 +305,18 @@ def _groups(scored: ScoredSet) -> list[tuple[str, int, Floats]]:
 
 
 def _look(number: int) -> tuple[str, Any, str]:
-    """Return colour, dashes and marker; the three repeat after different numbers."""
+    """Return colour, dashes and marker; they repeat after 7, 6 and 11, so the first 462 combinations are distinct."""
     return tuple(kind[number % len(kind)] for kind in (_COLOURS, _DASHES, _MARKERS))  # type: ignore[return-value]
 
 
 def _label(text: str) -> str:
-    """Cut a name to what a figure has room for; letters that its font may lack are escaped."""
+    """Shorten a name to fit a figure, and escape letters that its font may lack."""
     shown = "".join(c if c.isprintable() and c < "\u0180" else ascii(c)[1:-1] for c in text)
     return shown if len(shown) <= _LABEL_LENGTH else shown[: _LABEL_LENGTH - 3] + "..."
 
 
 def _svg(figure: Figure, name: str) -> Markup:
-    """Turn a figure into an element of the page; its ids get a prefix, since a page has each only once."""
+    """Turn a figure into an element of the page; its ids get a prefix, because a page must not repeat one."""
     file = io.StringIO()
     with style.context(_STYLE):
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

@@ -1,9 +1,10 @@
-"""Who and what is in a set of shards, in eight bytes each, so that leaks between training and test sets are found.
+"""Fingerprints of the images and identities in a set of shards, to find leakage between training and test sets.
 
-A detector keeps the prints of its training and validation sets; an evaluation, perhaps elsewhere and long after,
-compares those of its test sets. An image's print is its CRC-32 and its length; a person's is the start of a SHA-256.
+A detector keeps the fingerprints of its training and validation sets. An evaluation, perhaps elsewhere and much later,
+compares them with those of its test sets. Each is a uint64: of an image its CRC-32 (high half) and its length in bytes
+(low half), of an identity the first 8 bytes of a SHA-256.
 
-Shapes: N distinct prints, ascending.
+Shapes: N distinct fingerprints, ascending.
 """
 
 import hashlib
@@ -14,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.shards.index import NO_GROUP, ShardIndex
-
-_IDENTITY_FIELDS = ("identity", "identity_2")
+from trainer.data.shards.members import IDENTITY_FIELDS
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprints:
-    """The distinct images and people of a set, as uint64."""
+    """The distinct images and identities of a set."""
 
     images_N: NDArray[np.uint64]
     people_N: NDArray[np.uint64]
@@ -37,25 +37,23 @@ class Fingerprints:
             return Fingerprints(arrays["images"], arrays["people"])
 
     def shared_with(self, other: "Fingerprints") -> str:
-        """Describe what both sets hold; empty where nothing."""
-        images, people = (
-            len(np.intersect1d(ours, theirs, assume_unique=True))
-            for ours, theirs in ((self.images_N, other.images_N), (self.people_N, other.people_N))
-        )
+        """Describe what both sets contain; empty if nothing."""
+        images = len(np.intersect1d(self.images_N, other.images_N, assume_unique=True))
+        people = len(np.intersect1d(self.people_N, other.people_N, assume_unique=True))
         parts = [f"{count} {noun}" for count, noun in ((people, "people"), (images, "identical images")) if count]
         return " and ".join(parts)
 
 
 def fingerprints_of(index: ShardIndex) -> Fingerprints:
-    """Take the prints of all images and of both identities of each sample, where the samples name them."""
+    """Compute the fingerprints of all images, and of the identities that the samples name."""
     images = (index.image_crc32.astype(np.uint64) << np.uint64(32)) | (index.image_bytes.astype(np.uint64) % (1 << 32))
     people: set[int] = set()
-    for name in _IDENTITY_FIELDS:
+    for name in IDENTITY_FIELDS:
         if name in index.group_fields:
             values, codes_N = index.groups(name)
-            people |= {_print_of(values[code]) for code in np.unique(codes_N).tolist() if code != NO_GROUP}
+            people |= {_fingerprint(values[code]) for code in np.unique(codes_N).tolist() if code != NO_GROUP}
     return Fingerprints(np.unique(images), np.array(sorted(people), dtype=np.uint64))
 
 
-def _print_of(identity: str) -> int:
+def _fingerprint(identity: str) -> int:
     return int.from_bytes(hashlib.sha256(identity.encode("utf-8", "surrogateescape")).digest()[:8], "big")

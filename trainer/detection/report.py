@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML page that needs nothing but itself, for people who decide about a detector.
+"""The report of an evaluation: one self-contained HTML page, for people who decide about a detector.
 
 Tables come from the evaluation's JSON, figures from the scores. The page has no script and forbids loading anything;
 figures are SVG, faces are JPEG inside the page. Equal input gives equal bytes. Names and keys come from data, so all of
@@ -24,13 +24,13 @@ from PIL import Image, ImageOps
 from trainer.detection.error_rates import FEW_IDENTITIES, clopper_pearson
 from trainer.detection.figures import Row, ScoredSet, percent, report_figures
 
-_SIDE = 128
-_MATRIX_COLUMNS = 12
+_TILE_PIXELS = 128
+_MAX_TABLE_COLUMNS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HardSample:
-    """A sample that a model got wrong, or nearly."""
+    """A sample that a model classified wrongly, or almost."""
 
     model: str
     test_set: str
@@ -40,16 +40,16 @@ class HardSample:
     score: float
     image_HWC: NDArray[np.uint8]
     attention_HW: NDArray[np.float32] | None
-    """Any size and scale; it covers the whole image."""
+    """Attention of any size and scale; it covers the whole image."""
 
 
 def report_html(evaluation: dict[str, Any], sets: Sequence[ScoredSet], hardest: Sequence[HardSample]) -> str:
-    """Return the page, in ASCII, so that no locale can spoil it.
+    """Return the page, in ASCII, which is the same in every encoding.
 
     Args:
         evaluation: JSON of the run. Tables show its results and baselines, models and test sets in its order.
-        sets: scores for the figures and for counting failures.
-        hardest: of each model, test set and class, shown the worst first.
+        sets: scores, for the figures and the counts of failures.
+        hardest: of each model, test set and class; the worst are shown first.
     """
     filters: dict[str, Callable[..., Any]] = {
         f.__name__: f for f in (percent, interval, format_interval, count, decimal, plain, heat, row_facts)
@@ -77,7 +77,7 @@ def report_html(evaluation: dict[str, Any], sets: Sequence[ScoredSet], hardest: 
 
 
 def interval(limits: Sequence[float] | None) -> str:
-    """Write "[2.38, 8.83 %]"; "no interval" where there is none."""
+    """Write "[2.38, 8.83 %]", or "no interval" if there is none."""
     if limits is None or any(x is None or not math.isfinite(x) for x in limits):
         return "no interval"
     low, high = (percent(x) for x in limits)
@@ -85,9 +85,10 @@ def interval(limits: Sequence[float] | None) -> str:
 
 
 def format_interval(limits: Sequence[float] | None, total: int | None = None) -> str:
-    """Write the interval of a bootstrap; where no replicate differs, the exact one of ``total`` trials, if given.
+    """Write the interval of a bootstrap; if all replicates are equal, the exact interval of ``total`` trials, if given.
 
-    A rate of zero is zero in every replicate, so [0, 0 %] would claim a certainty that nobody has.
+    A rate of zero is zero in every replicate, so the bootstrap gives [0, 0 %], which claims a certainty that does not
+    exist. No error in 204 trials becomes "0 of 204 [0, 1.79 %]".
     """
     if limits is None or tuple(limits) not in ((0, 0), (1, 1)):
         return interval(limits)
@@ -98,12 +99,12 @@ def format_interval(limits: Sequence[float] | None, total: int | None = None) ->
 
 
 def count(rate: float | None, total: int) -> str:
-    """Write "10 of 204" for a share of a whole number."""
+    """Write a rate as a count, "10 of 204"."""
     return "-" if rate is None else f"{round(rate * total)} of {total}"
 
 
 def decimal(value: float | str | None) -> str:
-    """Write a threshold, AUC or ECE with four digits; None is infinity, which JSON does not have."""
+    """Write a threshold, AUC or ECE with four digits; None is infinity, for which JSON has no number."""
     number = math.inf if value is None else float(value)
     if not math.isfinite(number):
         return "infinite" if number > 0 else "minus infinite"
@@ -111,7 +112,7 @@ def decimal(value: float | str | None) -> str:
 
 
 def plain(value: Any) -> str:
-    """Write settings as people read them: "size: 224, crop: centre"."""
+    """Write settings for people: "size: 224, crop: centre"."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {plain(x)}" for key, x in value.items()) or "none"
     if isinstance(value, list | tuple):
@@ -122,13 +123,13 @@ def plain(value: Any) -> str:
 
 
 def heat(rate: float | None) -> str:
-    """Return a light colour for an error rate, white at 0 and red from 50 %, in steps that favour low rates."""
+    """Return a light colour for an error rate: white at 0, red from 50 %, with more contrast at low rates."""
     share = 0.0 if rate is None or not math.isfinite(rate) else math.sqrt(min(max(rate, 0.0), 0.5) / 0.5)
     return "#" + "".join(f"{round(255 + share * (full - 255)):02x}" for full in (238, 130, 98))
 
 
 def row_facts(row: Row) -> list[tuple[str, str, str]]:
-    """List every figure of a row of a summary as (name, text, small print)."""
+    """List all figures of a row of a summary as (name, text, small print)."""
     eer, auc, totals = row["d_eer"], row["auc"], {"macer": row["num_morphs"], "bscer": row["num_bona_fide"]}
     both = f"rates {percent(eer['low'])} and {percent(eer['high'])}, threshold {decimal(eer['threshold'])}"
     facts = [
@@ -153,7 +154,7 @@ def row_facts(row: Row) -> list[tuple[str, str, str]]:
 
 
 def resampled(row: Row) -> str:
-    """Name what the bootstrap drew; files of older versions do not say, and drew identities where there were any."""
+    """Return the units that the bootstrap drew; files of older versions do not record them and drew identities."""
     return str(row.get("resampled", "identities"))
 
 
@@ -161,7 +162,7 @@ def resampled(row: Row) -> str:
 
 
 def _resampled(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """List what bootstraps drew, each with the test sets where they did."""
+    """List the units that bootstraps drew, each with its test sets."""
     found: dict[str, dict[str, None]] = {}
     for result in evaluation["results"]:
         found.setdefault(resampled(result["summary"]["pooled"]), {})[result["test_set"]] = None
@@ -185,12 +186,12 @@ def _detectors(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _matrices(test_sets: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Part the test sets into tables that fit a page."""
+    """Split the test sets into tables that fit on a page."""
     tables: list[list[dict[str, Any]]] = []
     width = 0
     for test_set in test_sets:
         columns = 1 + len(test_set["tools"])
-        if not tables or width + columns > _MATRIX_COLUMNS:
+        if not tables or width + columns > _MAX_TABLE_COLUMNS:
             tables.append([])
             width = 0
         tables[-1].append(test_set)
@@ -199,7 +200,7 @@ def _matrices(test_sets: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]
 
 
 def _failures(scored: ScoredSet) -> dict[str, Any]:
-    """Count what failed to process, and both rates without it and with it as errors; (errors, samples) of each."""
+    """Count failures to process, and both error rates without them and with them as errors, as (errors, samples)."""
     failed_N, t = np.isnan(scored.score_N), scored.threshold
     found: dict[str, Any] = {"model": scored.model, "test_set": scored.test_set, "threshold": t}
     for name, label in (("macer", 1), ("bscer", 0)):
@@ -207,7 +208,7 @@ def _failures(scored: ScoredSet) -> dict[str, Any]:
         num_failed, total = int(np.isnan(score_N).sum()), len(score_N)
         found[f"{name}_failed"] = (num_failed, total)
         if t is not None:
-            wrong = int(np.sum(score_N < t if label else score_N >= t))  # NaN is neither
+            wrong = int(np.sum(score_N < t if label else score_N >= t))  # a NaN counts in neither
             found[f"{name}_without"] = (wrong, total - num_failed)
             found[f"{name}_with"] = (wrong + num_failed, total)
     tools = [scored.tool_N[i] for i in np.flatnonzero(failed_N & (scored.label_N == 1))]
@@ -229,13 +230,13 @@ def _hard_groups(hardest: Sequence[HardSample], sets: Sequence[ScoredSet]) -> li
 
 
 def _tiles(hardest: Sequence[HardSample], which: tuple[str, str, int], threshold: float | None) -> list[dict[str, Any]]:
-    mine = [sample for sample in hardest if (sample.model, sample.test_set, sample.label) == which]
-    mine.sort(key=lambda sample: (sample.score if sample.label else -sample.score, sample.key))
-    return [_tile(sample, threshold) for sample in mine]
+    shown = [sample for sample in hardest if (sample.model, sample.test_set, sample.label) == which]
+    shown.sort(key=lambda sample: (sample.score if sample.label else -sample.score, sample.key))
+    return [_tile(sample, threshold) for sample in shown]
 
 
 def _tile(sample: HardSample, threshold: float | None) -> dict[str, Any]:
-    image = ImageOps.contain(Image.fromarray(sample.image_HWC).convert("RGB"), (_SIDE, _SIDE))
+    image = ImageOps.contain(Image.fromarray(sample.image_HWC).convert("RGB"), (_TILE_PIXELS, _TILE_PIXELS))
     return {
         "key": sample.key,
         "tool": sample.tool,
@@ -247,7 +248,7 @@ def _tile(sample: HardSample, threshold: float | None) -> dict[str, Any]:
 
 
 def _overlay(image: Image.Image, attention_HW: NDArray[np.float32]) -> Image.Image:
-    """Colour a picture by attention, each from its own lowest to its own highest value."""
+    """Colour a picture by its attention, scaled from its lowest to its highest value."""
     low_HW = np.nan_to_num(attention_HW).astype(np.float32)
     span = float(np.ptp(low_HW))
     unit_HW = (low_HW - low_HW.min()) / span if span > 0 else np.zeros_like(low_HW)
@@ -260,6 +261,3 @@ def _data_uri(image: Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-# ---------------------------------------------------------------------------------------------- figures

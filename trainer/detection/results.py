@@ -1,7 +1,7 @@
-"""What an evaluation leaves: scores while it goes on, all its files at once when it is done, tables of what matters.
+"""The files of an evaluation: scores while it runs, all results together at the end; and tables of the main figures.
 
-A failure never costs what was computed before it: the scores of each finished pair of model and test set are on disk
-at once, in OUTPUT/[timestamp]_scores.partial.csv, which goes when the files that hold everything are in their places.
+A failure never loses what was computed before it: the scores of each finished pair of model and test set are written at
+once to OUTPUT/[timestamp]_scores.partial.csv. That file is removed when the complete files are in place.
 """
 
 import csv
@@ -26,10 +26,10 @@ _COLUMNS = ("model", "test_set", "key", "label", "attack", "score", "isMorph", "
 
 
 class Results:
-    """The files of one evaluation, under a time stamp that no other evaluation in this folder has."""
+    """The files of one evaluation, with a time stamp that is unique in its folder."""
 
     def __init__(self, output: Path) -> None:
-        """Claim a stamp and open the file of scores so far, before any work.
+        """Claim a time stamp and open the file of partial scores, before any work.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -45,15 +45,15 @@ class Results:
         self._add(_text_of([_COLUMNS]))
 
     def path(self, name: str) -> Path:
-        """Return where one of the files goes."""
+        """Return the path of one of the files."""
         return self._stem.with_name(f"{self._stem.name}_{name}")
 
     def add(self, scored: ScoredSet, code_N: Sequence[str]) -> None:
-        """Bring the scores of one model on one test set to the disk."""
+        """Write the scores of one model on one test set to the disk."""
         self._add(_text_of(score_rows(scored, code_N)))
 
     def commit(self, evaluation: str, report: str, others: Mapping[Path, str]) -> None:
-        """Put every file in its place, or none where the storage refuses one."""
+        """Put all files in place, or none if the storage fails."""
         files = {
             self.path("eval.json"): evaluation,
             self.path("scores.csv"): "".join(self._rows),
@@ -89,13 +89,13 @@ class Results:
 
 
 def score_rows(scored: ScoredSet, code_N: Sequence[str]) -> list[tuple[Any, ...]]:
-    """List a row for each image, in the terms of NIST's FATE MORPH (isMorph, score, return code)."""
+    """Return one row an image, with the columns of NIST's FATE MORPH (isMorph, score, return code)."""
     threshold = np.inf if scored.threshold is None else scored.threshold
     columns = (scored.key_N, scored.label_N.tolist(), scored.tool_N, scored.score_N.tolist(), code_N)
     rows: list[tuple[Any, ...]] = []
     for key, label, tool, value, code in zip(*columns, strict=True):
-        said = (f"{value:.6f}", str(bool(value >= threshold)).lower()) if code == SUCCESS else ("", "")
-        rows.append((scored.model, scored.test_set, key, label, tool, *said, code))
+        decision = (f"{value:.6f}", str(bool(value >= threshold)).lower()) if code == SUCCESS else ("", "")
+        rows.append((scored.model, scored.test_set, key, label, tool, *decision, code))
     return rows
 
 
@@ -121,7 +121,7 @@ def terminal_table(evaluation: Mapping[str, Any]) -> str:
 
 
 def markdown_table(evaluation: Mapping[str, Any]) -> str:
-    """Write the D-EER of every detector on every test set for a page in Markdown; the lowest of a test set is bold."""
+    """Write the D-EER of every detector on every test set as a Markdown table; the lowest of a test set is bold."""
     sets = [test_set["name"] for test_set in evaluation["test_sets"]]
     cells = {(name, r["test_set"]): r["summary"]["pooled"]["d_eer"] for name, r in _results_of(evaluation)}
     lowest = {s: min((eer["value"] for (_, at), eer in cells.items() if at == s), default=None) for s in sets}
@@ -148,7 +148,7 @@ def _percent_and_interval(eer: Mapping[str, Any], unit: str, *, bold: bool = Fal
 
 
 def _claim(output: Path) -> tuple[Path, io.TextIOWrapper]:
-    """Open the partial scores under the first stamp that is free; two evaluations may start in one second."""
+    """Open the partial scores with the first free time stamp; two evaluations may start in the same second."""
     now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     for number in itertools.count(1):
         stamp = now if number == 1 else f"{now}-{number}"

@@ -1,13 +1,13 @@
-"""A detector on disk: what evaluation needs, in a folder that is whole or absent.
+"""A detector on disk: all that an evaluation needs, in an atomic folder.
 
 Layout of OUTPUT/detector::
 
-    detector.json        recipe, preprocessing, calibration, thresholds, where it comes from; sha256 of the other files
-    weights.safetensors  what was trained: adapters and head, or everything; float32
-    train.npz val.npz    prints of the images and people that it has seen (`trainer.detection.leakage`)
+    detector.json        recipe, preprocessing, calibration, thresholds, origin; sha256 of the other files
+    weights.safetensors  the trained parameters: adapters and head, or everything; float32
+    train.npz val.npz    fingerprints of the images and identities that it has seen (`trainer.detection.leakage`)
     adapter/             with LoRA: the same adapters and head in peft's own format
 
-A frozen encoder is not in it: its weights are those of ``init``, whose sha256 is recorded and checked.
+A frozen encoder is not saved: its weights are those of ``init``, whose sha256 is recorded and checked.
 """
 
 import json
@@ -37,14 +37,14 @@ from trainer.weights.detector_folder import (
 
 @dataclass(frozen=True, slots=True)
 class SavedDetector:
-    """What a detector's folder holds."""
+    """The content of a detector's folder."""
 
     path: Path
     description: dict[str, Any]
     weights: dict[str, Tensor]
     decision: Decision
     seen: dict[str, Fingerprints]
-    """Fingerprints of the training set ("train") and of the validation set ("val"), where there was one."""
+    """Fingerprints of the training set ("train") and, if there was one, of the validation set ("val")."""
 
 
 def save_detector(
@@ -60,7 +60,7 @@ def save_detector(
     """Replace a detector's folder; a kill leaves the old one or the new one.
 
     Raises:
-        CheckpointError: the storage refuses; what was there stays.
+        CheckpointError: the storage fails; the old detector stays.
         SupersededError: a newer attempt has taken over.
     """
     draft = lease.draft(folder.name)
@@ -68,45 +68,46 @@ def save_detector(
         lease.check()
         draft.mkdir()
         save_file({name: value.contiguous() for name, value in weights.items()}, draft / WEIGHTS)
-        for name, prints in seen.items():
-            prints.save(draft / f"{name}.npz")
+        for name, fingerprints in seen.items():
+            fingerprints.save(draft / f"{name}.npz")
         if write_more is not None:
             write_more(draft)
         sync_files(files_below(draft))
         fitted = {
             "calibration": {"slope": decision.calibration.slope, "offset": decision.calibration.offset},
-            "thresholds": {name: repr(value) for name, value in decision.thresholds.items()},  # inf is no JSON number
+            "thresholds": {name: repr(value) for name, value in decision.thresholds.items()},  # JSON has no infinity
             "threshold_rule": decision.rule,
             "threshold_notes": list(decision.notes),
         }
         text = {"format_version": FORMAT_VERSION} | description | fitted | {"files": describe_files(draft)}
         write_synced(draft / DESCRIPTION, without_secrets(json.dumps(text, indent=1)) + "\n")
         restore(folder, lease)
-        if folder.exists():  # no file system everywhere swaps two folders, so for a moment there is only the old one
+        # Not every file system can swap two folders: the old one moves away first; after a kill, `restore` undoes it.
+        if folder.exists():
             lease.move(folder, replaced_name(folder))
         lease.move(draft, folder)
         if replaced_name(folder).exists():
             lease.discard(replaced_name(folder))
     except OSError as error:
-        raise CheckpointError(f"detector {folder} cannot be written ({error}): mend the storage") from error
+        raise CheckpointError(f"detector {folder} cannot be written ({error}): repair the storage") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 def load_detector(path: Path) -> SavedDetector:
-    """Read a detector's folder, or that of a run which holds one. No code from the files is executed.
+    """Read a detector's folder, or the output folder of a run that holds one. No code from the files is executed.
 
     Raises:
         CheckpointError: there is none, or a file is missing or altered.
     """
     folder, description, weights = read_detector(path)
     thresholds = {name: float(value) for name, value in description["thresholds"].items()}
-    told = {"rule": description.get("threshold_rule", ""), "notes": tuple(description.get("threshold_notes", ()))}
+    limits = {"rule": description.get("threshold_rule", ""), "notes": tuple(description.get("threshold_notes", ()))}
     return SavedDetector(
         folder,
         description,
         weights,
-        Decision(Calibration(**description["calibration"]), thresholds, **told),
+        Decision(Calibration(**description["calibration"]), thresholds, **limits),
         {
             name: Fingerprints.load(folder / f"{name}.npz")
             for name in ("train", "val")
@@ -116,7 +117,7 @@ def load_detector(path: Path) -> SavedDetector:
 
 
 def restore(folder: Path, lease: Lease) -> None:
-    """Put a detector back that was about to be replaced when the process was killed."""
+    """Restore the old detector if the process was killed while it was being replaced."""
     if replaced_name(folder).exists():
         if folder.exists():
             lease.discard(replaced_name(folder))

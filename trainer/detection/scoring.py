@@ -1,7 +1,7 @@
-"""Labelled images -> scores -> thresholds and tables.
+"""From labelled images to scores, calibration and thresholds.
 
-The score of an image is P(morph), classes are [bonafide, morph] = [0, 1]. What a detector decides by, its calibration
-and its thresholds, is fitted on validation data once and stored with it; test data are only ever measured.
+The score of an image is P(morph), classes are [bonafide, morph] = [0, 1]. The decision of a detector, its calibration
+and its thresholds, is fitted on validation data once and stored with it; test data are only measured.
 
 Shapes: N samples, B of a batch.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from trainer.data.labels import CLASSES
 from trainer.data.loader import to_device
 from trainer.data.shards.index import NO_GROUP, ShardIndex, missing_labels
-from trainer.data.shards.members import CLASS_FIELD
+from trainer.data.shards.members import CLASS_FIELD, IDENTITY_FIELDS
 from trainer.data.stream import Batch
 from trainer.detection.error_rates import (
     BSCER_LIMITS,
@@ -34,14 +34,14 @@ from trainer.detection.error_rates import (
 from trainer.distributed.world import World
 from trainer.errors import DataError
 
-SUCCESS = "Success"
+SUCCESS, UNREADABLE = "Success", "unreadable"
 RULE = "expected error on new images at most the limit, if they come from where the validation data came from"
-"""What the thresholds that `fit_decision` makes promise."""
+"""The promise of the thresholds that `fit_decision` makes; recorded in every detector."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What a detector said of the samples of a set, in ascending order of their numbers."""
+    """A detector's scores of the samples of a set, in ascending order of their numbers."""
 
     sample_N: NDArray[np.int64]
     logit_N: NDArray[np.float64]
@@ -52,13 +52,13 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What is known of the samples of a set."""
+    """The labels and names of the samples of a set."""
 
     label_N: NDArray[np.int64]
     tool_N: list[str]
     """Attack tool of each morph, "" for bona fides."""
     people_N: list[tuple[str, ...]]
-    """The identities that each image shows, as far as its json names them."""
+    """The identities in each image, as far as its json names them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,9 @@ class Decision:
     thresholds: dict[str, float]
     """Name -> threshold on P(morph): ``d_eer``, ``macer_0.05`` (MACER on new images at most 5 %), ``bscer_0.01``."""
     rule: str = ""
-    """What the limits in the names hold for; "" in detectors of older versions: the validation data themselves."""
+    """Which images the limits hold for; "" in detectors of older versions means the validation images themselves."""
     notes: tuple[str, ...] = ()
-    """Which limits there were too few validation images for."""
+    """The limits for which there were too few validation images."""
 
     def probability(self, logit_N: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the calibrated P(morph); NaN stays NaN."""
@@ -79,11 +79,11 @@ class Decision:
 
 
 UNCALIBRATED = Decision(Calibration(1.0, 0.0), {"d_eer": 0.5})
-"""For a detector that had no validation data: the softmax as it is, and one half."""
+"""For a detector without validation data: the plain softmax, and a threshold of one half."""
 
 
 def score(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], device: torch.device) -> Scores:
-    """Score this rank's batches of a stream that substitutes nothing.
+    """Score this rank's batches of a stream that does not substitute unreadable images.
 
     Args:
         forward: uint8 images -> logits (B, 2).
@@ -100,35 +100,32 @@ def score(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], device:
     return Scores(np.array(samples, dtype=np.int64), np.concatenate(logits) if logits else np.empty(0), codes)
 
 
-def over_ranks(mine: Scores, world: World) -> Scores:
-    """Join the ranks' scores. A sample that several ranks measured, to be equally many, counts once."""
-    found = world.gather_over_ranks(
-        [mine.sample_N.tolist(), [None if np.isnan(x) else x for x in mine.logit_N.tolist()], mine.code_N]
-    )
-    rows = {
-        sample: (np.nan if logit is None else logit, code)
-        for samples, logits, codes in reversed(found)  # the first rank has the last word
-        for sample, logit, code in zip(samples, logits, codes, strict=True)
-    }
-    ordered = sorted(rows)
-    return Scores(
-        np.array(ordered, dtype=np.int64),
-        np.array([rows[sample][0] for sample in ordered], dtype=np.float64),
-        [rows[sample][1] for sample in ordered],
-    )
+def over_ranks(local: Scores, world: World) -> Scores:
+    """Gather the ranks' scores; a sample that several ranks measured counts once. All ranks call.
+
+    The codes are not gathered: an unreadable image gets `UNREADABLE`, whatever the reason was on its rank.
+    """
+    if world.size == 1:
+        return local
+    from trainer.detection.torch_metrics import GatheredScores  # imports torchmetrics, which takes seconds
+
+    gathered = GatheredScores(process_group=world.decisions)
+    gathered.update(torch.from_numpy(local.logit_N), torch.from_numpy(local.sample_N))
+    sample_N, logit_N = gathered.compute()
+    return Scores(sample_N, logit_N, [UNREADABLE if np.isnan(logit) else SUCCESS for logit in logit_N.tolist()])
 
 
 def truth_of(index: ShardIndex, sample_N: NDArray[np.int64]) -> Truth:
-    """Look up label, tool and people of some samples."""
+    """Look up label, attack tool and identities of some samples."""
     label_N = index.labels[sample_N].astype(np.int64)
     tools = _group(index, "attack", sample_N)
-    people = [_group(index, name, sample_N) for name in ("identity", "identity_2")]
+    people = [_group(index, name, sample_N) for name in IDENTITY_FIELDS]
     named = [tool or "unnamed" if label else "" for tool, label in zip(tools, label_N.tolist(), strict=True)]
     return Truth(label_N, named, [tuple(p for p in both if p) for both in zip(*people, strict=True)])
 
 
 def check_labels(index: ShardIndex, *, setting: str, both: bool = True) -> None:
-    """Refuse a set that cannot train or judge a detector.
+    """Refuse a set whose labels cannot train or test a detector.
 
     Args:
         index: of the set.
@@ -136,8 +133,7 @@ def check_labels(index: ShardIndex, *, setting: str, both: bool = True) -> None:
         both: both classes must occur.
 
     Raises:
-        DataError: a sample has no label or another one than 0 and 1, or one that contradicts the name of its class; or
-            a class is missing.
+        DataError: a label is missing, is not 0 or 1, or contradicts the name of its class; or a class is missing.
     """
     label_N = index.labels
     wrong = np.flatnonzero((label_N < 0) | (label_N > 1))
@@ -164,9 +160,9 @@ def check_labels(index: ShardIndex, *, setting: str, both: bool = True) -> None:
 
 
 def fit_decision(logit_N: NDArray[np.float64], label_N: NDArray[np.int64]) -> Decision:
-    """Fit calibration and thresholds on validation data; images that could not be read are left out.
+    """Fit calibration and thresholds on validation data; unreadable images are left out.
 
-    The thresholds of limits are for new images: there the expected error is at most the limit.
+    The thresholds of limits hold for new images: there the expected error is at most the limit.
     """
     read_N = ~np.isnan(logit_N)
     logit_N, label_N = logit_N[read_N], label_N[read_N]
@@ -190,7 +186,7 @@ def _too_few(what: str, limit: float) -> str:
 
 
 def validation_figures(scores: Scores, label_N: NDArray[np.int64]) -> dict[str, Any]:
-    """Measure what chooses a checkpoint: D-EER, and the cross-entropy that breaks ties."""
+    """Compute the figures of a validation: D-EER, cross-entropy, and the number of unreadable images."""
     read_N = ~np.isnan(scores.logit_N)
     logit_N, label_N = scores.logit_N[read_N], label_N[read_N]
     signed_N = np.where(label_N == 1, logit_N, -logit_N)

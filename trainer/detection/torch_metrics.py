@@ -1,4 +1,8 @@
-"""The error rates as torchmetrics classes, for sums over ranks."""
+"""Gathering of scores over ranks, and the error rates, as torchmetrics classes.
+
+torchmetrics imports transformers where that is installed, which takes seconds. Import this module where several ranks
+measure, not at the start of a command.
+"""
 
 from typing import Any
 
@@ -13,23 +17,54 @@ from trainer.detection.error_rates import Floats, bscer_at_macer, d_eer, error_c
 from trainer.errors import DataError
 
 
-class DetectionMetric(Metric):
-    """Base of the metrics that see all scores of all ranks, each sample once.
-
-    Samplers that pad a set to equal shares make ranks measure samples twice, and published figures count them twice. So
-    every score comes with the number of its sample, and of several scores of one sample the first rank's counts.
-    """
+class _SampleMetric(Metric):
+    """Base of metrics whose states are lists with one entry a sample, concatenated over ranks in rank order."""
 
     is_differentiable = False
     full_state_update = False
-    scores: list[Tensor]
-    labels: list[Tensor]
-    samples: list[Tensor]
+    state_names: tuple[str, ...]
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        for name in ("scores", "labels", "samples"):
+        for name in self.state_names:
             self.add_state(name, default=[], dist_reduce_fx="cat")
+
+
+class GatheredScores(_SampleMetric):
+    """All scores of all ranks, each sample once.
+
+    Samplers that pad a set to equal shares make ranks measure some samples twice, and many published figures count
+    them twice. So every score has the number of its sample, and of several scores of one sample only the first rank's
+    counts::
+
+        rank 0    samples 0 2 4    scores a c e
+        rank 1    samples 1 3 0    scores b d f       0 is the padding
+        all       samples 0 1 2 3 4    scores a b c d e
+    """
+
+    state_names = ("scores", "samples")
+    scores: list[Tensor]
+    samples: list[Tensor]
+
+    def update(self, scores: Tensor, samples: Tensor) -> None:
+        """Add scores (B,) and the numbers of their samples; nothing is read from the device."""
+        self.scores.append(scores.detach().double())
+        self.samples.append(samples)
+
+    def compute(self) -> tuple[NDArray[np.int64], Floats]:
+        """Return the numbers of all samples, ascending, and their scores; a NaN stays one."""
+        score_N, sample_N = (dim_zero_cat(x).cpu().numpy() for x in (self.scores, self.samples))
+        sample_N, first_N = np.unique(sample_N, return_index=True)
+        return sample_N, score_N[first_N]
+
+
+class DetectionMetric(_SampleMetric):
+    """Base of the error rates over all scores of all ranks, each sample once, as in `GatheredScores`."""
+
+    state_names = ("scores", "labels", "samples")
+    scores: list[Tensor]
+    labels: list[Tensor]
+    samples: list[Tensor]
 
     def update(self, scores: Tensor, labels: Tensor, samples: Tensor) -> None:
         """Add scores (B,), their labels and the numbers of their samples; nothing is read from the device."""

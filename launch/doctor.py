@@ -1,8 +1,8 @@
-"""Is this cluster ready? One line for each check, before a training starts; the sbatch scripts begin with it.
+"""Check whether a cluster is ready for a training, one line for each check; the sbatch scripts begin with it.
 
-It takes the settings of the training, so a mistake in them is found here as well. Under ``deepspeed`` or ``srun`` it
-examines all ranks; with --hostfile it asks every host over ssh, before ranks can start. Lines begin with ok, warn
-or FAIL; with any FAIL the exit code is 2. Nothing is left behind.
+It takes the settings of the training, so it also finds mistakes in them. Under ``deepspeed`` or ``srun`` it examines
+all ranks; with --hostfile it asks every host over ssh, before ranks can start. Lines begin with ok, warn or FAIL; with
+any FAIL the exit code is 2. No file is left behind.
 
 Usage: python launch/doctor.py [--script finetune] [--hostfile FILE] [settings of that training]
 
@@ -64,8 +64,8 @@ def main(line: Training[Settings, Recipe, Runtime]) -> int:
         print(json.dumps(facts_of(World(), line.recipe, runtime, list_shards_of(runtime)[:2])))
         return 0
     if settings.hostfile:
-        words = ["--script", settings.script, *line.file_argv, *line.argv, "--facts"]
-        return report(check_hosts(Path(settings.hostfile), Path(__file__).resolve(), words))
+        argv = ["--script", settings.script, *line.file_argv, *line.argv, "--facts"]
+        return report(check_hosts(Path(settings.hostfile), Path(__file__).resolve(), argv))
     return examine(line.recipe, runtime)
 
 

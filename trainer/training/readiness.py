@@ -1,4 +1,4 @@
-"""Is this cluster ready for a training? One finding for each check; launch/doctor.py prints them."""
+"""Checks whether a cluster is ready for a training, one finding for each; launch/doctor.py prints them."""
 
 import functools
 import json
@@ -37,18 +37,18 @@ from trainer.models.encoder import PatchEncoder
 from trainer.training.pretraining import build_model
 
 START_TIMEOUT_S = 50
-_READ_BYTES, _READ_S = 64_000_000, 5.0
+_MAX_READ_BYTES, _MAX_READ_S = 64_000_000, 5.0
 _REDUCE_FLOATS = {"cuda": 64_000_000, "cpu": 4_000_000}
-_SKEW_S = 2.0
-_OPEN_FILES = 4096
-_SSH_S = 10
-_NCCL_BYTES = 1_000_000_000
-"""What NVIDIA's containers are started with (--shm-size 1g)."""
+_MAX_SKEW_S = 2.0
+_MIN_OPEN_FILES = 4096
+_SSH_TIMEOUT_S = 10
+_MIN_NCCL_BYTES = 1_000_000_000
+"""The shared memory that NVIDIA recommends for its containers (--shm-size 1g)."""
 _SENT_BY_DEEPSPEED = ("PYTHON", "UCX", "MV2", "MLFLOW", "NCCL")
 _NEEDED_ON_HOSTS = ("DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "NO_ALBUMENTATIONS_UPDATE")
 
 Facts = dict[str, Any]
-"""What one rank knows of its host, JSON-able."""
+"""The facts of one rank's host, JSON-able."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +79,21 @@ def examine(recipe: Recipe, runtime: Runtime) -> int:
     use_devices(world, runtime, refuse_unusable=False)
     engine_settings(recipe, world, runtime.micro_batch, runtime.ds_config)  # refuses what contradicts the recipe
     world = connect(world, timeout_s=START_TIMEOUT_S, start_timeout_s=START_TIMEOUT_S)
-    met_s = time.monotonic() - began
+    rendezvous_s = time.monotonic() - began
     shards = world.on_main(lambda: _sample(list_shards_of(runtime), 4 * world.size))
-    mine = [shard for place, shard in enumerate(shards) if place % world.size == world.rank] or shards[:1]
+    local = [shard for place, shard in enumerate(shards) if place % world.size == world.rank] or shards[:1]
     world.wait_for_all()
-    known = world.gather_over_ranks(facts_of(world, recipe, runtime, mine))
+    known = world.gather_over_ranks(facts_of(world, recipe, runtime, local))
     reduce_s = time_all_reduce(world)
-    blind = see_each_others_files(world, Path(runtime.output_dir))
+    blind = hosts_without_output(world, Path(runtime.output_dir))
 
     def judge() -> int:
         return report(
             iter(
                 [
-                    Finding("ok", "rendezvous", f"{world.size} ranks on {_count(_by_host(known))} in {met_s:.1f} s"),
+                    Finding(
+                        "ok", "rendezvous", f"{world.size} ranks on {_count(_by_host(known))} in {rendezvous_s:.1f} s"
+                    ),
                     *judge_facts(known, shards),
                     judge_all_reduce(reduce_s, world),
                     judge_output(blind, recipe, runtime),
@@ -105,13 +107,13 @@ def examine(recipe: Recipe, runtime: Runtime) -> int:
 
 
 def list_shards_of(runtime: Runtime) -> list[str]:
-    """List the training shards; none where the command names none."""
+    """List the training shards; none if the command names none."""
     sources = read_sources(runtime.data, setting="--data") if runtime.data else []
     return [shard for source in sources for shard in source.shards]
 
 
 def facts_of(world: World, recipe: Recipe, runtime: Runtime, shards: Sequence[str]) -> Facts:
-    """Look around on this host."""
+    """Collect the facts of this host."""
     now = time.time()
     device = default_device()
     return {
@@ -132,12 +134,14 @@ def facts_of(world: World, recipe: Recipe, runtime: Runtime, shards: Sequence[st
 
 
 def read_some(shards: Sequence[str]) -> dict[str, Any]:
-    """Read the beginnings of shards for a few seconds; the first error is kept."""
+    """Read the beginnings of shards for a few seconds, up to the first error."""
     read, began = 0, time.monotonic()
     for shard in shards:
         try:
             with reading(shard) as file:
-                while time.monotonic() - began < _READ_S and read < _READ_BYTES and (piece := file.read(1 << 20)):
+                while (
+                    time.monotonic() - began < _MAX_READ_S and read < _MAX_READ_BYTES and (piece := file.read(1 << 20))
+                ):
                     read += len(piece)
         except (OSError, TrainerError) as error:
             return {"problem": without_secrets(f"{shard} cannot be read ({error})"), "bytes": read, "s": 0.0}
@@ -145,18 +149,18 @@ def read_some(shards: Sequence[str]) -> dict[str, Any]:
 
 
 def judge_facts(known: Sequence[Facts], shards: Sequence[str]) -> Iterator[Finding]:
-    """Compare what the ranks know, and hold it against what the training needs."""
+    """Compare the facts of all ranks with each other and with the needs of the training."""
     first = known[0]
     hosts = _by_host(known)
-    odd = [facts for facts in known if facts["versions"] != first["versions"]]
-    told = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    differing = [facts for facts in known if facts["versions"] != first["versions"]]
+    listed_versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     yield (
-        Finding("ok", "versions", told)
-        if not odd
+        Finding("ok", "versions", listed_versions)
+        if not differing
         else Finding(
             "FAIL",
             "versions",
-            f"{first['host']} has {told}, but {_differing(odd[0], first)}: use one environment on all",
+            f"{first['host']} has {listed_versions}, but {_differing(differing[0], first)}: use one environment on all",
         )
     )
     devices = {host: f"{facts['devices']} x {facts['device']}" for host, facts in hosts.items()}
@@ -167,7 +171,7 @@ def judge_facts(known: Sequence[Facts], shards: Sequence[str]) -> Iterator[Findi
     late = min(known, key=lambda facts: facts["time"])["host"]
     yield (
         Finding("ok", "clocks", f"differ by less than {max(skew, 0.1):.1f} s")
-        if skew < _SKEW_S
+        if skew < _MAX_SKEW_S
         else Finding(
             "warn",
             "clocks",
@@ -178,7 +182,7 @@ def judge_facts(known: Sequence[Facts], shards: Sequence[str]) -> Iterator[Findi
         yield from _judge_each(hosts, "devices", _judge_unusable_gpus, "")
     yield from _judge_each(hosts, "compiler", _judge_compiler, "nothing is compiled at the start")
     yield from _judge_each(hosts, "shared memory", _judge_shared_memory, "enough, or not needed")
-    yield from _judge_each(hosts, "open files", _judge_open_files, f"at least {_OPEN_FILES} allowed")
+    yield from _judge_each(hosts, "open files", _judge_open_files, f"at least {_MIN_OPEN_FILES} allowed")
     yield judge_reading(known, shards)
 
 
@@ -188,7 +192,7 @@ def _judge_each(
     judge: Callable[[Facts], tuple[Literal["warn", "FAIL"], str] | None],
     fine: str,
 ) -> Iterator[Finding]:
-    """One line where all hosts are well, else one for each problem with the hosts that have it."""
+    """Yield one finding if all hosts are fine, else one for each problem, with the hosts that have it."""
     problems: dict[tuple[Literal["warn", "FAIL"], str], list[str]] = {}
     for host, facts in hosts.items():
         if problem := judge(facts):
@@ -214,23 +218,23 @@ def _judge_compiler(facts: Facts) -> tuple[Literal["warn", "FAIL"], str] | None:
 
 
 def _judge_shared_memory(facts: Facts) -> tuple[Literal["warn", "FAIL"], str] | None:
-    """Batches go through anonymous memory; only NCCL uses /dev/shm, between GPUs of one host."""
-    if facts["device"] == "CPU" or facts["local_size"] == 1 or facts["shared_memory"] >= _NCCL_BYTES:
+    """Check /dev/shm. Batches use anonymous memory; only NCCL uses /dev/shm, between the GPUs of one host."""
+    if facts["device"] == "CPU" or facts["local_size"] == 1 or facts["shared_memory"] >= _MIN_NCCL_BYTES:
         return None
     return "warn", (
-        f"/dev/shm has {_size(facts['shared_memory'])} free, and NCCL may need {_size(_NCCL_BYTES)} between GPUs: "
+        f"/dev/shm has {_size(facts['shared_memory'])} free, and NCCL may need {_size(_MIN_NCCL_BYTES)} between GPUs: "
         "enlarge it (docker --shm-size 1g)"
     )
 
 
 def _judge_open_files(facts: Facts) -> tuple[Literal["warn", "FAIL"], str] | None:
-    if facts["open_files"] >= _OPEN_FILES:
+    if facts["open_files"] >= _MIN_OPEN_FILES:
         return None
-    return "warn", f"only {facts['open_files']} open files are allowed: ulimit -n {_OPEN_FILES}"
+    return "warn", f"only {facts['open_files']} open files are allowed: ulimit -n {_MIN_OPEN_FILES}"
 
 
 def judge_reading(known: Sequence[Facts], shards: Sequence[str]) -> Finding:
-    """Tell how fast the hosts read, or which cannot."""
+    """Report the reading rate of the slowest host, or the hosts that cannot read."""
     if not shards:
         return Finding("warn", "shards", "not looked at: pass the --data of the training")
     problems = [facts for facts in known if facts["read"]["problem"]]
@@ -251,22 +255,25 @@ def time_all_reduce(world: World) -> float:
     if world.size == 1:
         return math.nan
     device = default_device()
-    words = torch.ones(_REDUCE_FLOATS[device.type], device=device)
-    taken = []
+    payload = torch.ones(_REDUCE_FLOATS[device.type], device=device)
+    seconds = []
     for _ in range(6):
         world.wait_for_all()
         began = time.monotonic()
-        dist.all_reduce(words)
-        float(words[0])  # waits for the device
-        taken.append(time.monotonic() - began)
-        words.fill_(1.0)
-    return sorted(taken[1:])[2]
+        dist.all_reduce(payload)
+        float(payload[0])  # waits for the device
+        seconds.append(time.monotonic() - began)
+        payload.fill_(1.0)
+    return sorted(seconds[1:])[2]  # the first one opens connections
 
 
 def judge_all_reduce(reduce_s: float, world: World) -> Finding:
-    """Turn the time into bus bandwidth: every byte crosses each link 2(n-1)/n times in a ring (NCCL's tests)."""
+    """Report the bus bandwidth, as NCCL's tests do: in a ring every byte crosses each link 2(n-1)/n times.
+
+    256 MB on 8 ranks in 10 ms: 2 x 7/8 x 256 MB / 10 ms = 44.8 GB/s.
+    """
     if math.isnan(reduce_s):
-        return Finding("ok", "all-reduce", "one rank has nobody to talk to")
+        return Finding("ok", "all-reduce", "there is only one rank")
     num_bytes = 4 * _REDUCE_FLOATS[default_device().type]
     bus = 2 * (world.size - 1) / world.size * num_bytes / reduce_s
     return Finding(
@@ -274,8 +281,8 @@ def judge_all_reduce(reduce_s: float, world: World) -> Finding:
     )
 
 
-def see_each_others_files(world: World, output: Path) -> list[str]:
-    """Let rank 0 write below the output folder and every rank look; returns the hosts that do not see it."""
+def hosts_without_output(world: World, output: Path) -> list[str]:
+    """Write a file on rank 0 below the output folder, look for it on all ranks, and return the hosts without it."""
     token = Path("logs", f".doctor-{uuid.uuid4().hex}")
 
     def write() -> str:
@@ -298,7 +305,7 @@ def see_each_others_files(world: World, output: Path) -> list[str]:
 
 
 def judge_output(blind: Sequence[str], recipe: Recipe, runtime: Runtime) -> Finding:
-    """Tell whether all hosts share the output folder and whether checkpoints fit."""
+    """Report whether all hosts share the output folder and whether checkpoints fit."""
     output = Path(runtime.output_dir)
     if blind:
         return Finding("FAIL", "output", f"{', '.join(blind[:8])} does not see {output.absolute()}: it must be shared")
@@ -328,28 +335,28 @@ def checkpoint_bytes(recipe: Recipe, runtime: Runtime) -> int:
     return 16 * weights // (100 if frozen else 1)
 
 
-def check_hosts(hostfile: Path, script: Path, words: Sequence[str]) -> Iterator[Finding]:
-    """Let every host of a hostfile run ``script``, which prints its facts, over ssh and all at once; compare them.
+def check_hosts(hostfile: Path, script: Path, argv: Sequence[str]) -> Iterator[Finding]:
+    """Run ``script``, which prints the facts of its host, on every host of a hostfile over ssh; compare the facts.
 
     Raises:
         ConfigError: the file cannot be used.
     """
     slots = read_hostfile(hostfile)
     sent = read_deepspeed_env()
-    held_back = [
+    not_sent = [
         n for n in _NEEDED_ON_HOSTS if n in os.environ and n not in sent and not n.startswith(_SENT_BY_DEEPSPEED)
     ]
     yield (
         Finding("ok", "hostfile", f"{len(slots)} hosts, {sum(slots.values())} slots")
-        if not held_back
+        if not not_sent
         else Finding(
             "warn",
             "hostfile",
-            f"{', '.join(held_back)} is set here, but DeepSpeed does not send it: write "
-            f"{held_back[0]}={os.environ[held_back[0]]} into .deepspeed_env",
+            f"{', '.join(not_sent)} is set here, but DeepSpeed does not send it: write "
+            f"{not_sent[0]}={os.environ[not_sent[0]]} into .deepspeed_env",
         )
     )
-    ask = functools.partial(_ask, script=script, words=words, environment=sent)
+    ask = functools.partial(_ask, script=script, argv=argv, environment=sent)
     with ThreadPoolExecutor(len(slots)) as pool:
         answers = dict(zip(slots, pool.map(ask, slots), strict=True))
     known = []
@@ -370,7 +377,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     """Read ``host slots=N`` lines.
 
     Raises:
-        ConfigError: the file is missing or empty, or a line is none.
+        ConfigError: the file is missing or empty, or a line has another form.
     """
     try:
         lines = path.read_text().splitlines()
@@ -393,7 +400,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def read_deepspeed_env() -> dict[str, str]:
-    """Read what DeepSpeed's launcher sends to the hosts beside its own choice (its runner.py: home, then here)."""
+    """Read the variables that DeepSpeed's launcher also sends to the hosts (its runner.py: home, then here)."""
     found: dict[str, str] = {}
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     for path in (Path.home() / name, Path(name)):
@@ -403,17 +410,17 @@ def read_deepspeed_env() -> dict[str, str]:
     return found
 
 
-def _ask(host: str, *, script: Path, words: Sequence[str], environment: Mapping[str, str]) -> Facts | str:
-    """Run the script on a host; returns its facts, or what is wrong."""
+def _ask(host: str, *, script: Path, argv: Sequence[str], environment: Mapping[str, str]) -> Facts | str:
+    """Run the script on a host; return its facts, or the problem."""
     variables = [f"{name}={value}" for name, value in environment.items()]
-    remote = shlex.join(["env", "-C", str(Path.cwd()), *variables, sys.executable, str(script), *words])
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SSH_S}", "-o", "ServerAliveInterval=5"]
+    remote = shlex.join(["env", "-C", str(Path.cwd()), *variables, sys.executable, str(script), *argv])
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SSH_TIMEOUT_S}", "-o", "ServerAliveInterval=5"]
     try:
         done = subprocess.run(["ssh", *options, host, remote], capture_output=True, text=True, timeout=START_TIMEOUT_S)
     except FileNotFoundError:
         return "there is no ssh here: install it, or use a scheduler"
     except subprocess.TimeoutExpired:
-        return f"no answer within {START_TIMEOUT_S} s: look whether the host or its storage hangs"
+        return f"no answer within {START_TIMEOUT_S} s: check whether the host or its storage hangs"
     if done.returncode == 0:
         facts: Facts = json.loads(done.stdout.splitlines()[-1])
         return facts

@@ -57,7 +57,7 @@ def read_detector(path: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
     Returns:
         folder: where it was found.
         description: detector.json.
-        weights: what was trained: adapters and head, or everything; float32.
+        weights: the trained parameters, adapters and head or everything, in float32.
 
     Raises:
         CheckpointError: there is none, or a file is missing or altered.

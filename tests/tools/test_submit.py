@@ -95,14 +95,14 @@ def test_a_job_that_cannot_start_says_why(variables: dict[str, str], message: st
 def test_an_element_of_a_sweep_has_its_value_and_its_own_output(
     sweep: str, element: str, words: str, expected: str
 ) -> None:
-    script = f'source launch/slurm/common.sh; take_sweep {words}; echo "${{words[@]}}"'
+    script = f'source launch/slurm/common.sh; set_argv {words}; echo "${{words[@]}}"'
     done = bash(script, TRAINER_SWEEP=sweep, SLURM_ARRAY_TASK_ID=element)
     assert done.stdout.strip() == expected, done.stderr
 
 
 @pytest.mark.parametrize(("element", "message"), [("", "this is no job array"), ("2", "has 2 values: fit --array")])
 def test_an_element_without_a_value_is_refused(element: str, message: str) -> None:
-    done = bash("source launch/slurm/common.sh; take_sweep", TRAINER_SWEEP="seed 1 2", SLURM_ARRAY_TASK_ID=element)
+    done = bash("source launch/slurm/common.sh; set_argv", TRAINER_SWEEP="seed 1 2", SLURM_ARRAY_TASK_ID=element)
     assert done.returncode == 2
     assert message in done.stderr
 

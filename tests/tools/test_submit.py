@@ -95,7 +95,7 @@ def test_a_job_that_cannot_start_says_why(variables: dict[str, str], message: st
 def test_an_element_of_a_sweep_has_its_value_and_its_own_output(
     sweep: str, element: str, words: str, expected: str
 ) -> None:
-    script = f'source launch/slurm/common.sh; set_argv {words}; echo "${{words[@]}}"'
+    script = f'source launch/slurm/common.sh; set_argv {words}; echo "${{argv[@]}}"'
     done = bash(script, TRAINER_SWEEP=sweep, SLURM_ARRAY_TASK_ID=element)
     assert done.stdout.strip() == expected, done.stderr
 

@@ -18,7 +18,14 @@ from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerC
 from torch import nn
 
 from tests.helpers.runs import ROOT
-from trainer.distributed.ds_config import HONOURED, REFUSED, fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.ds_config import (
+    HONOURED,
+    REFUSED,
+    fill_ds_config,
+    find_ds_config,
+    owned_by_recipe,
+    read_ds_config,
+)
 from trainer.distributed.engine import Engine, connect, disconnect
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
@@ -217,3 +224,15 @@ def test_an_optimizer_that_must_be_compiled_is_told_before_and_one_message_where
 def test_the_files_that_we_ship_are_read_without_a_word() -> None:
     for path in sorted((ROOT / "ds_configs").glob("*.json")):
         assert read_ds_config(path)["optimizer"]["params"]["torch_adam"] is True
+
+
+def test_a_file_of_ds_configs_is_found_by_its_name_from_any_folder_unless_one_lies_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("zero1_bf16.json", "ds_configs/zero1_bf16.json"):
+        assert find_ds_config(name) == ROOT / "ds_configs" / "zero1_bf16.json"
+    for name in ("mine.json", "other/zero1_bf16.json", str(tmp_path / "zero1_bf16.json")):
+        assert find_ds_config(name) == Path(name)
+    Path("zero1_bf16.json").write_text("{}")
+    assert find_ds_config("zero1_bf16.json") == Path("zero1_bf16.json")

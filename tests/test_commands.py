@@ -281,7 +281,9 @@ EXPECTED: dict[str, Expected] = {
     "python tools/export.py --source runs/base --format timm --output exported/encoder": Expected(
         holds("exported/encoder/model.safetensors", "exported/encoder/README.md"), before=pretrained
     ),
-    "python launch/pretrain.py --config runs/base/recipe.json --output_dir runs/again --dry_run": PLANNED,
+    "python launch/pretrain.py --config runs/base/recipe.json --output_dir runs/again --dry_run": Expected(
+        planned, before=pretrained
+    ),
     "python tools/run_status.py --run runs/base": Expected(says("runs/base: interrupted at step 2 of"), code=3),
     "python tools/compare_runs.py --runs exact=runs/exact,fast=runs/fast --plot curves.png": Expected(
         holds("curves.png"), before=pretrained

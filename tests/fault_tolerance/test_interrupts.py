@@ -87,6 +87,19 @@ def test_ctrl_c_before_the_first_step_is_one_line(shards: Path, tmp_path: Path) 
     assert said.count("interrupted: ") == 1
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.5])
+def test_ctrl_c_while_a_command_loads_torch_is_one_line(after_s: float, tmp_path: Path) -> None:
+    flags = {"recipe": "demo", "data": "nowhere/*.tar", "output_dir": str(tmp_path / "out")}
+    with started("launch/pretrain.py", *argv_of(flags)) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "loading torch and DeepSpeed ...\n"
+        time.sleep(after_s)
+        os.killpg(run.pid, signal.SIGINT)
+        said = run.communicate(timeout=60)[0]
+    assert run.returncode == 130, said
+    assert said == "\ninterrupted: nothing half written stays; the same command starts it again\n"
+
+
 def test_a_second_ctrl_c_ends_a_training_at_once_and_the_same_keystroke_does_not() -> None:
     def press(again_s: float) -> None:
         stop = StopRequest()

@@ -206,8 +206,9 @@ class TrainingCommandLine(Generic[S, R, T]):
         chosen = training.settings.recipe or recipes.default
         lines += [
             f"\nThe values below are those of --recipe {chosen} and of this command line.",
+            help_text(training.settings, "Command"),
             help_text(training.recipe, "Recipe (changes the numbers)"),
-            help_text(training.runtime, "Runtime (does not)"),
+            help_text(training.runtime, "Runtime (does not)", required=self.required),
         ]
         return "\n".join(lines)
 

@@ -56,6 +56,7 @@ from trainer.data.shards.index import NO_GROUP, SampleRef, describe_index, list_
 from trainer.data.shards.reader import ShardReader
 from trainer.data.storage import is_url
 from trainer.data.transforms.decode import decode_image
+from trainer.data.transforms.selfmorph import feathered
 from trainer.data.writing.image_files import DAMAGE, as_trainable, describe_damage
 from trainer.data.writing.source_images import read_manifest
 from trainer.errors import ConfigError, DataError
@@ -65,7 +66,8 @@ from trainer.parallel import parallel_map
 from trainer.progress import Progress
 
 _COLUMNS = ("path", "key", "label", "identity", "identity_2", "attack", "blend", "parent_a", "parent_b", "control")
-_FEATHER = 0.04
+_FEATHER_SHARE = 0.04
+"""Width of the soft border, as a share of the shorter side of the face."""
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -400,11 +402,7 @@ def face_mask(size: tuple[int, int], points_L2: Points) -> NDArray[np.float32]:
     mask_HW = np.zeros(size, dtype=np.uint8)
     hull = cv2.convexHull(points_L2.astype(np.float32))
     cv2.fillConvexPoly(mask_HW, np.rint(hull).astype(np.int32), 1)
-    reach = max(1, round(_FEATHER * float(np.ptp(points_L2, axis=0).min())))
-    eroded_HW = cv2.erode(
-        mask_HW, np.ones((2 * reach + 1,) * 2, np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0
-    )
-    return np.asarray(cv2.blur(cv2.blur(eroded_HW.astype(np.float32), (reach, reach)), (reach, reach)))
+    return feathered(mask_HW, max(1, round(_FEATHER_SHARE * float(np.ptp(points_L2, axis=0).min()))))
 
 
 def _frame(height: int, width: int) -> Points:

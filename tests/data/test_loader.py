@@ -79,7 +79,7 @@ def test_a_worker_without_a_free_descriptor_says_so_as_a_data_error(tmp_path: Pa
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
     try:
-        found = loader._Parcel.of(batch)
+        found = loader._SharedBatch.of(batch)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert isinstance(found, DataError)

@@ -1,7 +1,6 @@
-"""Which class a label means: numbers as data sets write them, and the names of the two classes of detection.
+"""Class numbers of labels: numbers as data sets write them, and the names of the two classes of detection.
 
-Classes of detection are [bonafide, morph] = [0, 1]. Only what has one meaning is taken: 23.5,
--1 or ``fake`` is no class.
+Classes of detection are [bonafide, morph] = [0, 1]. Ambiguous labels are no class: 23.5, -1 or ``fake``.
 """
 
 import math
@@ -26,10 +25,10 @@ _MAX_CLASS = 2**31 - 1
 
 
 def class_of(value: object) -> int | None:
-    """Return the class number that a label means; None where it means none or is ambiguous.
+    """Return the class number of a label; None if it is no class or ambiguous.
 
     Args:
-        value: a number, a truth value (true is the attack), or a text such as ``1``, ``1.0``, ``"1"``, ``Bona fide``.
+        value: a number, a boolean (true is the attack), or a text such as ``1``, ``1.0``, ``"1"``, ``Bona fide``.
     """
     if isinstance(value, str):
         return _class_of_text(value.strip().strip("\"'").strip())

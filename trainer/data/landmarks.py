@@ -21,7 +21,7 @@ from trainer.errors import ConfigError
 Points = NDArray[np.float32]
 
 DLIB = "dlib"
-"""What stands for an .npz where dlib is to find the landmarks."""
+"""Value of the setting ``landmarks`` that lets dlib find the points."""
 
 _MODEL = Path("models") / "shape_predictor_68_face_landmarks.dat"
 
@@ -30,7 +30,7 @@ def read_landmarks(path: Path) -> dict[str, Points]:
     """Read points by name [pixels].
 
     Raises:
-        ConfigError: the file is missing or holds something else.
+        ConfigError: the file is missing, or an array has another shape or no finite values.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -51,21 +51,21 @@ def read_landmarks(path: Path) -> dict[str, Points]:
 
 
 def landmarks_of(name: str | None, key: str, path: Path, points: Mapping[str, Points]) -> Points | None:
-    """Find a photograph's landmarks by its landmark_name, else its key, else the stem of its path."""
+    """Return a photograph's landmarks by its landmark_name, else its key, else the stem of its path; None for none."""
     candidates = (name or "", key, path.stem)
     return next((points[candidate] for candidate in candidates if candidate in points), None)
 
 
 @cache
 def dlib_finder() -> Callable[[NDArray[np.uint8]], Points | None]:
-    """Load dlib's detector and its 68 points: image -> points of the largest face, None where it sees no face.
+    """Load dlib's detector of 68 points. The result maps an image to the points of its largest face, or to None.
 
     Raises:
         ConfigError: dlib or its model is not installed.
 
     Source: King 2009, JMLR 10; Kazemi and Sullivan 2014, "One millisecond face alignment", CVPR.
     """
-    spec = importlib.util.find_spec("face_recognition_models")  # not imported: it wants an old setuptools
+    spec = importlib.util.find_spec("face_recognition_models")  # not imported: that needs an old setuptools
     model = Path(next(iter(spec.submodule_search_locations or [""]))) / _MODEL if spec else None
     if importlib.util.find_spec(DLIB) is None or model is None or not model.is_file():
         raise ConfigError("landmarks is dlib, which is not installed: pip install dlib-bin face_recognition_models")
@@ -73,7 +73,7 @@ def dlib_finder() -> Callable[[NDArray[np.uint8]], Points | None]:
     detect, predict = dlib.get_frontal_face_detector(), dlib.shape_predictor(str(model))
 
     def find(image_HWC: NDArray[np.uint8]) -> Points | None:
-        faces = detect(image_HWC, 0) or detect(image_HWC, 1)  # enlarged, for faces below 80 pixels
+        faces = detect(image_HWC, 0) or detect(image_HWC, 1)  # enlarged twofold, for faces below 80 pixels
         if not faces:
             return None
         points = predict(image_HWC, max(faces, key=lambda face: face.area())).parts()

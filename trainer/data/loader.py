@@ -1,4 +1,4 @@
-"""Workers, prefetch and the copy to the device: batches are ready when the step wants them."""
+"""Worker processes, prefetch and the copy to the device: batches are ready when the step needs them."""
 
 import contextlib
 import ctypes
@@ -26,13 +26,20 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Loader:
-    """Iterates over the batches of a stream, loaded by ``num_workers`` processes."""
+    """Iterates over the batches of a stream.
+
+    Args:
+        stream: yields batches and knows their positions.
+        num_workers: processes that load; 0 loads in this one.
+        prefetch: batches that each worker loads ahead.
+        pin_memory: copy batches to page-locked memory, for asynchronous copies to a GPU.
+    """
 
     def __init__(self, stream: Stream, *, num_workers: int = 0, prefetch: int = 2, pin_memory: bool = False) -> None:
         self._stream = stream
         with _many_workers_allowed():
             self._loader: DataLoader[Batch | TrainerError] = DataLoader(
-                _HandedOver(Guarded(stream)),
+                _InSharedMemory(Guarded(stream)),
                 batch_size=None,
                 num_workers=num_workers,
                 prefetch_factor=prefetch if num_workers else None,
@@ -44,11 +51,12 @@ class Loader:
         """Yield batches in plan order.
 
         Raises:
-            DataError: what a worker met, with the sample's key and shard.
-            RuntimeError: a sample arrived twice, in another order, or not at all: a fault of this program.
+            DataError: a worker's error, with the sample's key and shard.
+            RuntimeError: a sample arrived twice, in another order, or not at all: a bug of this program.
         """
         expected = self._stream.expected_positions()
-        for item in self._start():  # held by no name: a kept traceback would keep the workers, which ignore SIGTERM
+        # The iterator has no name here: a kept traceback would keep it, and with it the workers, which ignore SIGTERM.
+        for item in self._start():
             if isinstance(item, TrainerError):
                 raise item
             _compare(next(expected, None), item.positions)
@@ -62,7 +70,7 @@ class Loader:
 
 @contextlib.contextmanager
 def _many_workers_allowed() -> Iterator[None]:
-    """Leave out torch's warnings of more workers than cores: a training says so once, with the setting."""
+    """Suppress torch's warning of more workers than cores: training logs that once, with the setting."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")
         yield
@@ -80,12 +88,12 @@ def _describe(positions: list[int] | None) -> str:
     return "the end of the data" if positions is None else f"{len(positions)} samples from position {positions[0]}"
 
 
-class _HandedOver(IterableDataset[Any]):
-    """Passes batches from a worker to the training process through anonymous memory (memfd), each in one piece.
+class _InSharedMemory(IterableDataset[Any]):
+    """Passes batches from a worker to the training process through anonymous memory (memfd), each as one file.
 
-    torch would put them into /dev/shm, which has 64 MB in a container unless told otherwise: a worker that finds it
-    full loses its batch with a traceback, and the training process waits for that batch until its time-out. Anonymous
-    memory has no limit but that of the machine or container, costs the same, and an error here travels as a value.
+    torch uses /dev/shm, which has 64 MB in a container by default. A worker that finds it full loses its batch with a
+    traceback, and the training process waits for that batch until its time-out. Anonymous memory is limited only by the
+    machine or the container, costs the same, and an error here is passed on as a value.
     """
 
     def __init__(self, stream: Guarded) -> None:
@@ -93,18 +101,22 @@ class _HandedOver(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         for item in self._stream:
-            yield _Parcel.of(item) if get_worker_info() and isinstance(item, Batch) else item
+            yield _SharedBatch.of(item) if get_worker_info() and isinstance(item, Batch) else item
 
 
-class _Parcel:
-    """A batch that is pickled as a file descriptor, and is a batch again when it is unpickled."""
+class _SharedBatch:
+    """A batch that is pickled as a file descriptor and unpickled as a `Batch`.
+
+    The file holds the noise as float32 (B * N * 4 bytes), then the pixels as uint8 in the order B, H, W, C. The noise
+    comes first, so that it is aligned. Example: 64 images of 224 pixels with 196 patches take 50,176 + 9,633,792 bytes.
+    """
 
     def __init__(self, batch: Batch, memory: Any) -> None:
         self._batch, self._memory = batch, memory
 
     @classmethod
-    def of(cls, batch: Batch) -> "_Parcel | DataError":
-        """Copy the pixels and numbers; an error is returned, to be raised where the user sees it."""
+    def of(cls, batch: Batch) -> "_SharedBatch | DataError":
+        """Copy the tensors; an error is returned, so that the training process can raise it."""
         parts = [batch.noise_BN.contiguous(), batch.images_BCHW.permute(0, 2, 3, 1).contiguous()]
         try:
             fd = os.memfd_create("batch")
@@ -128,7 +140,7 @@ class _Parcel:
 
 
 def _write_all(fd: int, view: memoryview) -> None:
-    while view:  # one call writes no more than 2 GB
+    while view:  # one call writes at most 2 GB
         view = view[os.write(fd, view) :]
 
 
@@ -141,7 +153,7 @@ def _unpack(batch: Batch, memory: Any, image_shape: tuple[int, ...], noise_shape
     num, channels, height, width = image_shape
     num_noise, num_pixels = math.prod(noise_shape), math.prod(image_shape)
     noise: Tensor = torch.empty(noise_shape)
-    if num_noise:  # the numbers come first, because they are aligned there
+    if num_noise:
         noise = torch.frombuffer(mapped, dtype=torch.float32, count=num_noise).view(noise_shape)
     images_BHWC = torch.frombuffer(mapped, dtype=torch.uint8, count=num_pixels, offset=4 * num_noise)
     batch.images_BCHW = images_BHWC.view(num, height, width, channels).permute(0, 3, 1, 2)
@@ -150,19 +162,22 @@ def _unpack(batch: Batch, memory: Any, image_shape: tuple[int, ...], noise_shape
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Start copying the tensors of a batch to the device; from pinned memory the copy overlaps with computing."""
+    """Start to copy the tensors of a batch to the device; from pinned memory the copy overlaps with computation."""
     batch.images_BCHW = batch.images_BCHW.to(device, non_blocking=True)
     batch.noise_BN = batch.noise_BN.to(device, non_blocking=True)
     return batch
 
 
 def _prepare_worker(worker: int) -> None:
-    """Workers are the parallelism: threads inside each would only fight over the cores.
+    """Set up a worker process: one thread, no signals, and an end together with the training process.
 
-    A scheduler sends its warning to every process of the job, as a terminal does Ctrl-C. The training process answers
-    by saving, for which it needs its workers alive. A killed training process takes them along: they hold copies of its
-    connections, so that the other ranks would learn of its end only when its workers end, and one that hangs with the
-    storage never does.
+    Threads inside a worker would compete with the other workers for the cores.
+
+    A scheduler sends its warning to every process of the job, and a terminal sends Ctrl-C. The training process then
+    saves and needs its workers alive, so workers ignore these signals.
+
+    If the training process is killed, its workers must end too. They hold copies of its connections, so the other ranks
+    would notice its end only when the last worker ends; a worker that waits for storage might never end.
     """
     del worker
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
@@ -173,7 +188,7 @@ def _prepare_worker(worker: int) -> None:
 
 
 def _end_worker(error: BaseException, item: object) -> None:
-    """End a worker that cannot send something: Python would drop it, and the training process would wait for it."""
+    """End a worker that cannot send an item: Python would drop the item, and the training process would wait for it."""
     del item
     sys.stderr.write(f"a loader worker cannot hand over its batch ({error!r}) and ends\n")
     sys.stderr.flush()

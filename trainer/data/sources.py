@@ -1,4 +1,4 @@
-"""From the data settings of a command to shards, index and order: shared by the commands that train or evaluate."""
+"""From the data settings of a command to shards, index and order, for all commands that train or evaluate."""
 
 import logging
 import os
@@ -22,28 +22,28 @@ logger = logging.getLogger(__name__)
 
 
 def pixels_of(recipe: Recipe) -> Pixels:
-    """Say how pixels come about, which must be the same wherever a model sees images."""
+    """Return how images are decoded and scaled; a model needs the same in training, validation and tests."""
     return Pixels(resize=recipe.view_resize, srgb=recipe.colours == "srgb")
 
 
 def find_sources(recipe: Recipe, runtime: Runtime, *, others: Mapping[str, str]) -> dict[str, list[Source]]:
-    """List the shards of ``data`` and of other settings; one rank does, because a thousand would storm the storage.
+    """List the shards of ``data`` and of other settings. One rank does it: a thousand would overload the storage.
 
     Args:
-        recipe: says how batches are balanced.
-        runtime: names the training data.
+        recipe: its settings of balancing.
+        runtime: its training data.
         others: setting -> patterns, such as those of ``val_data``; empty ones are left out.
 
     Raises:
-        ConfigError: a pattern matches nothing, or shares meet another way of balancing.
+        ConfigError: a pattern matches nothing, or shares are combined with another way of balancing.
     """
     found = {"data": read_sources(runtime.data, setting="--data")}
-    ways = {
+    balancing = {
         "shares in data": found["data"][0].share is not None,
         "balance_by": recipe.balance_by != "none",
         "use_balanced_sampler": recipe.use_balanced_sampler,
     }
-    chosen = [name for name, is_chosen in ways.items() if is_chosen]
+    chosen = [name for name, is_chosen in balancing.items() if is_chosen]
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} are both set, but a batch is balanced in one way: keep one")
     for setting, patterns in others.items():
@@ -53,7 +53,7 @@ def find_sources(recipe: Recipe, runtime: Runtime, *, others: Mapping[str, str])
 
 
 def broadcast_sources(found: dict[str, list[Source]] | None, world: World) -> dict[str, list[Source]]:
-    """Give what rank 0 found to every rank."""
+    """Send the sources that rank 0 found to every rank."""
 
     def as_text() -> dict[str, Any]:
         assert found is not None
@@ -62,17 +62,17 @@ def broadcast_sources(found: dict[str, list[Source]] | None, world: World) -> di
             for name, sources in found.items()
         }
 
-    told: dict[str, Any] = world.on_main(as_text)
+    payload: dict[str, Any] = world.on_main(as_text)
     return {
         name: [Source(shards, None if share is None else Fraction(share)) for shards, share in sources]
-        for name, sources in told.items()
+        for name, sources in payload.items()
     }
 
 
 def open_sets(
     sources: Mapping[str, list[Source]], recipe: Recipe, runtime: Runtime, world: World
 ) -> dict[str, ShardIndex]:
-    """Open the index of every set on all ranks, and log what each holds: one line a set."""
+    """Open the index of every set on all ranks; log one line for each set."""
     if world.is_main:
         num_shards = sum(len(source.shards) for wanted in sources.values() for source in wanted)
         logger.info("reading the index of %d shards", num_shards)
@@ -104,17 +104,17 @@ def _open_on_all_ranks(sources: list[Source], recipe: Recipe, runtime: Runtime, 
 
 
 def order_of(recipe: Recipe, index: ShardIndex, sources: list[Source], *, num_meeting: int = 1) -> Order:
-    """Choose what the run visits when.
+    """Build the order in which a run visits the samples.
 
     Args:
-        recipe: says how.
+        recipe: its settings of balancing and of the plan.
         index: of all samples.
         sources: the shard sets of the index, with their shares.
-        num_meeting: so many samples of a batch are mixed with each other.
+        num_meeting: number of samples of a batch that are mixed with each other, see `Mixture`.
 
     Raises:
         ConfigError: a batch cannot hold these shares.
-        DataError: samples lack the label or field to balance by.
+        DataError: samples lack the label or field to balance by, or all have the same.
     """
     lanes = {
         "num_lanes": recipe.num_lanes,
@@ -143,7 +143,7 @@ def order_of(recipe: Recipe, index: ShardIndex, sources: list[Source], *, num_me
 
 
 def _check_labels_to_balance_by(recipe: Recipe, index: ShardIndex) -> None:
-    """Refuse missing labels where batches are balanced by them; otherwise pre-training does not look at labels."""
+    """Refuse missing labels if batches are balanced by them; otherwise pre-training ignores labels."""
     setting = "use_balanced_sampler" if recipe.use_balanced_sampler else "balance_by"
     wanted = recipe.use_balanced_sampler or recipe.balance_by == "label"
     if wanted and (missing := missing_labels(index)):
@@ -153,7 +153,7 @@ def _check_labels_to_balance_by(recipe: Recipe, index: ShardIndex) -> None:
 
 
 def describe_shares(index: ShardIndex, sources: list[Source]) -> str:
-    """Write down what the shards' bytes do not say about a run's data; empty for plain data."""
+    """Describe the shares of a run's sources, which its fingerprint does not cover; empty without shares."""
     if sources[0].share is None:
         return ""
     sizes = (len(group) for group in groups_of_sources(index, sources))
@@ -161,7 +161,7 @@ def describe_shares(index: ShardIndex, sources: list[Source]) -> str:
 
 
 def byte_range_reader(runtime: Runtime) -> ByteRangeReader:
-    """Read bytes as the runtime says."""
+    """Build the reader with the runtime's cache settings."""
     return ByteRangeReader(
         cache_dir=Path(runtime.cache_dir) if runtime.cache_dir else None, cache_bytes=runtime.cache_bytes
     )

@@ -1,10 +1,10 @@
 """Executes an order: positions -> bytes -> pixels -> batches, as a webdataset pipeline.
 
-webdataset supplies the container format and the composition of stages. Its URL handling, its decoders and its shuffle
-buffer stay out: the first two run code that stands in data, the third cannot be resumed
-(webdataset issues 490, 271). The source stage is ours and asks the plan.
+webdataset supplies the container format and the composition of stages. Its URL handling, decoders and shuffle buffer
+are not used: the first two run code from the data, the third cannot be resumed (webdataset issues 490, 271). The source
+stage here asks the plan for samples instead.
 
-Shapes: B samples of a micro batch, R views of one of them, S image side, N patches.
+Shapes: B samples of a micro batch, R views of one of them, S image side [pixels], N patches, K draws of a view.
 """
 
 import itertools
@@ -28,40 +28,51 @@ from trainer.errors import DataError, SampleError, TrainerError
 from trainer.seeds import Purpose, uniforms
 
 _MAX_SUBSTITUTES = 100
-_PLANNED_AT_ONCE = 8
-"""Micro batches whose places are computed together: the arithmetic is on arrays and likes them long."""
+_MICRO_BATCHES_A_CHUNK = 8
+"""Micro batches that are located together: numpy is faster on long arrays."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """The part of every global batch that falls to one rank, and how it is cut into micro batches."""
+    """The part of every global batch that one rank reads, and how it is cut into micro batches.
+
+    Examples, as positions of micro batches 0, 1, 2:
+
+        global 12, micro 3, rank 1 of 2               [1 3 5]  [7 9 11]  [13 15 17]
+        global 16, micro 4, rank 0 of 2, 2 repeats    [0 8 2 10]  [4 12 6 14]  [16 24 18 26]
+        global 16, micro 4, rank 1 of 2, groups of 2  [1 9 3 11]  [5 13 7 15]  [17 25 19 27]
+
+    With 2 repeats, positions 0 and 8 are the same sample (see `plan.Repeated`); with groups of 2, positions 1 and 9 are
+    two samples that are mixed. Both pairs stand side by side in one micro batch.
+    """
 
     global_batch: int
     micro_batch: int
     rank: int = 0
     num_ranks: int = 1
     repeats: int = 1
-    """Views of a sample in the batch; they stand side by side in one micro batch, of which this is a divisor."""
+    """Views of each sample in the batch; they stand side by side in one micro batch, so this divides it."""
     group: int = 1
-    """So many positions of a step, evenly spread, likewise stand side by side: samples that are mixed with each other.
-    Which they are depends on the global batch alone. Not together with `repeats`."""
+    """Number of evenly spaced positions of a step that stand side by side, because their samples are mixed. Which ones
+    these are depends on the global batch alone. Not together with `repeats`."""
 
     @property
     def micro_batches_per_step(self) -> int:
-        """Gradient accumulation steps; the configuration has checked that nothing is left over."""
+        """Gradient accumulation steps; the configuration has checked that the division is exact."""
         return self.global_batch // (self.num_ranks * self.micro_batch)
 
     def positions(self, micro_step: int) -> NDArray[np.int64]:
         """Return the positions of one micro batch, counted over the whole run."""
         step, part = divmod(micro_step, self.micro_batches_per_step)
         mine = positions_of(step, rank=self.rank, num_ranks=self.num_ranks, global_batch=self.global_batch)
+        # Column-wise: positions of the first and second half (repeats or group 2) become neighbours.
         mine = mine.reshape(self.repeats * self.group, -1).T.ravel()
         return mine[part * self.micro_batch : (part + 1) * self.micro_batch]
 
 
 @dataclass(slots=True)
 class Batch:
-    """What travels from the data plane to the loop."""
+    """One micro batch on its way from the loader to the training loop."""
 
     images_BCHW: Tensor
     """uint8 RGB, channels last in memory."""
@@ -71,10 +82,10 @@ class Batch:
     keys: list[str]
     labels: list[int]
     bad: dict[str, int] = field(default_factory=dict)
-    """How many samples had to be substituted, by reason."""
+    """Reason -> number of substituted samples."""
     bad_keys: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    """Why a sample could not be read, "" where it could: only of streams that substitute nothing."""
+    """For each sample why it could not be read, or ""; only for streams that substitute nothing."""
 
     def pin_memory(self) -> "Batch":
         """Move the tensors to page-locked memory; the DataLoader's pin thread calls this."""
@@ -84,14 +95,14 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The places of one batch, before anything is read."""
+    """The positions and samples of one batch, before anything is read."""
 
     position_B: NDArray[np.int64]
     located: Located
 
 
 class PlannedRequests:
-    """Source stage: the micro batches of one worker, one after the other, without end."""
+    """Source stage: the micro batches of one worker, one after the other, endlessly."""
 
     def __init__(self, order: Order, share: Slice, first_step: int) -> None:
         self._order, self._share = order, share
@@ -99,12 +110,12 @@ class PlannedRequests:
 
     def __call__(self) -> Iterator[Request]:
         """Yield this worker's micro batches."""
-        start, _, stride = _share_of_worker()
+        start, _, stride = _slice_of_worker()  # worker 1 of 4 yields micro batches 1, 5, 9, ...
         micro_steps = itertools.count(self._first_micro_step + start, stride)
         while True:
-            positions = [self._share.positions(next(micro_steps)) for _ in range(_PLANNED_AT_ONCE)]
+            positions = [self._share.positions(next(micro_steps)) for _ in range(_MICRO_BATCHES_A_CHUNK)]
             located = self._order.locate(np.concatenate(positions))
-            parts = zip(*(np.split(array, _PLANNED_AT_ONCE) for array in located), strict=True)
+            parts = zip(*(np.split(array, _MICRO_BATCHES_A_CHUNK) for array in located), strict=True)
             for position_B, part in zip(positions, parts, strict=True):
                 yield Request(position_B, Located(*part))
 
@@ -114,14 +125,14 @@ class PlannedRequests:
 
 
 class ChosenRequests:
-    """Source stage: the given samples once, in the given order; a sample's own number serves as its position."""
+    """Source stage: the given samples once, in the given order; the position of a sample is its number."""
 
     def __init__(self, samples: list[int], batch: int) -> None:
         self._samples, self._batch = np.array(samples, dtype=np.int64), batch
 
     def __call__(self) -> Iterator[Request]:
-        """Yield this worker's batches, the last one of all perhaps shorter."""
-        for sample_B in itertools.islice(self.expected_positions(), *_share_of_worker()):
+        """Yield this worker's batches; the last batch of the stream may be shorter."""
+        for sample_B in itertools.islice(self.expected_positions(), *_slice_of_worker()):
             yield Request(sample_B, Located(sample_B, sample_B, sample_B))
 
     def expected_positions(self) -> Iterator[NDArray[np.int64]]:
@@ -130,17 +141,17 @@ class ChosenRequests:
             yield self._samples[start : start + self._batch]
 
 
-def _share_of_worker() -> tuple[int, int | None, int]:
-    """Return the slice of the stream's batches that falls to this loader worker.
+def _slice_of_worker() -> tuple[int, int | None, int]:
+    """Return the slice of the stream's batches that this loader worker loads.
 
-    The DataLoader takes from its workers in turn, so that giving each every ``num_workers``-th batch keeps the order.
+    The DataLoader takes batches from its workers in turn, so worker w of W must load batches w, w + W, w + 2W, ...
     """
     worker = get_worker_info()
     return (worker.id, None, worker.num_workers) if worker else (0, None, 1)
 
 
 class Stream(torch.utils.data.IterableDataset[Batch]):
-    """Requests and what loads them; knows which positions must arrive, so that the receiver can compare."""
+    """Requests and their loading; knows the positions that must arrive, so that the receiver can compare."""
 
     def __init__(self, requests: PlannedRequests | ChosenRequests, load: "BatchLoader") -> None:
         self._requests, self._pipeline = requests, wds.DataPipeline(requests, wds.map(load))
@@ -149,35 +160,35 @@ class Stream(torch.utils.data.IterableDataset[Batch]):
         return iter(self._pipeline)
 
     def expected_positions(self) -> Iterator[list[int]]:
-        """Yield the positions of every batch, in order, whatever the number of workers; endless if the stream is."""
+        """Yield the positions of every batch in order, for any number of workers; endless if the stream is."""
         return (position_B.tolist() for position_B in self._requests.expected_positions())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadOptions:
-    """How a `BatchLoader` reads: the difference between a stream for training and one over chosen samples."""
+    """How a `BatchLoader` reads; a stream for training and one over chosen samples differ in these."""
 
     noise_per_sample: int
-    """Uniform numbers a sample, for its mask."""
+    """Uniform numbers for the mask of each sample."""
     purpose: Purpose
-    """Of those numbers."""
+    """The purpose of those numbers, for `trainer.seeds`."""
     whole_blocks: bool = False
-    """Read a sample's whole block, because the others of it are wanted soon as well."""
+    """Read a sample's whole block, because this rank reads the rest of it soon."""
     repeats: int = 1
-    """So many places in a row are one sample, which is read and decoded once."""
+    """Number of consecutive positions that are one sample, which is read and decoded once."""
     substitute: bool = True
-    """Put another sample in the place of a bad one; otherwise it stays, black, and its failure is noted."""
+    """Replace a bad sample by another one; otherwise its image stays black and its failure is recorded."""
 
 
 class BatchLoader:
-    """Turns the places of a batch into pixels. Another sample replaces a bad one, the same for every world size.
+    """Turns a request into pixels. A bad sample is replaced by another one, the same for every world size.
 
     Args:
-        index: where samples lie.
-        order: says which samples stand in for bad ones.
-        view: what of an image is seen.
+        index: location of the samples.
+        order: chooses the substitutes of bad samples.
+        view: decodes, crops and distorts.
         spans: reads the bytes.
-        options: see there.
+        options: see `LoadOptions`.
     """
 
     def __init__(
@@ -190,7 +201,7 @@ class BatchLoader:
         """Load one batch.
 
         Raises:
-            DataError: storage failed for good, or a hundred substitutes were bad as well.
+            DataError: the storage failed permanently, or a hundred substitutes were bad as well.
         """
         size, position_B, repeats = self._view.size, request.position_B, self._options.repeats
         images_BSSC = torch.empty((len(position_B), size, size, 3), dtype=torch.uint8)
@@ -199,12 +210,12 @@ class BatchLoader:
         payloads = self._reader.read_all(read, self._index.blocks(*located) if self._options.whole_blocks else None)
         bad: list[tuple[str, str]] = []
         draws_BK, rows_BSSC = self._view.draw(position_B), images_BSSC.numpy()
-        marks = self._landmarks(read, draws_BK)
+        landmarks = self._landmarks(read, draws_BK)
         keys, labels, failures = [], [], [""] * len(position_B)
         for i, (ref, payload) in enumerate(zip(read, payloads, strict=True)):
             mine = slice(i * repeats, (i + 1) * repeats)
             try:
-                photo = Photo(self._reader.check(ref, payload), ref.label, marks.get(i))
+                photo = Photo(self._reader.check(ref, payload), ref.label, landmarks.get(i))
                 seen = self._view(photo, draws_BK[mine], rows_BSSC[mine])
             except SampleError as error:
                 bad += [(error.reason, ref.key)] * repeats
@@ -245,7 +256,7 @@ class BatchLoader:
                 bad += [(error.reason, ref.key)] * self._options.repeats
         raise DataError(
             f"position {position}: {_MAX_SUBSTITUTES} samples in a row could not be decoded, the last one {ref.key} "
-            f"in {ref.shard} ({bad[-1][0]}): verify the shards with tools/check_shards.py and mend them"
+            f"in {ref.shard} ({bad[-1][0]}): check and repair the shards with tools/check_shards.py --repair"
         )
 
 
@@ -259,7 +270,7 @@ def train_stream(
     noise_per_sample: int,
     spans: ByteRangeReader | None = None,
 ) -> Stream:
-    """Compose the endless stream of one rank's micro batches from ``first_step`` on."""
+    """Build the endless stream of one rank's micro batches from ``first_step`` on."""
     options = LoadOptions(
         noise_per_sample=noise_per_sample,
         purpose=Purpose.MASK,
@@ -280,9 +291,9 @@ def fixed_stream(
     spans: ByteRangeReader | None = None,
     substitute: bool = True,
 ) -> Stream:
-    """Compose one pass over chosen samples in their own order, with masks that never change.
+    """Build one pass over chosen samples in the given order, with masks that never change.
 
-    The seed of masks and substitutes is 0 whatever the run's seed, so that validation figures of runs compare.
+    The seed of masks and substitutes is 0 whatever the run's seed, so that validation figures of runs are comparable.
     """
     options = LoadOptions(noise_per_sample=noise_per_sample, purpose=Purpose.HELD_OUT_MASK, substitute=substitute)
     load = BatchLoader(index, Plan(len(index), seed=0), view, spans or ByteRangeReader(), options)
@@ -290,7 +301,7 @@ def fixed_stream(
 
 
 class Guarded(torch.utils.data.IterableDataset[Batch | TrainerError]):
-    """Passes a worker's failure on as a value, so that its message reaches the user without worker tracebacks."""
+    """Yields a worker's error as a value, so that its message reaches the user without worker tracebacks."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream

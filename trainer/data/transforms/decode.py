@@ -1,7 +1,7 @@
 """Image bytes -> uint8 RGB, safely: only JPEG, PNG and WebP, bounded before any pixel is decoded, upright.
 
 Every refusal is a `SampleError` with one of these reasons: ``empty``, ``not_an_image``, ``too_large``, ``too_small``,
-``corrupt``. Of an animation, or a JPEG with several pictures (MPO), the first picture counts.
+``corrupt``. Of an animation, or a JPEG with several pictures (MPO), the first picture is decoded.
 
 Shapes: H, W image size; HWC uint8 RGB.
 """
@@ -23,32 +23,32 @@ from trainer.errors import SampleError
 MAX_PIXELS = 50_000_000
 MIN_SIDE = 8
 FORMATS = ("JPEG", "PNG", "WEBP")
-"""What `decode_image` reads, as Pillow names it."""
+"""Formats that `decode_image` reads, by Pillow's names."""
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _APP1, _START_OF_SCAN, _END = 0xE1, 0xDA, 0xD9
 _ORIENTATION = 0x0112
-_PLAIN = ("YCbCr", "Gray")
-# What libjpeg says of missing pixels, which it paints grey; its other warnings leave the picture whole.
+_FAST_COLOUR_SPACES = ("YCbCr", "Gray")
+# libjpeg's warnings of missing pixels, which it fills with grey. Its other warnings leave the picture intact.
 _DAMAGED = re.compile("premature end|bad huffman|bad arithmetic|instead of rst", re.IGNORECASE)
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, struct.error, zlib.error)
-"""What Pillow raises for damaged files, by its plug-ins."""
+"""Errors of Pillow's plug-ins for damaged files."""
 
 
 class Scratch:
-    """Memory that decoding uses again and again: fresh pages for every image cost a tenth of its decoding."""
+    """Memory that decoding reuses: new pages for every image would cost a tenth of its decoding time."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, dtype=np.uint8)
 
     def of(self, num_bytes: int) -> NDArray[np.uint8]:
-        """Return so many bytes or more; what they held before is lost."""
+        """Return at least ``num_bytes`` bytes; the former content is lost."""
         if len(self._memory) < num_bytes:
             self._memory = np.empty(num_bytes, dtype=np.uint8)
         return self._memory
 
 
 def suffix_of(head: bytes) -> str | None:
-    """Return jpg, png or webp for a file that `decode_image` may read, from its first 12 bytes; None for any other."""
+    """Return jpg, png or webp from the first 12 bytes of a file; None for a format that `decode_image` refuses."""
     if head.startswith(_JPEG):
         return "jpg"
     if head.startswith(_PNG):
@@ -57,17 +57,17 @@ def suffix_of(head: bytes) -> str | None:
 
 
 def colour_profile(payload: bytes) -> str | None:
-    """Return the name of an image's ICC profile; None where it has none, or is no image."""
+    """Return the name of an image's ICC profile; None if it has none, or is no image."""
     return profile_name(_icc_profile(payload))
 
 
 def upright_jpeg_size(payload: bytes) -> tuple[int, int] | None:
-    """Return height and width of a JPEG that `decode_image` need not turn; None for every other file."""
+    """Return height and width [pixels] of a JPEG on the fast path without EXIF rotation; None for every other file."""
     try:
         height, width, colour_space, _ = simplejpeg.decode_jpeg_header(payload, strict=True)
     except ValueError:
         return None
-    if colour_space not in _PLAIN or _orientation(_exif_segment(payload)) != 1:
+    if colour_space not in _FAST_COLOUR_SPACES or _orientation(_exif_segment(payload)) != 1:
         return None
     return height, width
 
@@ -82,17 +82,17 @@ def decode_image(
     max_pixels: int = MAX_PIXELS,
     min_side: int = MIN_SIDE,
 ) -> NDArray[np.uint8]:
-    """Decode one image and turn it as its EXIF orientation says.
+    """Decode one image and apply its EXIF orientation.
 
     Colour and grey JPEGs take the fast path (libjpeg-turbo); everything else goes through Pillow, with palette, CMYK,
     alpha (on black) and 16-bit images converted to RGB.
 
     Args:
         payload: the bytes of a JPEG, PNG or WebP file.
-        shrink: 1, 2, 4 or 8: a JPEG is decoded at this part of its size, rounded up; other files are not.
-        fast: take libjpeg-turbo's faster, less exact transforms. Never for detection: artefacts are the signal.
-        scratch: may lend the memory of the result, which then lasts until the next image only.
-        srgb: convert an image with another ICC profile to sRGB; otherwise its numbers stay as they are stored.
+        shrink: 1, 2, 4 or 8: a JPEG is decoded at 1 / shrink of its size, rounded up; other formats ignore it.
+        fast: use libjpeg-turbo's faster, less exact transforms. Never for detection: artefacts are the signal.
+        scratch: memory for the result, which is then valid until the next image only.
+        srgb: convert an image with another ICC profile to sRGB; otherwise its pixel values stay as stored.
         max_pixels: larger images are refused before decoding [pixels].
         min_side: images with a shorter side are refused [pixels].
 
@@ -100,7 +100,7 @@ def decode_image(
         image_HWC: C-contiguous.
 
     Raises:
-        SampleError: the bytes are not such an image.
+        SampleError: the bytes are no such image, or damaged, too large or too small.
     """
     if not payload:
         raise SampleError("empty", "the image has no bytes")
@@ -122,7 +122,7 @@ def _decode_jpeg(
     try:
         height, width, colour_space, _ = simplejpeg.decode_jpeg_header(payload, strict=True)
         _check_size(width, height, max_pixels, min_side)
-        if colour_space not in _PLAIN:
+        if colour_space not in _FAST_COLOUR_SPACES:
             return None
         image_HWC: NDArray[np.uint8] = simplejpeg.decode_jpeg(
             payload,
@@ -137,12 +137,12 @@ def _decode_jpeg(
     except ValueError as error:
         if _DAMAGED.search(str(error)):
             raise SampleError("corrupt", f"the image is damaged ({error})") from error
-        return None  # unusual: Pillow decides
+        return None  # an unusual JPEG: Pillow tries
     return _upright(image_HWC, _orientation(_exif_segment(payload)))
 
 
 def _exif_segment(jpeg: bytes) -> bytes:
-    """Return the EXIF segment of a JPEG, or nothing; it may stand behind long segments of other programs."""
+    """Return the EXIF segment of a JPEG, or no bytes. Long segments of other programs may stand in front of it."""
     start = len(_JPEG)
     while start + 4 <= len(jpeg) and jpeg[start] == 0xFF and jpeg[start + 1] not in (_START_OF_SCAN, _END):
         if jpeg[start + 1] == 0xFF:  # a fill byte
@@ -156,7 +156,7 @@ def _exif_segment(jpeg: bytes) -> bytes:
 
 
 def _orientation(source: bytes | Image.Image) -> int:
-    """Return the EXIF orientation, 1 (upright) where there is none or the EXIF is damaged."""
+    """Return the EXIF orientation; 1 (upright) if there is none or the EXIF is damaged."""
     if source == b"":
         return 1
     tags = Image.Exif()
@@ -169,12 +169,15 @@ def _orientation(source: bytes | Image.Image) -> int:
                 tags = source.getexif()
             orientation = tags.get(_ORIENTATION)
     except PILLOW_ERRORS:
-        return 1  # broken metadata do not spoil the picture
+        return 1  # the picture is usable without its metadata
     return orientation if isinstance(orientation, int) else 1
 
 
 def _upright(image_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Undo an EXIF orientation, 1 to 8: perhaps a transposition, then perhaps flips (CIPA DC-008, orientation tag)."""
+    """Undo an EXIF orientation, 1 to 8: transpose for 5-8, then flip rows and columns (CIPA DC-008, orientation tag).
+
+    Example: 6 is a photograph taken with the camera turned: transposing and flipping the columns turns it clockwise.
+    """
     if orientation not in range(2, 9):
         return np.ascontiguousarray(image_HWC)
     pixel_HW = np.ascontiguousarray(image_HWC).view("V3")[..., 0]  # whole pixels move twice as fast as bytes
@@ -190,8 +193,8 @@ def _upright(image_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8
 def _decode_any(payload: bytes, shrink: int, srgb: bool, max_pixels: int, min_side: int) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # oddities of metadata, and Pillow's own bomb warning: we have a limit
-            if suffix_of(payload[:12]) == "webp":  # Pillow allocates the canvas when it opens one
+            warnings.simplefilter("ignore")  # odd metadata, and Pillow's bomb warning: `max_pixels` is the limit
+            if suffix_of(payload[:12]) == "webp":  # Pillow allocates the canvas already on opening
                 _check_size(*_webp_size(payload), max_pixels, min_side)
             with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
                 _check_size(image.width, image.height, max_pixels, min_side)
@@ -199,7 +202,7 @@ def _decode_any(payload: bytes, shrink: int, srgb: bool, max_pixels: int, min_si
                 return _upright(np.asarray(to_rgb(image, srgb=srgb)), _orientation(image))
     except Image.DecompressionBombError as error:
         raise SampleError("too_large", str(error)) from error
-    except UnidentifiedImageError as error:  # its own message shows an address in memory
+    except UnidentifiedImageError as error:  # Pillow's message holds a memory address
         raise SampleError("corrupt", "the image is damaged (its header cannot be read)") from error
     except PILLOW_ERRORS as error:
         raise SampleError("corrupt", f"the image is damaged ({error})") from error
@@ -214,12 +217,12 @@ def _icc_profile(payload: bytes) -> bytes | None:
             with Image.open(io.BytesIO(payload), formats=FORMATS) as image:
                 profile = image.info.get("icc_profile")
     except (*PILLOW_ERRORS, SampleError, Image.DecompressionBombError):
-        return None  # broken metadata do not spoil the picture
+        return None  # the picture is usable without its metadata
     return profile if isinstance(profile, bytes) and profile else None
 
 
 def _webp_size(payload: bytes) -> tuple[int, int]:
-    """Return width and height as the first chunk of a WebP file states them [pixels].
+    """Return width and height from the first chunk of a WebP file [pixels].
 
     Source: RFC 9649, sections 2.5 to 2.7.
     """

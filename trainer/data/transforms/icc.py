@@ -1,7 +1,7 @@
-"""ICC profiles: what an image says about the meaning of its numbers, and the way from there to sRGB.
+"""ICC profiles: their names, and the conversion of images to sRGB.
 
-Phones write Display P3, cameras often Adobe RGB. The same colour then has other numbers than in sRGB. A data set in
-which only one class comes from phones teaches a detector the profile instead of the face.
+Phones write Display P3, cameras often Adobe RGB. The same colour then has other pixel values than in sRGB. If only one
+class of a data set comes from phones, a detector learns the profile instead of the face.
 
 Shapes: H, W image size; HWC uint8 RGB.
 """
@@ -14,13 +14,13 @@ from PIL import Image, ImageCms
 
 _MAX_PROFILE_BYTES = 4 << 20
 _GRID_STEPS = 9
-_SAME_LEVELS = 2
-"""A profile that moves no colour by more than this is sRGB itself: its images keep their numbers [levels of 255]."""
+_SRGB_TOLERANCE_LEVELS = 2
+"""A profile that moves no colour by more than this counts as sRGB: its images keep their values [levels of 255]."""
 _MODE_OF = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
 
 
 def profile_name(profile: bytes | None) -> str | None:
-    """Return the name that a profile gives itself, "unreadable" for a damaged one, None where there is none."""
+    """Return the description of a profile, "unreadable" for a damaged one, None without a profile."""
     if not profile:
         return None
     opened = _opened(profile)
@@ -35,10 +35,10 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
     Args:
         image: in mode RGB, L, CMYK or LAB. An RGB image with a grey profile counts as grey.
-        profile: its ICC profile. Without one, with a damaged one or with one of another mode, the numbers stay.
+        profile: its ICC profile. Without one, or with a damaged one or one of another mode, nothing is converted.
 
     Returns:
-        An RGB image, or the image itself where its numbers already mean sRGB.
+        An RGB image, or the image itself if its values are sRGB already.
     """
     if not profile or len(profile) > _MAX_PROFILE_BYTES:
         return image
@@ -70,7 +70,7 @@ def _opened(profile: bytes) -> ImageCms.ImageCmsProfile | None:
 
 @lru_cache(maxsize=16)  # a data set has few profiles, and building a transform costs milliseconds
 def _to_srgb_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """Return the mode that a profile is for and the way to sRGB; None where nothing is to be converted."""
+    """Return the mode of a profile and its transform to sRGB; None if there is nothing to convert."""
     source = _opened(profile)
     if source is None or source.profile.xcolor_space not in _MODE_OF:
         return "", None
@@ -90,10 +90,11 @@ def _to_srgb_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform 
 
 
 def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether a transform keeps a grid of 9 x 9 x 9 colours to within `_SRGB_TOLERANCE_LEVELS`."""
     level_K = np.linspace(0, 255, _GRID_STEPS).round().astype(np.uint8)
     grid_HWC = np.stack(np.meshgrid(level_K, level_K, level_K, indexing="ij"), axis=-1).reshape(_GRID_STEPS, -1, 3)
     image = Image.fromarray(grid_HWC)
     image = image if mode == "RGB" else image.getchannel(0)
     converted = ImageCms.applyTransform(image, transform)
     moved = np.asarray(converted).astype(int) - np.asarray(image.convert("RGB")).astype(int)
-    return bool(np.abs(moved).max() <= _SAME_LEVELS)
+    return bool(np.abs(moved).max() <= _SRGB_TOLERANCE_LEVELS)

@@ -1,4 +1,4 @@
-"""JPEG in memory, as the distortions use it."""
+"""JPEG compression in memory, for the distortions."""
 
 import numpy as np
 import simplejpeg

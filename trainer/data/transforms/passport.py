@@ -1,4 +1,4 @@
-"""What passport photographs go through: printing, scanning, resizing, compression."""
+"""Distortions of passport photographs: printing, scanning, resizing, compression."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -12,17 +12,19 @@ from trainer.errors import ConfigError
 from trainer.seeds import Purpose, normals
 
 _PASSPORT_PIXELS = 413 * 531
-
-
 _JPEG_HEADER_BYTES, _JPEG2000_HEADER_BYTES = 623, 260
+_DRAWS_A_KIND = 5
 
 
 class PassportChain:
-    """Print and scan, resizing, and one compression, each with a given chance, in the order in which they happen.
+    """Print and scan, resizing, and one compression, each with a given probability, in the order of a real passport.
 
     Args:
         kinds: any of print_scan, resize, jpeg2000, jpeg_budget.
-        probability: of each; of the two compressions at most one is applied.
+        probability: of each; at most one of the two compressions is applied.
+
+    Raises:
+        ConfigError: a kind is unknown.
     """
 
     def __init__(self, kinds: Sequence[str], probability: float) -> None:
@@ -33,7 +35,7 @@ class PassportChain:
 
     @property
     def num_draws(self) -> int:
-        """One for whether, the rest for how, a kind."""
+        """For each kind one number decides whether it is applied, and five decide how."""
         return len(self._kinds) * (1 + _DRAWS_A_KIND)
 
     def __call__(self, image_HWC: Pixels, draws_K: Draws) -> Pixels:
@@ -50,18 +52,18 @@ class PassportChain:
 def jpeg_to_budget(image_HWC: Pixels, budget_bytes: int) -> tuple[Pixels, int]:
     """Compress with the highest JPEG quality that fits into a budget (passport chips, ICAO 9303: 15 to 20 kB).
 
-    An image that does not fit even at quality 5 is made smaller first and comes back to its size.
+    An image that does not fit even at quality 5 is shrunk first and enlarged again after decoding.
 
     Returns:
         image_HWC: the decoded file, at the size of the input.
-        num_bytes: length of the file, at most the budget (unless an image of 8 pixels does not fit).
+        num_bytes: length of the file, at most the budget (unless even an image of 8 pixels does not fit).
     """
     height, width = image_HWC.shape[:2]
     small_HWC = image_HWC
     while len(encode_jpeg(small_HWC, 5)) > budget_bytes and min(small_HWC.shape[:2]) > 8:
         size = (max(8, round(small_HWC.shape[1] * 0.7)), max(8, round(small_HWC.shape[0] * 0.7)))
         small_HWC = np.asarray(cv2.resize(small_HWC, size, interpolation=cv2.INTER_AREA))
-    low, high = 5, 100  # invariant: low fits
+    low, high = 5, 100  # bisection over the quality; low always fits
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if len(encode_jpeg(small_HWC, middle)) <= budget_bytes else (low, middle - 1)
@@ -72,7 +74,7 @@ def jpeg_to_budget(image_HWC: Pixels, budget_bytes: int) -> tuple[Pixels, int]:
 
 
 def jpeg2000(image_HWC: Pixels, ratio: float) -> Pixels:
-    """Compress to 1 / ratio of the raw pixels with JPEG 2000 (OpenJPEG, irreversible), as passport chips hold it."""
+    """Compress to 1 / ratio of the raw bytes with JPEG 2000 (OpenJPEG, irreversible), as on passport chips."""
     file = io.BytesIO()
     Image.fromarray(image_HWC).save(file, "JPEG2000", quality_mode="rates", quality_layers=[ratio], irreversible=True)
     return np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB"))
@@ -86,7 +88,7 @@ def print_scan(image_HWC: Pixels, *, blur: float, noise: float, tone: float, key
         blur: deviation of the point spread [pixels].
         noise: deviation of the noise [grey levels].
         tone: 0 keeps the tones, 1 applies the whole curve.
-        key: of the noise, which depends on it and nothing else.
+        key: seed of the noise.
 
     Source: Ferrara, Franco and Maltoni 2019, arXiv 1901.08811: tones 8.3 * max(x - 35, 0) ** 0.6 + 20.
     """
@@ -98,7 +100,7 @@ def print_scan(image_HWC: Pixels, *, blur: float, noise: float, tone: float, key
 
 
 def resize_chain(image_HWC: Pixels, draws_K: Draws) -> Pixels:
-    """Make the image smaller and bring it back, with interpolations drawn: what sending and archiving does."""
+    """Shrink the image to 40-90 % and enlarge it again, with drawn interpolations, as mail and archives do."""
     methods = (cv2.INTER_AREA, cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_LANCZOS4)
     height, width = image_HWC.shape[:2]
     share = 0.4 + 0.5 * float(draws_K[0])
@@ -108,10 +110,11 @@ def resize_chain(image_HWC: Pixels, draws_K: Draws) -> Pixels:
 
 
 def _drawn_bytes(image_HWC: Pixels, draw: float) -> float:
-    """Draw what a compressed image may hold besides its header: as much a face as of a passport's 413 x 531 pixels.
+    """Draw the bytes of a compressed image without its header, uniform in the logarithm.
 
-    There it is 0.4 to 2.4 bits a pixel, 11 to 66 kB, uniform in the logarithm; chips have 15 to 20. Each pixel of a
-    smaller image holds more of the face, and with as few bits a face of 92 x 112 is a handful of blocks.
+    A passport photograph of 413 x 531 pixels gets 0.4 to 2.4 bits a pixel, which is 11 to 66 kB; chips hold 15 to 20.
+    A smaller image gets more bits a pixel, because each of its pixels shows more of the face: 92 x 112 pixels get 1.1
+    to 6.6 kB instead of 0.5 to 3.1 kB, which would leave a handful of blocks.
     """
     pixels = image_HWC.shape[0] * image_HWC.shape[1]
     return float(0.4 * 6.0**draw / 8 * pixels * max(1.0, _PASSPORT_PIXELS / pixels) ** 0.25)
@@ -131,9 +134,6 @@ def _drawn_print(image_HWC: Pixels, draws_K: Draws) -> Pixels:
     key = int(high * 2**24) << 24 | int(low * 2**24)
     scale = max(1.0, min(image_HWC.shape[:2]) / 256)
     return print_scan(image_HWC, blur=(0.3 + 0.7 * blur) * scale, noise=1 + 4 * noise, tone=0.3 + 0.7 * tone, key=key)
-
-
-_DRAWS_A_KIND = 5
 
 
 _KINDS: dict[str, Callable[[Pixels, Draws], Pixels]] = {

@@ -1,8 +1,8 @@
-"""Distortions of training images: basic augmentation, RandAugment, and a passport's way from camera to chip.
+"""Distortions of training images: basic augmentation and RandAugment.
 
-Each is a function of an image and its draws, uniform numbers in [0, 1), and of nothing else: albumentations would
-draw from generators of its own, so every transform of it is built with a fixed strength and drawn for here. Shapes of
-images never change; borders are mirrored, because black corners would tell a detector which images were distorted.
+Each is a pure function of an image and its draws, uniform numbers in [0, 1). albumentations would draw from its own
+generators, so every transform is built with a fixed strength and chosen here. The size of images never changes. Borders
+are mirrored: black corners would show a detector which images were distorted.
 
 Shapes: H, W image size, K draws; images are HWC uint8 RGB.
 """
@@ -21,12 +21,12 @@ import cv2
 
 from trainer.data.transforms.jpeg import Draws, Pixels, recompress
 
-_MOST = 10
+_MAX_MAGNITUDE = 10
 _RANGES = {"rotate": 30.0, "shear": 0.3, "translate": 0.45, "enhance": 0.9}
 
 
 class BasicAugment:
-    """Brightness and contrast within 10 %, and at times a JPEG of good quality. No blur: seams are what is learned."""
+    """Brightness and contrast within 10 %, and sometimes a JPEG of good quality. No blur: it would remove seams."""
 
     num_draws = 4
 
@@ -44,29 +44,32 @@ class BasicAugment:
 class RandAugment:
     """Some of 14 operations, each chosen uniformly, at one common strength.
 
-    Source: Cubuk et al. 2019, arXiv 1909.13719, with torchvision's operations and ends: rotation to 30 degrees, shear
+    Source: Cubuk et al. 2019, arXiv 1909.13719, with torchvision's operations and limits: rotation to 30 degrees, shear
     to 0.3, enhancement to 1 +- 0.9, solarize from 256 down to 0, posterize from 8 bits down to 4; translation to 0.45
-    of the side, as timm's. Strengths grow in proportion to the magnitude for every operation, and signs are drawn.
-    torchvision counts the same way in 31 steps, so that magnitude m is its step 3 * m: 9 is its 27, and 3 its default.
-    timm's m9 has the same turns, shears and enhancements; but there each operation is applied with a chance of 0.5,
-    posterize leaves 3 bits where it leaves 4 here, solarize and posterize weaken with the magnitude (unless "inc"), and
-    invert and a second solarize stand in the place of identity.
+    of the side, as in timm. Strengths grow in proportion to the magnitude for every operation, and signs are drawn.
+    torchvision has 31 steps, so magnitude m is its step 3 * m: 9 is its 27, and 3 is its default.
+    timm's m9 has the same rotations, shears and enhancements. It differs in four ways: each operation is applied with a
+    probability of 0.5; posterize leaves 3 bits instead of 4; solarize and posterize weaken with the magnitude (unless
+    "inc"); invert and a second solarize replace identity.
 
     Args:
-        num_ops: operations an image.
+        num_ops: operations for each image.
         magnitude: 1 to 10.
+
+    Raises:
+        ConfigError: an argument is out of range.
     """
 
     def __init__(self, *, num_ops: int = 2, magnitude: int = 9) -> None:
-        if not 1 <= magnitude <= _MOST:
-            raise ConfigError(f"advanced_aug_magnitude is {magnitude}, but must be from 1 to {_MOST} (try 9)")
+        if not 1 <= magnitude <= _MAX_MAGNITUDE:
+            raise ConfigError(f"advanced_aug_magnitude is {magnitude}, but must be from 1 to {_MAX_MAGNITUDE} (try 9)")
         if num_ops < 1:
             raise ConfigError(f"advanced_aug_num_ops is {num_ops}, but must be at least 1 (try 2)")
         self._num_ops, self.ops = num_ops, rand_augment_ops(magnitude)
 
     @property
     def num_draws(self) -> int:
-        """Two an operation: which, and its sign."""
+        """Two for each operation: which one, and its sign."""
         return 2 * self._num_ops
 
     def __call__(self, image_HWC: Pixels, draws_K: Draws) -> Pixels:
@@ -78,10 +81,10 @@ class RandAugment:
 
 
 def rand_augment_ops(magnitude: int) -> dict[str, tuple[Callable[[Pixels], Pixels], Callable[[Pixels], Pixels]]]:
-    """Build the operations at a magnitude, by name: with negative and with positive sign, alike where there is none."""
-    share = magnitude / _MOST
+    """Build the operations at a magnitude: name -> (negative, positive), equal for an operation without sign."""
+    share = magnitude / _MAX_MAGNITUDE
     bits = 8 - round(4 * share)
-    rotate, shear, translate, enhance = (share * most for most in _RANGES.values())
+    rotate, shear, translate, enhance = (share * limit for limit in _RANGES.values())
     mirror = {"border_mode": cv2.BORDER_REFLECT_101, "p": 1.0}
     still = {
         name: (0.0, 0.0) if name == "hue" else (1.0, 1.0) for name in ("brightness", "contrast", "saturation", "hue")
@@ -120,12 +123,6 @@ def rand_augment_ops(magnitude: int) -> dict[str, tuple[Callable[[Pixels], Pixel
             lambda s: A.Affine(translate_percent={"x": (0.0, 0.0), "y": (s * translate,) * 2}, **mirror)
         ),
     }
-
-
-# ---------------------------------------------------------------------------------------------- passports
-
-
-# ---------------------------------------------------------------------------------------------- small parts
 
 
 def _apply(transform: A.BasicTransform) -> Callable[[Pixels], Pixels]:

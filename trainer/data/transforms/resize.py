@@ -1,8 +1,8 @@
-"""How an image takes another size: cubic, with the kernel widened where the image shrinks, so that nothing aliases.
+"""Antialiased bicubic scaling: the kernel is widened when the image shrinks.
 
-It is what Pillow's and torchvision's bicubic do, which published MAE code uses, to within a grey level: torch's kernel
-for bytes, which costs about twice OpenCV's cubic. That one is not antialiased: where it shrinks, texture appears that
-is not in the image. OpenCV's area interpolation shrinks well, is slower, and enlarges to blocks.
+The result equals Pillow's and torchvision's bicubic, which published MAE code uses, to within a grey level. It is
+torch's kernel for bytes and costs about twice OpenCV's cubic. OpenCV's cubic is not antialiased: shrinking adds texture
+that is not in the image. OpenCV's area interpolation shrinks well, but is slower, and enlarging with it gives blocks.
 
 Shapes: H, W the new size; images are HWC uint8 RGB.
 """
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 Resize = Literal["antialias", "former"]
-"""The recipe's choice: this, or what runs began with that are older."""
+"""The recipe's choice: this module, or the scaling of release 0.1, for runs that began with it."""
 
 
 def resize_into(image_HWC: NDArray[np.uint8], out_HWC: NDArray[np.uint8]) -> None:
-    """Scale an image, or a part of one, to the size of ``out`` and write it there."""
+    """Scale an image, or a crop of one, to the size of ``out`` and write it there."""
     height, width = out_HWC.shape[:2]
     pixels = torch.from_numpy(image_HWC if image_HWC.flags.writeable else image_HWC.copy())
     source_1CHW = pixels.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
@@ -28,7 +28,7 @@ def resize_into(image_HWC: NDArray[np.uint8], out_HWC: NDArray[np.uint8]) -> Non
 
 
 def resized(image_HWC: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """Scale an image."""
+    """Scale an image to (height, width) [pixels]."""
     out_HWC = np.empty((height, width, 3), dtype=np.uint8)
     resize_into(image_HWC, out_HWC)
     return out_HWC

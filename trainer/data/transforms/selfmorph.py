@@ -1,11 +1,11 @@
 """Self-morph: an attack made from one bona fide photograph, on the fly, so that training needs no morphs.
 
-A region of the face is taken from a slightly warped and altered copy and blended back. That leaves what every landmark
-morph leaves, doubled structure, seams and mixed sharpness, and nothing of another person. A detector trained on these
-learns the traces of blending and not of one morphing tool.
+A region of the face is taken from a slightly warped and altered copy and blended back. That leaves the traces of every
+landmark morph (doubled structure, seams, mixed sharpness) without a second person. A detector that trains on these
+images learns the traces of blending instead of one morphing tool.
 
-Everything is a function of the image and its draws. With landmarks the regions follow the face; without them they are
-ellipses where an aligned portrait has its face.
+Everything is a pure function of the image and its draws. With landmarks the regions follow the face; without them they
+are ellipses at the place of the face in an aligned portrait.
 
 Shapes: H, W image size; K draws; L landmarks (x, y) [pixels].
 Source: the idea is that of self-blended images (Shiohara and Yamasaki 2022, arXiv 2204.08376) and of SelfMAD (2025).
@@ -74,8 +74,19 @@ def _region(
         axes = (max(1, min(room_x, round(width * half_x * grow))), max(1, min(room_y, round(height * half_y * grow))))
         cv2.ellipse(mask_HW, (centre_x, centre_y), axes, 0, 0, 360, 1, -1)
         extent = 2.0 * min(axes)
-    # The mask is eroded before it is feathered, so that the border fades to nothing at the region's edge.
-    reach = max(1, round(extent * (0.03 + 0.09 * draws_4[3])))
+    return feathered(mask_HW, max(1, round(extent * (0.03 + 0.09 * draws_4[3]))))
+
+
+def feathered(mask_HW: NDArray[np.uint8], reach: int) -> NDArray[np.float32]:
+    """Soften the border of a 0/1 mask so that it fades to exactly 0 at the border, float32.
+
+    The mask is eroded by ``reach`` pixels and then blurred twice with a box of ``reach`` pixels. Each blur spreads it
+    by at most reach / 2, so nothing leaves the original region.
+
+    Args:
+        mask_HW: 1 inside the region.
+        reach: width of the border [pixels].
+    """
     eroded_HW = cv2.erode(
         mask_HW, np.ones((2 * reach + 1, 2 * reach + 1), dtype=np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0
     )
@@ -83,7 +94,7 @@ def _region(
 
 
 def _hull(landmarks_L2: NDArray[np.float32] | None, band: tuple[float, float]) -> NDArray[np.float32] | None:
-    """Return the convex hull of the landmarks in a band of the face; None where they span no area."""
+    """Return the convex hull of the landmarks in a band of the face; None if they span no area."""
     if landmarks_L2 is None:
         return None
     top, extent = landmarks_L2[:, 1].min(), np.ptp(landmarks_L2[:, 1])
@@ -96,11 +107,11 @@ def _hull(landmarks_L2: NDArray[np.float32] | None, band: tuple[float, float]) -
 
 
 def _altered(image_HWC: NDArray[np.uint8], draws_3: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Change colour and sharpness a little: the second photograph of a morph had another camera."""
+    """Change colour and sharpness a little, because the second photograph of a morph is from another camera."""
     height, width = image_HWC.shape[:2]
     gain, offset = 1 + 0.08 * (draws_3[0] - 0.5), 8 * (draws_3[1] - 0.5)
     changed_HWC = cv2.convertScaleAbs(image_HWC, alpha=float(gain), beta=float(offset))
-    if draws_3[2] < 0.4:  # softer, by way of fewer pixels
+    if draws_3[2] < 0.4:  # softer: shrunk and enlarged
         share = 0.6 + 0.8 * float(draws_3[2])
         smaller = (max(4, round(width * share)), max(4, round(height * share)))
         return np.asarray(cv2.resize(cv2.resize(changed_HWC, smaller, interpolation=cv2.INTER_AREA), (width, height)))
@@ -113,7 +124,7 @@ def _altered(image_HWC: NDArray[np.uint8], draws_3: NDArray[np.float32]) -> NDAr
 def _displaced(
     height: int, width: int, draws_4: NDArray[np.float32], field: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return where each pixel of the warped copy comes from: shift, zoom and turn, and a smooth elastic field."""
+    """Return the source (x, y) of each pixel of the warped copy: shift, zoom, rotation and a smooth elastic field."""
     shift_x, shift_y, zoom, turn = (2 * draws_4 - 1).tolist()
     y_HW, x_HW = np.mgrid[:height, :width].astype(np.float32)
     from_x, from_y = (x_HW - width / 2) / (1 + _LARGEST_ZOOM * zoom), (y_HW - height / 2) / (1 + _LARGEST_ZOOM * zoom)

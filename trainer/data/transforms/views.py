@@ -1,7 +1,7 @@
 """Views of images: bytes -> the S x S pixels that a model sees, written straight into the batch.
 
-The random view of pre-training is a function of (seed, position). Its crop is drawn from the file's header, before any
-pixel is decoded, so that a JPEG which the crop would shrink anyway is decoded at a half, a quarter or an eighth.
+The random view of pre-training is a function of (seed, position). Its crop is chosen from the file's header, before any
+pixel is decoded, so a JPEG whose crop will be shrunk anyway is decoded at a half, a quarter or an eighth of its size.
 
 Shapes: H, W input size, S output size, N positions, R views of one image, K draws; images are HWC uint8 RGB.
 """
@@ -26,25 +26,25 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network fo
 import albumentations as A
 import cv2
 
-cv2.setNumThreads(0)  # one loader process, one thread: the workers are the parallelism
+cv2.setNumThreads(0)  # one thread a process: the workers are the parallelism
 
 _CROP_ATTEMPTS = 10
 _SMALLEST_RATIO, _LARGEST_RATIO = 3 / 4, 4 / 3
 
 
 class Distortion(Protocol):
-    """A change of an image of unchanged size, which depends on its draws and nothing else."""
+    """A change of an image that keeps its size and depends on the image and its draws only."""
 
     @property
     def num_draws(self) -> int:
-        """Uniform numbers that an image needs."""
+        """Uniform numbers for each image."""
 
     def __call__(self, image_HWC: NDArray[np.uint8], draws_K: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Return the changed image; the input stays as it is."""
+        """Return the changed image; the input is not modified."""
 
 
 class Photo(NamedTuple):
-    """One sample as it was stored."""
+    """One sample as stored."""
 
     payload: bytes
     label: int = -1
@@ -54,51 +54,51 @@ class Photo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """How pixels come about, in the training, validation and tests of a model alike."""
+    """How images are decoded and scaled; the same in training, validation and tests of a model."""
 
     resize: Resize = "antialias"
-    """former: as release 0.1 scaled."""
+    """"former" scales as release 0.1 did."""
     srgb: bool = False
-    """Convert images with another colour profile to sRGB; otherwise numbers stay as they are stored."""
+    """Convert images with another colour profile to sRGB; otherwise pixel values stay as stored."""
 
 
 AS_STORED = Pixels()
 
 
 class View(Protocol):
-    """A way to look at images."""
+    """Turns the bytes of an image into the pixels that a model sees."""
 
     size: int
     """Side S of the view [pixels]."""
 
     def draw(self, position_N: ArrayLike) -> NDArray[np.float32]:
-        """Return the random numbers (N, K) of some positions."""
+        """Return the random numbers (N, K) of N positions."""
 
     def wants_landmarks(self, label: int, draws_K: NDArray[np.float32]) -> bool:
-        """Whether a sample's landmarks are to be read as well."""
+        """Whether the view needs the sample's landmarks."""
 
     def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> list[int]:
-        """Decode one image once, write so many views of it and return the class of each.
+        """Decode one image once, write R views of it and return the class of each.
 
         Raises:
-            SampleError: the bytes are no image.
+            SampleError: the bytes are no usable image.
         """
 
 
 class PretrainView:
-    """Random resized crop and mirror, as the published MAE (He et al. 2021, arXiv 2111.06377, appendix A.1).
+    """Random resized crop and mirror, as in the published MAE (He et al. 2021, arXiv 2111.06377, appendix A.1).
 
-    Crops are drawn as torchvision's RandomResizedCrop draws them: ten attempts at an area and a ratio, then the whole
-    of a centre. Sides are scaled as `trainer.data.transforms.resize` does.
+    Crops are drawn as by torchvision's RandomResizedCrop: ten attempts at an area and a ratio, then the largest centre
+    crop. `trainer.data.transforms.resize` scales them.
 
     Args:
         size: side of the view [pixels].
         crop_scale: smallest and largest share of the image's area.
         flip_probability: chance of a mirror.
         seed: run seed.
-        fast: decode with libjpeg-turbo's faster transforms, and reduced where all crops are at least twice the view.
+        fast: decode with libjpeg-turbo's faster transforms, and reduced if all crops are at least twice the view.
             Never for detection: artefacts are the signal.
-        pixels: how they are decoded and scaled; former: cubic without antialiasing.
+        pixels: how images are decoded and scaled; "former" is cubic without antialiasing.
     """
 
     def __init__(
@@ -148,14 +148,24 @@ class PretrainView:
         return [photo.label] * len(boxes)
 
     def _shrink(self, shorter_side: int) -> int:
-        """Return how much smaller a crop may be decoded and still not be enlarged."""
+        """Return the factor by which a crop may be decoded smaller without being enlarged afterwards.
+
+        Example: a view of 224 pixels needs 225 decoded ones. A crop of 1800 pixels allows 8, 1000: 4, 450: 2, 449: 1.
+        """
         return next((shrink for shrink in (8, 4, 2) if shorter_side >= shrink * (self.size + 1)), 1)
 
 
 def crop_box(
     height: int, width: int, draws: Sequence[float], *, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Choose (top, left, height, width) of a crop [pixels] from the numbers of one position."""
+    """Choose (top, left, height, width) of a crop [pixels] from the draws of one position.
+
+    Args:
+        height: of the image [pixels].
+        width: of the image [pixels].
+        draws: area and ratio of ten attempts, then top, left and mirror, in [0, 1).
+        scale: smallest and largest share of the image's area.
+    """
     low, high = scale
     for attempt in range(_CROP_ATTEMPTS):
         area = height * width * (low + (high - low) * draws[2 * attempt])
@@ -170,18 +180,18 @@ def crop_box(
 
 
 class DetectorView:
-    """What a detector sees in training: every pixel decoded in full, a crop, a mirror, and then the chosen distortions.
+    """A detector's view in training: full decoding, perhaps a self-morph, distortions, a crop, a mirror.
 
     Args:
         size: side of the view [pixels].
         crop_scale: smallest and largest share of the image's area.
         flip_probability: chance of a mirror.
         seed: run seed.
-        before: distortions of the whole image, such as a passport's way from the camera to the chip.
+        before: distortions of the whole image, such as `passport.PassportChain`.
         after: distortions of the view, such as RandAugment.
         self_morph_share: share of the bona fides (label 0) that become attacks (label 1) before anything else.
-        pixels: how they are decoded and scaled; former: by area where both sides shrink, else cubic without
-            antialiasing.
+        pixels: how images are decoded and scaled; "former" is area interpolation if both sides shrink, otherwise cubic
+            without antialiasing.
     """
 
     def __init__(
@@ -206,7 +216,7 @@ class DetectorView:
         return uniforms(self._seed, Purpose.AUGMENT, position_N, sum(self._stages))
 
     def wants_landmarks(self, label: int, draws_K: NDArray[np.float32]) -> bool:
-        """Where a self-morph is due."""
+        """Whether these draws make a self-morph of the sample."""
         return self._morphs(label, self._parts(draws_K)[1])
 
     def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> list[int]:
@@ -268,7 +278,7 @@ class CenterView:
             self._former = A.Compose([scale, A.CenterCrop(height=size, width=size)], seed=0)
 
     def draw(self, position_N: ArrayLike) -> NDArray[np.float32]:
-        """Return nothing for each position: there is nothing random."""
+        """Return an array of shape (N, 0): nothing is random."""
         return np.empty((np.size(position_N), 0), dtype=np.float32)
 
     def wants_landmarks(self, label: int, draws_K: NDArray[np.float32]) -> bool:

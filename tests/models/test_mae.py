@@ -9,8 +9,9 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from trainer.errors import ConfigError
 from trainer.models.cross_block import CrossBlock
 from trainer.models.encoder import PatchEncoder, attend_from, sine_cosine_positions
-from trainer.models.mae import IMAGENET_MEAN, IMAGENET_STD, DecoderOptions, MaskedAutoencoder
+from trainer.models.mae import DecoderOptions, MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, patchify
+from trainer.models.pixel_statistics import STATISTICS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 
@@ -111,7 +112,7 @@ def test_loss_and_gradients_equal_the_published_implementation(norm_pix_loss: bo
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=generator)
     noise = torch.rand(4, 16, generator=generator)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(values)[:, None, None] for values in STATISTICS["imagenet"])
     # The class token's decoder position is the one place where we hold none; theirs was set to zero when drawn.
     theirs.decoder.decoder_pos_embed.data[:, 0] = 0
     expected = theirs((images.float() / 255 - mean) / std, noise=noise).loss

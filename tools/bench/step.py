@@ -152,11 +152,12 @@ def like(mae: "MaskedAutoencoder", name: str) -> "nn.Module":
     import torch
     from transformers import ViTMAEForPreTraining
 
-    from trainer.models.mae import IMAGENET_MEAN, IMAGENET_STD
+    from trainer.models.pixel_statistics import STATISTICS
     from trainer.weights.export import write_vitmae
     from trainer.weights.subject import Subject
 
-    subject = Subject(name=name, encoder=mae.encoder, mean=IMAGENET_MEAN, std=IMAGENET_STD, mae=mae.eval())
+    mean, std = STATISTICS["imagenet"]
+    subject = Subject(name=name, encoder=mae.encoder, mean=mean, std=std, mae=mae.eval())
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         write_vitmae(subject, Path(folder))
         model: nn.Module = ViTMAEForPreTraining.from_pretrained(folder)

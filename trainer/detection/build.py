@@ -15,10 +15,11 @@ from trainer.data.transforms.randaugment import BasicAugment, RandAugment
 from trainer.data.transforms.views import AS_STORED, CenterView, DetectorView, Pixels
 from trainer.detection.saved_detector import SavedDetector
 from trainer.errors import CheckpointError
-from trainer.models.detector import STATISTICS, HeadOptions, MorphDetector
+from trainer.models.detector import HeadOptions, MorphDetector
 from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import add_lora, backbone_sha256
 from trainer.models.mixstyle import MixStyle
+from trainer.models.pixel_statistics import STATISTICS
 from trainer.weights.load import Init, check_heads, check_init, find_again, read_init
 
 

@@ -10,9 +10,9 @@ from trainer.config.settings import PretrainRecipe
 from trainer.detection.build import preprocessing, rebuild, recipe_of
 from trainer.detection.saved_detector import load_detector
 from trainer.errors import ConfigError
-from trainer.models.detector import STATISTICS
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
+from trainer.models.pixel_statistics import STATISTICS
 from trainer.training.pretraining import build_model
 from trainer.weights.load import Init, check_heads, num_blocks, read_init
 from trainer.weights.subject import Subject

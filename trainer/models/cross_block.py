@@ -1,7 +1,7 @@
-"""A decoder block in which hidden patches ask the seen ones and not each other.
+"""A decoder block in which hidden patches attend to the seen ones, but not to each other.
 
-What a hidden patch becomes then depends on no other hidden patch: any part of them may be predicted, at a cost in
-proportion, and each comes out as it would among all.
+The result for a hidden patch then depends on no other hidden patch. Any subset of them may be predicted, at a
+proportional cost, with the same result for each.
 
 Shapes: B images, S hidden patches, K seen tokens, E width, h heads, d = E/h.
 Source: Fu et al. 2024, arXiv 2401.14391, section 3.2 (without its weighting of the encoder's blocks).
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 class CrossBlock(nn.Module):
-    """Cross-attention and a perceptron, pre-norm, each with a residual connection."""
+    """Cross-attention and an MLP, pre-norm, each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class CrossBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, hidden_BSE: Tensor, seen_BKE: Tensor) -> Tensor:
-        """Return the hidden tokens, each with what it found among the seen ones; (B, S, E)."""
+        """Return the hidden tokens after attending to the seen ones, (B, S, E)."""
         q_BhSd = rearrange(self.query(self.norm1(hidden_BSE)), "b s (h d) -> b h s d", h=self.num_heads)
         k_BhKd, v_BhKd = rearrange(
             self.key_value(self.norm_seen(seen_BKE)), "b k (two h d) -> two b h k d", two=2, h=self.num_heads
@@ -38,6 +38,6 @@ class CrossBlock(nn.Module):
         return painted_BSE
 
     def flops(self, num_hidden: int, num_seen: int) -> int:
-        """Count multiply-adds times two of one forward pass of one image."""
+        """Count the FLOPs (multiply-adds times two) of one forward pass of one image."""
         width = self.query.in_features
         return 2 * width**2 * (10 * num_hidden + 2 * num_seen) + 4 * width * num_hidden * num_seen

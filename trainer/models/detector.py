@@ -23,12 +23,7 @@ from trainer.models.losses import margin_loss, weighted_cross_entropy
 from trainer.models.mask_utils import patchify
 from trainer.models.mixstyle import NUM_DRAWS as DRAWS_A_MIX
 from trainer.models.mixstyle import MixStyle, beta_quantiles, partners, quantile
-
-STATISTICS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-"""Mean and deviation of RGB pixels in [0, 1], by the recipe's ``normalisation``."""
+from trainer.models.pixel_statistics import STATISTICS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +55,7 @@ class MorphDetector(nn.Module):
 
     Args:
         encoder: gets all patches.
-        normalisation: see `STATISTICS`.
+        normalisation: see `trainer.models.pixel_statistics`.
         head: pooling, head and loss.
         mixstyle: layers after the first blocks of the encoder.
 

@@ -1,12 +1,13 @@
 """Dropout and drop path whose masks belong to the sample: the same for every micro batch, rank, device and restart.
 
-torch's modules draw from a generator, so what they drop depends on how a batch was cut. Here a mask is a function of
-the sample's words (uniform numbers keyed by its position in the run, which travel with the batch), of the layer and of
-the element. It is computed where the tokens are, with integer arithmetic alone: the host is never waited for, a CPU and
-a GPU get the same bits, and recomputing a block in the backward pass drops the same again.
+torch's modules draw from a generator, so their masks depend on how a batch is cut. Here a mask is a function of the
+sample's draws (uniform numbers keyed by its position in the run, which come with the batch), the layer and the element.
+It is computed on the device of the tokens with integer arithmetic alone: there is no synchronisation with the host, a
+CPU and a GPU get the same bits, and a block that is recomputed in the backward pass drops the same elements.
 
-A table of hashed element numbers is shared by all; each sample and layer turns it by a multiplier and an offset of its
-own (multiply-shift hashing), which costs one fused multiplication and one comparison an element.
+All samples share a table of hashed element numbers. Each sample and layer has its own multiplier and offset, and
+element e gets the number table[e] * multiplier + offset modulo 2**32 (multiply-shift hashing). That costs one fused
+multiplication and one comparison for each element.
 
 Shapes: B samples, L layers that drop, E elements of a sample.
 Source: Steele et al. 2014, "Fast splittable pseudorandom number generators" (the finaliser); Dietzfelbinger 1996,
@@ -19,16 +20,16 @@ from torch import Tensor, nn
 from trainer.models.encoder import chance_of_skipping
 
 NUM_DRAWS = 2
-"""Uniform numbers a sample, of 24 bits each: its words."""
+"""Uniform numbers for each sample, of 24 bits each."""
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 
 class SampleKeys:
-    """The keys of the samples that are in the model now; all modules that drop share one.
+    """The keys of the current batch; all dropping modules of a model share one object.
 
-    They stay until the next batch comes, because a recomputed block needs them once more in the backward pass.
+    Keys stay until the next batch, because a recomputed block needs them again in the backward pass.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -38,14 +39,17 @@ class SampleKeys:
         self._tables: dict[tuple[torch.device, int], Tensor] = {}
 
     def assign(self, draws_B2: Tensor) -> None:
-        """Hash the words of new samples, once for all layers."""
+        """Hash the draws of new samples, once for all layers."""
+        # Two draws of 24 bits make one key of 48 bits. Example: 0.5 and 0.25 are 8388608 and 4194304, so the key is
+        # 8388608 * 2**24 + 4194304. Each layer adds its own multiple of the golden ratio before mixing (SplitMix64).
         words_B = ((draws_B2 * 2.0**24).long() << torch.tensor([24, 0], device=draws_B2.device)).sum(dim=1)
         layers_L = torch.arange(1, self._num_layers + 1, device=draws_B2.device) * _GOLDEN
         mixed_LB = _mix(words_B + layers_L[:, None])
+        # An odd multiplier maps the table one to one.
         self._multiplier_LB, self._offset_LB = (mixed_LB | 1).to(torch.int32), (mixed_LB >> 32).to(torch.int32)
 
     def offsets(self, layer: int) -> Tensor:
-        """Return one uniform int32 for each sample, (B,)."""
+        """Return one uniform int32 number for each sample, (B,)."""
         assert self._offset_LB is not None, "a model that drops was called in training without its samples' draws"
         return self._offset_LB[layer]
 
@@ -60,45 +64,45 @@ class SampleKeys:
 
 
 class KeyedDropout(nn.Module):
-    """torch's dropout with masks that belong to the samples; the first axis must be theirs."""
+    """torch's dropout with masks that belong to the samples; the first axis must be the batch."""
 
     def __init__(self, p: float, layer: int, keys: SampleKeys) -> None:
         super().__init__()
         self.p, self._layer, self._keys = p, layer, keys
 
     def forward(self, x_BE: Tensor) -> Tensor:
-        """Drop elements in training, whatever the axes behind the first, and scale what stays by 1 / (1 - p)."""
+        """Drop elements in training and scale the others by 1 / (1 - p); any axes may follow the first."""
         if not self.training:
             return x_BE
         drawn_BE = self._keys.numbers(self._layer, x_BE[0].numel())
         return x_BE.masked_fill((drawn_BE < _threshold(self.p)).view_as(x_BE), 0) * (1 / (1 - self.p))
 
     def extra_repr(self) -> str:
-        """Say how much is dropped."""
+        """Return the share of dropped elements, for ``print(model)``."""
         return f"p={self.p}"
 
 
 class KeyedDropPath(nn.Module):
-    """timm's drop path (Huang et al. 2016, arXiv 1603.09382), likewise: one draw a sample and branch of a block."""
+    """timm's drop path (Huang et al. 2016, arXiv 1603.09382): one draw for each sample and branch of a block."""
 
     def __init__(self, p: float, layer: int, keys: SampleKeys) -> None:
         super().__init__()
         self.p, self._layer, self._keys = p, layer, keys
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Skip the branch of some samples in training, and scale that of the others by 1 / (1 - p)."""
+        """Skip the branch for some samples in training, and scale it by 1 / (1 - p) for the others."""
         if not self.training:
             return x_BTD
         skipped_B = self._keys.offsets(self._layer) < _threshold(self.p)
         return x_BTD.masked_fill(skipped_B[:, None, None], 0) * (1 / (1 - self.p))
 
     def extra_repr(self) -> str:
-        """Say how often it skips."""
+        """Return the probability of skipping, for ``print(model)``."""
         return f"p={self.p}"
 
 
 def key_dropouts(model: nn.Module) -> SampleKeys | None:
-    """Put keyed modules in the places of all that drop, in place; None where nothing does."""
+    """Replace all dropping modules by keyed ones, in place; returns their keys, None if nothing drops."""
     found = [
         (parent, name, child)
         for parent in model.modules()
@@ -117,12 +121,12 @@ def key_dropouts(model: nn.Module) -> SampleKeys | None:
 
 
 def _threshold(p: float) -> int:
-    """Return the int32 below which a share p of all int32 numbers lies."""
+    """Return the int32 below which a share p of all int32 numbers lies: 0.5 -> 0, 0.1 -> -1717986918."""
     return min(round(p * 2**32) - 2**31, 2**31 - 1)
 
 
 def _mix(value: Tensor) -> Tensor:
-    """Scatter 64 bits, as `trainer.seeds` does; int64 wraps around, and its shifts must not drag the sign along."""
+    """Mix 64 bits as `trainer.seeds` does. int64 wraps around; the masks clear the sign bits that >> copies in."""
     mixed = (value ^ ((value >> 30) & (2**34 - 1))) * _MULTIPLIERS[0]
     mixed = (mixed ^ ((mixed >> 27) & (2**37 - 1))) * _MULTIPLIERS[1]
     return mixed ^ ((mixed >> 31) & (2**33 - 1))

@@ -1,8 +1,7 @@
 """Any timm ViT, run on a subset of its patches. The only importer of timm's models.
 
 Patches are gathered before the patch embedding, so nothing is computed for a hidden patch; positions are added by
-index. With all patches kept, the result is timm's own ``forward_features``; a model of which it would be something else
-is refused by name.
+index. With all patches kept, the result equals timm's ``forward_features``. Models with another result are refused.
 
 Shapes: B images, N patches, K kept, T = prefix + K tokens, D width, P = p*p*C values of a patch, S queries, F = 3*D.
 """
@@ -27,9 +26,9 @@ from torch.utils.checkpoint import checkpoint
 from trainer.errors import ConfigError
 from trainer.models.mask_utils import gather_tokens
 
-_PLAIN = "vit_base_patch16_224"
-_UNUSED = ("attn_pool.", "norm.", "fc_norm.", "head.")
-"""What a pooling of its own, or another one, has behind the blocks."""
+_EXAMPLE_MODEL = "vit_base_patch16_224"
+_UNUSED_PREFIXES = ("attn_pool.", "norm.", "fc_norm.", "head.")
+"""Weights behind the blocks that a model with another pooling does not need."""
 
 
 class PatchEncoder(nn.Module):
@@ -50,14 +49,14 @@ class PatchEncoder(nn.Module):
         """Build the encoder with random weights.
 
         Args:
-            model_name: timm's.
+            model_name: timm's name.
             image_size: side [pixels].
-            patch_size: side; None is the model's own [pixels].
-            depth: blocks; None is the model's own.
-            fixed_positions: put sines and cosines in the place of learned positions.
-            fc_norm: timm's: whether the last norm stands behind the mean over the patches instead of in front of it,
-                where ``vit.fc_norm`` waits for who pools; None is the model's own.
-            drop_path: chance of skipping the last block in training; it rises linearly up to there.
+            patch_size: side [pixels]; None is the model's own.
+            depth: number of blocks; None is the model's own.
+            fixed_positions: use sines and cosines instead of learned positions.
+            fc_norm: timm's option: the last norm follows the mean over the patches instead of preceding it; the caller
+                pools and applies ``vit.fc_norm``. None is the model's own.
+            drop_path: probability of skipping the last block in training; it rises linearly from block to block.
             grad_checkpointing: recompute activations in the backward pass.
 
         Raises:
@@ -95,12 +94,12 @@ class PatchEncoder(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image."""
+        """Number of patches of an image."""
         return self.grid[0] * self.grid[1]
 
     @property
     def num_prefix(self) -> int:
-        """Class and register tokens in front of the patches."""
+        """Number of class and register tokens in front of the patches."""
         return int(self.vit.num_prefix_tokens)
 
     def forward(
@@ -113,8 +112,8 @@ class PatchEncoder(nn.Module):
 
         Args:
             patches_BNP: normalised patches in the order of `patchify`.
-            keep_BK: which patches to see; None means all.
-            after_block: may change the tokens behind block i, counted from 0.
+            keep_BK: patches to encode; None means all.
+            after_block: is called with (i, tokens) after block i, counted from 0; returns the tokens to go on with.
 
         Returns:
             tokens_BTD: class and register tokens, then the kept patches in the order of ``keep``.
@@ -132,10 +131,10 @@ class PatchEncoder(nn.Module):
         return normed_BTD
 
     def attention_rollout(self, patches_BNP: Tensor) -> Tensor:
-        """Show what flows from each patch into the result: attention of all blocks multiplied.
+        """Compute how much each patch contributes to the result: the product of the attention of all blocks.
 
-        The heads are averaged and half of each block's input passes by its residual connection; the map is the mean
-        over the patch tokens of the last block, scaled to a maximum of 1.
+        The heads are averaged. Half of each block's input passes through its residual connection, so a block counts as
+        0.5 * attention + 0.5 * identity. The map is the mean over the patch tokens, scaled to a maximum of 1.
 
         Returns:
             map_BRC: float32, a number for each row and column of patches.
@@ -155,40 +154,40 @@ class PatchEncoder(nn.Module):
         """Load timm's parameters by name; positions of another grid are interpolated.
 
         Raises:
-            ConfigError: the weights are of another model, naming what is missing or of another shape.
+            ConfigError: a weight is missing, unknown or of another shape, so the weights are of another model.
         """
         weights = dict(weights)
         positions = weights.get("pos_embed")
         if positions is not None and positions.shape[1] - self.vit.num_prefix_tokens != self.num_patches:
             num_placed = self.vit.pos_embed.shape[1] - self.num_patches
             weights["pos_embed"] = interpolate_positions(positions, self.grid, num_prefix=num_placed)
-        ours = self.vit.state_dict()
-        if "norm.weight" in ours and "norm.weight" not in weights and "fc_norm.weight" in weights:
+        parameters = self.vit.state_dict()
+        if "norm.weight" in parameters and "norm.weight" not in weights and "fc_norm.weight" in weights:
             raise ConfigError(
                 "the last norm of the weights stands behind the pooling (fc_norm), as after the published MAE's "
                 "fine-tuning: set --pooling avg_fc_norm to fine-tune them; pre-training cannot start from them"
             )
-        if "norm.weight" in weights:  # the published fine-tuning starts from these with a fresh norm behind the pooling
-            weights = {name: value for name, value in ours.items() if name.startswith("fc_norm.")} | weights
-        unused = [name for name in weights if name not in ours and not name.startswith(_UNUSED)]
+        if "norm.weight" in weights:  # the published fine-tuning starts from these with a new norm behind the pooling
+            weights = {name: value for name, value in parameters.items() if name.startswith("fc_norm.")} | weights
+        unused = [name for name in weights if name not in parameters and not name.startswith(_UNUSED_PREFIXES)]
         if unused:
             raise ConfigError(
                 f"the weights have {unused[0]}, which has no place in this model, so that it would compute something "
                 "else with them: set --model, --patch_size, --encoder_depth and --image_size to those that it was "
                 "trained with"
             )
-        missing = [name for name in ours if name not in weights]
-        misfits = [n for n, value in ours.items() if n in weights and weights[n].shape != value.shape]
+        missing = [name for name in parameters if name not in weights]
+        misfits = [n for n, value in parameters.items() if n in weights and weights[n].shape != value.shape]
         if missing or misfits:
             name = (missing or misfits)[0]
-            theirs = "none" if missing else f"one of shape {tuple(weights[name].shape)}"
-            what = f"have, for {name} of shape {tuple(ours[name].shape)}, {theirs}"
+            found = "none" if missing else f"one of shape {tuple(weights[name].shape)}"
+            what = f"have, for {name} of shape {tuple(parameters[name].shape)}, {found}"
             raise ConfigError(
                 f"the weights {what}: set --model, --patch_size, --encoder_depth and --image_size to those "
                 "that it was trained with"
             )
         with torch.no_grad():
-            for name, value in ours.items():
+            for name, value in parameters.items():
                 value.copy_(weights[name])
 
     @property
@@ -221,7 +220,10 @@ class PatchEncoder(nn.Module):
         return embedding + sum(block_flops(block, num_tokens + self.num_prefix) for block in self.vit.blocks)
 
     def _embed(self, patches_BKP: Tensor) -> Tensor:
-        """Run timm's own convolution over a strip of kept patches: hooks of ZeRO-3 and adapters see their module."""
+        """Run timm's own convolution over a strip of kept patches, so that hooks of ZeRO-3 and adapters see its module.
+
+        Example: 49 kept patches of 16 pixels form an image of 16 x 784 pixels; the stride is 16, so 49 tokens come out.
+        """
         strip_BCpW = rearrange(patches_BKP, "b k (p q c) -> b c p (k q)", p=self.patch, q=self.patch)
         embedded_BD1K = self.vit.patch_embed.proj(strip_BCpW)
         tokens_BKD: Tensor = self.vit.patch_embed.norm(embedded_BD1K.squeeze(2).transpose(1, 2))
@@ -242,7 +244,7 @@ class PatchEncoder(nn.Module):
         return tokens_BTD
 
     def _fix_positions(self) -> None:
-        """Replace the learned positions by sines and cosines that do not train; class tokens get zeros."""
+        """Replace the learned positions by fixed sines and cosines; class tokens get zeros."""
         with torch.no_grad():
             num_placed = self.vit.pos_embed.shape[1] - self.num_patches
             self.vit.pos_embed[:, :num_placed] = 0
@@ -251,26 +253,26 @@ class PatchEncoder(nn.Module):
 
 
 def make_blocks(depth: int, *, width: int, heads: int) -> nn.ModuleList:
-    """Build pre-norm transformer blocks as the encoder's (MLP ratio 4, biases, layer norm with eps 1e-6)."""
+    """Build pre-norm transformer blocks like the encoder's (MLP ratio 4, biases, layer norm with eps 1e-6)."""
     return nn.ModuleList(Block(width, heads, mlp_ratio=4.0, qkv_bias=True) for _ in range(depth))
 
 
 def query_key_value(block: Any, tokens_BTD: Tensor) -> Tensor:
-    """Return what a block's attention makes of each token by itself, (B, T, 3*D)."""
+    """Return query, key and value of each token in a block's attention, (B, T, 3*D)."""
     projected: Tensor = block.attn.qkv(block.norm1(tokens_BTD))
     return projected
 
 
 def attend_from(block: Any, tokens_BTD: Tensor, num_queries: int, qkv_BTF: Tensor | None = None) -> Tensor:
-    """Run a block for its last tokens only; they still attend to all.
+    """Run a block for its last tokens only; they still attend to all tokens.
 
     Equals ``block(tokens)[:, -num_queries:]`` without the other tokens' attention rows, projection and MLP.
 
     Args:
-        block: timm's.
+        block: a block of timm.
         tokens_BTD: its input.
         num_queries: S.
-        qkv_BTF: `query_key_value` of the tokens, where it is known already.
+        qkv_BTF: `query_key_value` of the tokens, if the caller has it; None computes it.
 
     Returns:
         tokens_BSD: the last ``num_queries`` tokens.
@@ -287,15 +289,15 @@ def attend_from(block: Any, tokens_BTD: Tensor, num_queries: int, qkv_BTF: Tenso
 
 
 def chance_of_skipping(module: nn.Module) -> float:
-    """Return the chance with which a module skips a sample in training, as timm's drop path; 0 of every other."""
+    """Return the probability with which timm's drop path skips a sample in training; 0 for other modules."""
     return float(module.drop_prob or 0.0) if isinstance(module, DropPath) else 0.0
 
 
 def hub_name_of(model_name: str) -> str:
-    """Return where timm's weights of a model are on the hub; empty where they are not there.
+    """Return the hub's name of timm's weights of a model; empty if the hub has none.
 
     Raises:
-        ConfigError: timm has no such model, or we cannot run it.
+        ConfigError: timm has no such model, or it is not supported here.
     """
     _refuse_other_models(model_name)
     config = timm.get_pretrained_cfg(model_name)
@@ -303,10 +305,10 @@ def hub_name_of(model_name: str) -> str:
 
 
 def natural_shape(model_name: str) -> tuple[int, int]:
-    """Return the side of a patch [pixels] and the number of blocks that a model has of its own.
+    """Return a model's own patch side [pixels] and number of blocks.
 
     Raises:
-        ConfigError: timm has no such model, or we cannot run it.
+        ConfigError: timm has no such model, or it is not supported here.
     """
     _refuse_other_models(model_name)
     with torch.device("meta"):
@@ -318,11 +320,11 @@ def pretrained_weights(model_name: str) -> tuple[dict[str, Tensor], tuple[float,
     """Download timm's weights of a model; returns them with the pixel mean and deviation that they expect.
 
     Raises:
-        ConfigError: timm has no such weights, or they cannot be reached.
+        ConfigError: timm has no such weights, or they cannot be downloaded.
     """
     try:
         model = timm.create_model(model_name, pretrained=True, num_classes=0)
-    except Exception as error:  # whatever the hub raises, it is about the name or the network
+    except Exception as error:  # the hub raises many types, all about the name or the network
         raise ConfigError(
             f"{model_name!r} with pretrained true: its weights cannot be had ({error}): check name and network, "
             "or download them elsewhere and name the .safetensors file"
@@ -343,10 +345,13 @@ def _attention_weights(block: Any, tokens_BTD: Tensor) -> Tensor:
 
 
 def block_flops(block: Any, num_tokens: int, num_queries: int | None = None, num_projected: int | None = None) -> int:
-    """Count the forward FLOPs of a block over T tokens: 2 a weight of each linear layer and 4*T*T*D for attention.
+    """Count the forward FLOPs of a block over T tokens: 2 for each weight and token, and 4*T*T*D for attention.
 
-    With ``num_queries``, those of `attend_from`, which reads all tokens and goes on with so many; with
-    ``num_projected``, where `query_key_value` runs for so many only.
+    Args:
+        block: a block of timm.
+        num_tokens: T.
+        num_queries: S, tokens that `attend_from` continues with; None means all.
+        num_projected: tokens for which `query_key_value` runs; None means all.
     """
     queries = num_tokens if num_queries is None else num_queries
     projected = num_tokens if num_projected is None else num_projected
@@ -357,13 +362,15 @@ def block_flops(block: Any, num_tokens: int, num_queries: int | None = None, num
 
 
 def interpolate_positions(positions_1ND: Tensor, grid: tuple[int, int], *, num_prefix: int = 0) -> Tensor:
-    """Interpolate position embeddings of a square grid for another one; the first ``num_prefix`` stay as they are."""
+    """Interpolate position embeddings of a square grid to another grid; the first ``num_prefix`` are kept."""
     resampled: Tensor = resample_abs_pos_embed(positions_1ND.float(), list(grid), num_prefix_tokens=num_prefix)
     return resampled
 
 
 def sine_cosine_positions(grid: tuple[int, int], width: int) -> Tensor:
     """Encode each patch's column in the first half of the width and its row in the second, (1, N, width), float32.
+
+    Example: width 8, column 1 and row 0: sin 1, sin 0.01, cos 1, cos 0.01, then 0, 0, 1, 1.
 
     Source: He et al. 2021, arXiv 2111.06377, appendix A.1, after Vaswani et al. 2017, arXiv 1706.03762, section 3.5.
     """
@@ -386,16 +393,18 @@ def _create(model_name: str, *, image_size: int, **options: float | str | None) 
     try:
         vit: Any = timm.create_model(model_name, pretrained=False, img_size=image_size, num_classes=0, **chosen)
     except (TypeError, AssertionError, ValueError, AttributeError, RuntimeError) as error:
-        told = ", ".join(f"{name} {value}" for name, value in chosen.items())
-        raise ConfigError(f"timm cannot build model {model_name!r} with {told} ({error}): leave that out") from error
+        options_text = ", ".join(f"{name} {value}" for name, value in chosen.items())
+        raise ConfigError(
+            f"timm cannot build model {model_name!r} with {options_text} ({error}): leave that out"
+        ) from error
     return vit
 
 
 def _refuse_other_models(model_name: str) -> None:
-    """Raise `ConfigError` for a name that timm does not know, or whose model would not run here exactly as in timm."""
+    """Raise `ConfigError` for a name that timm does not know, or a model that would compute something else here."""
     if not timm.is_model(model_name):
         names = timm.list_models("*vit*")
-        near = difflib.get_close_matches(model_name, names, n=3, cutoff=0.4) or [_PLAIN]
+        near = difflib.get_close_matches(model_name, names, n=3, cutoff=0.4) or [_EXAMPLE_MODEL]
         raise ConfigError(
             f"model is {model_name!r}, which timm {timm.__version__} does not know: try {', '.join(near)}"
         )
@@ -411,18 +420,18 @@ def _refuse_other_models(model_name: str) -> None:
     except (TypeError, AssertionError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         other = f"timm does not build it of one block ({error})"
     if other:
-        raise ConfigError(f"model {model_name!r} is no plain ViT, {other}: choose one such as {_PLAIN}")
+        raise ConfigError(f"model {model_name!r} is no plain ViT, {other}: choose one such as {_EXAMPLE_MODEL}")
 
 
 @functools.cache
 def _on_meta(model_name: str) -> Any:
-    """Build the first block of a model and all around it as timm defines it, without memory or random numbers."""
+    """Build a model with its first block only, without memory or random numbers."""
     with torch.device("meta"):
         return timm.create_model(model_name, pretrained=False, num_classes=0, depth=1)
 
 
 def _difference(vit: Any) -> str:
-    """Name what `PatchEncoder` would compute otherwise than timm's model does; empty for nothing."""
+    """Name the first difference between `PatchEncoder` and timm's model; empty if there is none."""
     if hasattr(vit, "dist_token"):
         return "it has a distillation token, which we would leave out"
     if type(vit) is not VisionTransformer:

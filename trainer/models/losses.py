@@ -1,4 +1,4 @@
-"""What training minimises.
+"""Losses of pre-training and detection.
 
 Shapes: B images, M masked patches, P values of a patch, C = 2 classes [bonafide, morph].
 """

@@ -1,10 +1,10 @@
-"""MixStyle: give a sample the feature statistics of another one, so that the model does not lean on a camera's style.
+"""MixStyle: give a sample the feature statistics of another one, so that the model does not rely on a camera's style.
 
-The published module draws from global generators: whether a whole batch is mixed, and a permutation of it, which may
-leave a sample where it is. Here a sample's draws are uniform numbers keyed by its position in the run, as its crop is:
-each sample is mixed or not for itself, and never with itself where there is another. Partners are found within groups
-of a fixed size, which the data plane never cuts (`trainer.data.stream.Slice`), so they depend neither on the micro
-batch nor on the number of ranks.
+The published module draws from global generators whether a whole batch is mixed, and a permutation of it, which may
+map a sample to itself. Here a sample's draws are uniform numbers keyed by its position in the run, as its crop is. Each
+sample is mixed or not independently, and never with itself if there is another one. Partners are in the same group of a
+fixed size, which the loader never cuts (`trainer.data.stream.Slice`), so they depend neither on the micro batch nor on
+the number of ranks.
 
 Shapes: B samples, G samples of a group, T = prefix + N tokens, N patches, D width, K = 3 draws a sample.
 Source: Zhou et al. 2021, arXiv 2104.02008, section 3.1; on tokens of a ViT: Noori et al. 2023, arXiv 2303.15698.
@@ -16,19 +16,19 @@ from scipy.special import betaincinv
 from torch import Tensor, nn
 
 NUM_DRAWS = 3
-"""Uniform numbers a sample: whether it is mixed, with whom, and how much."""
+"""Uniform numbers for each sample: whether it is mixed, with which one, and how much."""
 
 _QUANTILES = 1 << 14
 _EPS = 1e-6
 
 
 class MixStyle(nn.Module):
-    """Mixes means and deviations over the patch tokens of two samples; class and register tokens pass untouched.
+    """Mixes means and deviations over the patch tokens of two samples; class and register tokens stay unchanged.
 
     Args:
         num_prefix: class and register tokens in front of the patches.
-        group: so many samples in a row find partners among each other; a batch holds whole groups.
-        p: chance that a sample is mixed.
+        group: number of consecutive samples that are partners of each other; a batch holds whole groups.
+        p: probability that a sample is mixed.
         alpha: mixing weights come from Beta(alpha, alpha).
         same_label: mix only samples of one class.
     """
@@ -41,7 +41,7 @@ class MixStyle(nn.Module):
         self._quantiles = beta_quantiles(alpha)
 
     def forward(self, tokens_BTD: Tensor, draws_BK: Tensor, labels_B: Tensor) -> Tensor:
-        """Mix in training; in evaluation nothing changes. Statistics are taken in float32 and carry no gradient."""
+        """Mix in training; in evaluation return the tokens. Statistics are float32 and have no gradient."""
         if not self.training:
             return tokens_BTD
         prefix_BPD, patches_BND = tokens_BTD[:, : self._num_prefix], tokens_BTD[:, self._num_prefix :].float()
@@ -54,33 +54,37 @@ class MixStyle(nn.Module):
             new_mean_B1D = weight_B11 * mean_B1D + (1 - weight_B11) * mean_B1D[partner_B]
             new_scale_B1D = weight_B11 * scale_B1D + (1 - weight_B11) * scale_B1D[partner_B]
         mixed_BND = (patches_BND - mean_B1D) / scale_B1D * new_scale_B1D + new_mean_B1D
-        chosen_BND = torch.where(weight_B11 < 1, mixed_BND, patches_BND)  # an unmixed sample keeps its very bits
+        chosen_BND = torch.where(weight_B11 < 1, mixed_BND, patches_BND)  # an unmixed sample keeps its bits
         return torch.cat([prefix_BPD, chosen_BND.to(tokens_BTD.dtype)], dim=1)
 
 
 def beta_quantiles(alpha: float) -> Tensor:
-    """Table the inverse CDF of Beta(alpha, alpha) at the middles of equal shares, float32."""
+    """Tabulate the inverse CDF of Beta(alpha, alpha) at the middles of 16,384 equal shares, float32."""
     return torch.from_numpy(betaincinv(alpha, alpha, (np.arange(_QUANTILES) + 0.5) / _QUANTILES)).float()
 
 
 def quantile(table: Tensor, uniform_B: Tensor) -> Tensor:
-    """Turn uniform numbers in [0, 1) into draws of the tabled distribution."""
+    """Turn uniform numbers in [0, 1) into draws of the tabulated distribution."""
     return table.to(uniform_B.device)[(uniform_B * len(table)).long()]
 
 
 def partners(order_B: Tensor, group: int, labels_B: Tensor | None = None) -> Tensor:
-    """Give each sample another one of its group, each serving once: the next in a random order.
+    """Give each sample another one of its group: the next in a random order, so that each is a partner once.
 
     Args:
         order_B: random numbers that decide the order.
-        group: so many samples in a row are a group.
-        labels_B: where given, the next of the same class; a sample that is alone of its class keeps itself.
+        group: number of consecutive samples that form a group.
+        labels_B: if given, partners are of the same class; the only sample of a class is its own partner.
 
     Returns:
         partner_B: int64 indices into the batch.
+
+    Example: numbers 0.3 0.1 0.9 0.5 order the samples 1, 0, 3, 2, so the partners of 0, 1, 2, 3 are 3, 0, 1, 2.
     """
     place_BG = order_B.view(-1, group).argsort(dim=1, stable=True).argsort(dim=1)
-    ahead_BGG = (place_BG[:, None, :] - place_BG[:, :, None] - 1) % group  # of each other one, from 0; itself is last
+    ahead_BGG = (
+        place_BG[:, None, :] - place_BG[:, :, None] - 1
+    ) % group  # steps to each other one, from 0; itself is last
     if labels_B is not None:
         label_BG = labels_B.view(-1, group)
         ahead_BGG = ahead_BGG + group * (label_BG[:, None, :] != label_BG[:, :, None])

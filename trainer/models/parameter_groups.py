@@ -1,4 +1,4 @@
-"""What the optimizer is told: parameter groups and the learning rate as a function of the step."""
+"""Parameter groups of the optimizer: weight decay, and layer-wise learning rates."""
 
 import re
 from typing import Any
@@ -7,21 +7,22 @@ from torch import nn
 
 _BLOCK = re.compile(r"\bvit\.blocks\.(\d+)\.")
 _EMBEDDING = re.compile(r"\bvit\.(patch_embed|pos_embed|cls_token|reg_token|norm_pre)")
-
-
 _PLACED = re.compile(r"\bvit\.(pos_embed|cls_token|reg_token)$")
 
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, *, layer_decay: float = 1.0, decay_embeddings: bool = True
 ) -> list[dict[str, Any]]:
-    """Split the trainable parameters into groups with decay and without (biases and norms), by depth where it matters.
+    """Split the trainable parameters into groups with and without weight decay (biases and norms), and by depth.
 
-    ``decay_embeddings`` says whether the encoder's positions, class and register tokens decay: they do in the published
-    pre-training (the positions, where they are learned), and do not in the published fine-tuning.
+    ``decay_embeddings`` decides whether the encoder's positions, class and register tokens decay. They do in the
+    published pre-training (learned positions only), and do not in the published fine-tuning.
 
     A group's ``lr_scale`` is ``layer_decay`` to the power of its distance from the head: 0 for the head and the last
     norm, 1 for the last block, one more for each block below it, and one more for the embedding.
+
+    Example: 12 blocks with layer decay 0.75. Head 1.0, block 11 0.75, block 10 0.5625, block 0 0.75**12 = 0.032 and
+    embedding 0.75**13 = 0.024.
 
     Source: the published MAE's setting (timm's ``add_weight_decay``): no decay for vectors and biases; timm's
     ``no_weight_decay`` for the embeddings; layer decay: Clark et al. 2020, arXiv 2003.10555, and He et al. 2021, arXiv

@@ -21,8 +21,8 @@ from trainer.config.settings import DetectorRecipe, PretrainRecipe
 from trainer.distributed.zero_state import read_weights
 from trainer.errors import CheckpointError, ConfigError
 from trainer.fault_tolerance import checkpoint
-from trainer.models.detector import STATISTICS
 from trainer.models.encoder import PatchEncoder, hub_name_of, natural_shape, pretrained_weights
+from trainer.models.pixel_statistics import STATISTICS
 from trainer.weights.detector_folder import read_detector
 from trainer.weights.hf_vitmae import from_vitmae, is_vitmae
 from trainer.weights.hub import fetch_folder, is_hub_name, within_seconds

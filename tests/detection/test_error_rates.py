@@ -77,13 +77,13 @@ def test_the_equal_error_rate_and_its_interval_are_pyeers(both) -> None:
     _, fmr, fnmr = calculate_roc(scores[labels == 1], scores[labels == 0])  # a morph above t is its genuine match
     fmr, fnmr = np.append(fmr, 0.0), np.append(fnmr, 1.0)  # it leaves infinity out
     _, low, high, value = get_eer_values(fmr, fnmr)
-    ours = d_eer(error_curve(scores, labels))
-    assert ours.value == pytest.approx(value)
+    found = d_eer(error_curve(scores, labels))
+    assert found.value == pytest.approx(value)
     # Two thresholds beside the crossing may have the same sum of errors; then rounding decides which pyeer takes.
     as_good = [sorted(pair) for pair in zip(fmr, fnmr, strict=True) if sum(pair) == pytest.approx(low + high)]
-    assert [ours.low, ours.high] in [pytest.approx(pair) for pair in as_good]
-    assert len(as_good) > 1 or [ours.low, ours.high] == pytest.approx(sorted((low, high)))
-    assert ours.low <= ours.value <= ours.high
+    assert [found.low, found.high] in [pytest.approx(pair) for pair in as_good]
+    assert len(as_good) > 1 or [found.low, found.high] == pytest.approx(sorted((low, high)))
+    assert found.low <= found.value <= found.high
 
 
 @settings(max_examples=100)

@@ -61,17 +61,17 @@ def test_sets_share_the_people_of_either_parent_and_identical_images(tmp_path: P
     assert train.shared_with(train) == "3 people and 3 identical images"
 
 
-def test_prints_are_ascending_distinct_and_survive_a_file(tmp_path: Path) -> None:
+def test_fingerprints_are_ascending_distinct_and_survive_a_file(tmp_path: Path) -> None:
     index = index_of(tmp_path / "a.tar", [{"identity": str(i % 7)} for i in range(20)])
-    prints = fingerprints_of(index)
-    prints.save(tmp_path / "prints.npz")
-    for ours, theirs in zip(
-        *((p.images_N, p.people_N) for p in (prints, Fingerprints.load(tmp_path / "prints.npz"))), strict=True
+    fingerprints = fingerprints_of(index)
+    fingerprints.save(tmp_path / "train.npz")
+    for found_N, expected_N in zip(
+        *((p.images_N, p.people_N) for p in (fingerprints, Fingerprints.load(tmp_path / "train.npz"))), strict=True
     ):
-        np.testing.assert_array_equal(ours, theirs)
-        assert (np.diff(ours.astype(object)) > 0).all()
+        np.testing.assert_array_equal(found_N, expected_N)
+        assert (np.diff(found_N.astype(object)) > 0).all()
     expected = {int(crc) << 32 | int(size) for crc, size in zip(index.image_crc32, index.image_bytes, strict=True)}
-    assert set(prints.images_N.tolist()) == expected
+    assert set(fingerprints.images_N.tolist()) == expected
 
 
 # ---------------------------------------------------------------------------------------------- evaluation

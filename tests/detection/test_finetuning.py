@@ -113,15 +113,15 @@ def test_the_adapter_of_a_run_loads_in_plain_peft_on_plain_timm_with_equal_logit
     init = read_init(str(mae), pretrained=False)
     assert init is not None
     recipe = DetectorRecipe(model="vit_tiny_patch16_224", image_size=32, patch_size=8, encoder_depth=2, use_lora=True)
-    ours, _ = build_detector(recipe, init)
-    load_trained(ours, load_detector(lora).weights)
+    detector, _ = build_detector(recipe, init)
+    load_trained(detector, load_detector(lora).weights)
     options = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 2, "global_pool": "avg", "fc_norm": False}
-    theirs = timm.create_model("vit_tiny_patch16_224", **options)
-    theirs.load_state_dict(init.weights, strict=False)
-    theirs = PeftModel.from_pretrained(theirs, lora / "detector" / "adapter").eval()
+    peft_model = timm.create_model("vit_tiny_patch16_224", **options)
+    peft_model.load_state_dict(init.weights, strict=False)
+    peft_model = PeftModel.from_pretrained(peft_model, lora / "detector" / "adapter").eval()
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    pixels = ours._normalise(images)
-    torch.testing.assert_close(theirs(pixels), ours.eval()(images, want="logits"), rtol=1e-5, atol=1e-5)
+    pixels = detector._normalise(images)
+    torch.testing.assert_close(peft_model(pixels), detector.eval()(images, want="logits"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

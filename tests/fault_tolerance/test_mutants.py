@@ -101,8 +101,8 @@ def test_a_mutated_manifest_is_refused_or_says_the_same(saved: Path, data: st.Da
             path.write_bytes(cut_or_flipped(data, right))
         try:
             manifest = checkpoint.verify(saved)
-            ours = Identity(**json.loads(right)["identity"])
-            progress = checkpoint.check_identity(manifest, ours, saved)
+            current = Identity(**json.loads(right)["identity"])
+            progress = checkpoint.check_identity(manifest, current, saved)
             assert progress.step == progress.data_step == manifest["progress"]["step"]
         except TrainerError as error:
             readable(error)

@@ -90,7 +90,7 @@ def test_more_ranks_than_devices_are_refused_through_the_launcher(shards: Path, 
 
 
 def wait_until_alone(output: Path) -> None:
-    """Wait for the guardian's last word, which comes a moment after its rank has left."""
+    """Wait for the last heartbeat, which the watchdog process writes a moment after its rank has left."""
     beat = output / "logs" / "heartbeats" / "rank-00000.json"
     deadline = time.monotonic() + 20
     while not json.loads(beat.read_text())["gone"] and time.monotonic() < deadline:

@@ -184,13 +184,13 @@ def test_a_run_at_zero_3_on_two_ranks_goes_out_and_comes_back_bitwise(shards: Pa
     assert on_the_card(plain, "Source")["zero_stage"] == 3
     assert on_the_card(plain, "Metrics")["val_loss"] > 0
 
-    theirs = follow_the_card(export(run, "vitmae", tmp_path / "vitmae"))["model"]
+    hf_model = follow_the_card(export(run, "vitmae", tmp_path / "vitmae"))["model"]
     mae = build_model(PretrainRecipe(**init.manifest["identity"]["recipe"]))
     mae.load_state_dict({f"encoder.vit.{name}": value for name, value in init.weights.items()} | init.decoder)
     noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        ours = mae(IMAGES, *draw_mask(noise, mask_ratio=0.75, grid=(4, 4)))
-        assert float(theirs(PIXELS, noise=noise).loss) == pytest.approx(float(ours), rel=1e-5)
+        expected = mae(IMAGES, *draw_mask(noise, mask_ratio=0.75, grid=(4, 4)))
+        assert float(hf_model(PIXELS, noise=noise).loss) == pytest.approx(float(expected), rel=1e-5)
 
     for folder in (plain, tmp_path / "vitmae"):
         back = read_init(str(folder), pretrained=False)
@@ -212,21 +212,21 @@ def test_a_run_at_zero_3_on_two_ranks_goes_out_and_comes_back_bitwise(shards: Pa
 
 @pytest.mark.parametrize("layout", ["saved", "modules", "encoder alone"])
 def test_every_layout_of_transformers_is_read_with_equal_features(tmp_path: Path, layout: str) -> None:
-    theirs = ViTMAEForPreTraining(
+    hf_model = ViTMAEForPreTraining(
         ViTMAEConfig(
             hidden_size=192, num_hidden_layers=2, num_attention_heads=3, intermediate_size=768, image_size=32,
             patch_size=8, decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
             decoder_intermediate_size=128, layer_norm_eps=1e-6, mask_ratio=0.0,
         )
     ).eval()  # fmt: skip
-    shake(theirs)
+    shake(hf_model)
     if layout == "modules":
-        theirs.config.save_pretrained(tmp_path)
-        save_file({name: v.contiguous() for name, v in theirs.state_dict().items()}, tmp_path / "model.safetensors")
+        hf_model.config.save_pretrained(tmp_path)
+        save_file({name: v.contiguous() for name, v in hf_model.state_dict().items()}, tmp_path / "model.safetensors")
     else:
-        (theirs if layout == "saved" else theirs.vit).save_pretrained(tmp_path)
+        (hf_model if layout == "saved" else hf_model.vit).save_pretrained(tmp_path)
     with torch.no_grad():
-        expected = theirs.vit(PIXELS, noise=torch.arange(16.0).expand(3, -1)).last_hidden_state
+        expected = hf_model.vit(PIXELS, noise=torch.arange(16.0).expand(3, -1)).last_hidden_state
     torch.testing.assert_close(features(encoder_of(tmp_path)), expected, rtol=1e-4, atol=1e-5)
     init = read_init(str(tmp_path), pretrained=False)
     assert init is not None
@@ -235,9 +235,11 @@ def test_every_layout_of_transformers_is_read_with_equal_features(tmp_path: Path
 
 def test_an_official_file_becomes_transformers_with_the_settings_that_it_tells(official: Path, tmp_path: Path) -> None:
     folder = export(official, "vitmae", tmp_path / "out", model=NAME)
-    theirs = follow_the_card(folder)["model"]
-    assert (theirs.config.norm_pix_loss, theirs.config.decoder_num_attention_heads) == (False, 16)
-    assert int(16 * (1 - theirs.config.mask_ratio)) == round(16 * (1 - 0.7))  # they cut off where we round
+    hf_model = follow_the_card(folder)["model"]
+    assert (hf_model.config.norm_pix_loss, hf_model.config.decoder_num_attention_heads) == (False, 16)
+    assert int(16 * (1 - hf_model.config.mask_ratio)) == round(
+        16 * (1 - 0.7)
+    )  # transformers truncates, the trainer rounds
     assert on_the_card(folder, "Recipe")["assumed_as_published"] == {"decoder_heads": 16}
     state = published()
     for name, value in load_file(export(folder, "timm", tmp_path / "timm", model=NAME) / "model.safetensors").items():

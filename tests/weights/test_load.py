@@ -52,8 +52,8 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_published_file_gives_every_weight_and_an_identity(official: Path) -> None:
     model, sha256 = started(official, seed=9)
     wanted = build_model(PretrainRecipe(**SHAPE, image_size=32, seed=5))
-    for (name, ours), theirs in zip(model.state_dict().items(), wanted.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs), name
+    for (name, value), expected in zip(model.state_dict().items(), wanted.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), name
     assert len(sha256) == 64
     assert sha256 != started(official, encoder_only=True)[1]
 

@@ -29,19 +29,19 @@ before its default changed. Whoever adds a field, or changes a default that chan
 such run can go on."""
 
 
-def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Name the fields in which two recorded recipes differ, each with both values."""
+def differing_fields(current: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[str]:
+    """Return the fields in which two recipes differ, each with both values."""
     missing = object()
-    names = sorted(ours.keys() | theirs.keys())
+    names = sorted(current.keys() | recorded.keys())
     return [
-        f"{name} (here {ours.get(name, 'absent')!r}, there {theirs.get(name, 'absent')!r})"
+        f"{name} (here {current.get(name, 'absent')!r}, there {recorded.get(name, 'absent')!r})"
         for name in names
-        if ours.get(name, missing) != theirs.get(name, missing)
+        if current.get(name, missing) != recorded.get(name, missing)
     ]
 
 
 def complete_record(record: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Give those of the named fields that a recorded recipe lacks the values under which it behaved."""
+    """Add the named fields that a recorded recipe lacks, with the values that its run used."""
     return {name: value for name, value in LEGACY_VALUES.items() if name in names} | dict(record)
 
 

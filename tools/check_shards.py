@@ -25,7 +25,6 @@ if __name__ == "__main__":
 
 import csv
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -42,8 +41,7 @@ from trainer.data.transforms.decode import colour_profile, decode_image
 from trainer.data.writing.salvage import Saved, rewrite
 from trainer.errors import ConfigError, DataError, SampleError
 from trainer.fault_tolerance.exit_codes import run
-from trainer.parallel import parallel_map
-from trainer.progress import Progress
+from trainer.parallel import map_with_bar
 
 EXIT_DAMAGED = 1
 _LISTED = 20
@@ -129,12 +127,9 @@ def _repair_folder(folder: str | None, shards: list[str]) -> Path | None:
 
 
 def _all(shards: list[str], target: Path | None, settings: Settings) -> Iterator[Findings]:
-    num_processes = min(settings.num_processes or len(os.sched_getaffinity(0)), len(shards))
+    num_processes = None if settings.num_processes is None else min(settings.num_processes, len(shards))
     work = partial(check, target=target, image_member=settings.image_member)
-    with Progress(len(shards), unit="shard", shown=settings.progress_bar) as bar:
-        for found in parallel_map(work, shards, num_processes=num_processes):
-            yield found
-            bar.update()
+    return map_with_bar(work, shards, num_processes=num_processes, unit="shard", shown=settings.progress_bar)
 
 
 def check(location: str, *, target: Path | None = None, image_member: str | None = None) -> Findings:

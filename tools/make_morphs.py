@@ -35,7 +35,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,9 +60,8 @@ from trainer.data.writing.image_files import DAMAGE, as_trainable, describe_dama
 from trainer.data.writing.source_images import read_manifest
 from trainer.errors import ConfigError, DataError
 from trainer.fault_tolerance.exit_codes import run
-from trainer.files import write_atomically
-from trainer.parallel import parallel_map
-from trainer.progress import Progress
+from trainer.files import draft_of, write_atomically
+from trainer.parallel import map_with_bar
 
 _COLUMNS = ("path", "key", "label", "identity", "identity_2", "attack", "blend", "parent_a", "parent_b", "control")
 _FEATHER_SHARE = 0.04
@@ -273,11 +271,8 @@ def _name(picture: Path | SampleRef) -> str:
 
 def _each(work: Callable[[_T], _R], items: Sequence[_T], settings: Settings, what: str) -> Iterator[_R]:
     """Do the work for each item, in order, on all processes and under a progress bar."""
-    processes = settings.num_processes or len(os.sched_getaffinity(0))
-    with Progress(len(items), what=what, unit="image", shown=settings.progress_bar) as bar:
-        for result in parallel_map(work, items, num_processes=processes, chunksize=8):
-            yield result
-            bar.update()
+    options: dict[str, Any] = {"num_processes": settings.num_processes, "shown": settings.progress_bar}
+    return map_with_bar(work, items, what=what, unit="image", chunksize=8, **options)
 
 
 def draw_pairs(faces: Sequence[Face], settings: Settings) -> list[tuple[Face, Face, float]]:
@@ -328,13 +323,13 @@ def _normalised(points_L2: Points) -> Points:
 
 
 def make_one(job: Job) -> None:
-    """Make one picture, whole or not at all."""
+    """Make one picture, atomically."""
     first, second = (_read(face.picture) for face in (job.first, job.second))
     blend_faces = whole_morph if job.mode == "whole" else spliced_morph
     morph_HWC = blend_faces(first, job.first.points_L2, second, job.second.points_L2, job.blend)
     file = io.BytesIO()
     Image.fromarray(morph_HWC).save(file, "PNG")
-    draft = job.output.with_suffix(f".tmp-{os.getpid()}")
+    draft = draft_of(job.output)
     draft.write_bytes(file.getvalue())
     draft.replace(job.output)
 

@@ -36,7 +36,6 @@ import hashlib
 import io
 import json
 import os
-import uuid
 import zlib
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
@@ -66,8 +65,8 @@ from trainer.data.writing.source_images import (
 )
 from trainer.errors import ConfigError, DataError, SampleError
 from trainer.fault_tolerance.exit_codes import run
-from trainer.files import write_atomically
-from trainer.parallel import parallel_map
+from trainer.files import draft_of, write_atomically
+from trainer.parallel import num_cores, parallel_map
 from trainer.progress import Progress
 
 _PLAN_NAME = "make_shards.json"
@@ -389,7 +388,7 @@ def _without(job: _Job, bad: list[Bad]) -> _Job:
 
 
 def _results(jobs: list[_Job], settings: Settings) -> Generator[_Result, None, None]:
-    num_processes = min(settings.num_processes or len(os.sched_getaffinity(0)), max(1, len(jobs)))
+    num_processes = min(settings.num_processes or num_cores(), max(1, len(jobs)))
     yield from parallel_map(_write_shard, jobs, num_processes=num_processes, in_order=False)
 
 
@@ -414,7 +413,7 @@ def _write_shard(job: _Job) -> _Result:
     """Write one shard as a draft and read it back; without --skip_bad there is no draft where an image is damaged."""
     if job.exists:
         return _Result(job, None, [], _read_back(job.path, job.path, job.entries))
-    draft = job.path.with_name(f".{job.path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    draft = draft_of(job.path)
     try:
         stored, bad, written = _write_draft(draft, job)
         if not stored or (bad and not job.settings.skip_bad):

@@ -28,8 +28,6 @@ import csv
 import hashlib
 import itertools
 import re
-import shutil
-import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -41,6 +39,7 @@ from trainer.data.writing.manifest import read_table
 from trainer.data.writing.source_images import Entry, names_tars, plain_text, read_source
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
+from trainer.files import atomic_folder
 
 SPLITS = ("train", "dev", "test")
 PATTERNS = {
@@ -337,16 +336,11 @@ def parse_shares(text: str) -> list[float]:
 
 
 def _write(output: Path, placed: dict[str, list[Photo]], dropped: list[Photo], split_of: dict[str, str]) -> None:
-    """Write the manifests into a draft that becomes the output at once."""
-    draft = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")
-    draft.mkdir(parents=True)
-    try:
+    """Write the manifests, atomically."""
+    with atomic_folder(output) as draft:
         for split, photos in placed.items():
             _write_csv(draft / f"{split}.csv", [_row(photo) for photo in photos])
-        _write_csv(draft / "dropped.csv", [_row(photo) | _whereabouts(photo, split_of) for photo in dropped])
-        draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        _write_csv(draft / "dropped.csv", [_row(photo) | _splits_of(photo, split_of) for photo in dropped])
 
 
 def _row(photo: Photo) -> dict[str, str]:
@@ -358,7 +352,7 @@ def _row(photo: Photo) -> dict[str, str]:
     return own | others | {"identity": first, "identity_2": second}
 
 
-def _whereabouts(photo: Photo, split_of: dict[str, str]) -> dict[str, str]:
+def _splits_of(photo: Photo, split_of: dict[str, str]) -> dict[str, str]:
     return {f"split{suffix}": split_of[person] for suffix, person in zip(("", "_2"), photo.identities, strict=True)}
 
 

@@ -1,6 +1,6 @@
-"""What can go wrong for a user. Every message names the setting or file, its value, and ends with a remedy.
+"""Errors for users. Every message names the setting or file, its value, and ends with a remedy.
 
-No message shows what follows the ``?`` of a web address, or its password: signed addresses are keys.
+No message shows the query of a URL (behind ``?``) or its password: a signed URL is a key.
 """
 
 import re
@@ -10,12 +10,12 @@ _USER = re.compile(r"""(\w://)[^\s/@'"]+@""")
 
 
 def without_secrets(text: str) -> str:
-    """Return a text with ``?...`` for the queries of web addresses, and without names and passwords in addresses."""
+    """Replace the queries of URLs by ``?...``, and remove their user names and passwords."""
     return _USER.sub(r"\1", _QUERY.sub(r"\1?...", text))
 
 
 class TrainerError(Exception):
-    """A mistake that the user can mend: shown as one message without a traceback, exit code 2."""
+    """A mistake that the user can fix: shown as one message without a traceback, exit code 2."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(without_secrets(message))
@@ -26,7 +26,7 @@ class ConfigError(TrainerError):
 
 
 class DataError(TrainerError):
-    """A shard or a sample breaks the rules of the data plane."""
+    """A shard or a sample is damaged, or breaks the rules of the data format."""
 
 
 class CheckpointError(TrainerError):
@@ -34,11 +34,11 @@ class CheckpointError(TrainerError):
 
 
 class SupersededError(TrainerError):
-    """A newer attempt at the same run has taken over its output; this one has nothing left to do."""
+    """A newer attempt at the same run has taken over its output; this one ends."""
 
 
 class SampleError(DataError):
-    """One sample cannot be used. The stream substitutes another and counts ``reason``."""
+    """One sample cannot be used. The stream replaces it and counts ``reason``."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")

@@ -1,9 +1,10 @@
-"""Files that are whole or absent, and what proves it: drafts, syncs, hashes."""
+"""Atomic files and folders: drafts, syncs and hashes."""
 
 import contextlib
 import hashlib
 import json
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,8 +14,8 @@ from typing import Any
 
 from trainer.errors import DataError
 
-_HASHERS = 4
-_PRIVATE = 0o600
+_NUM_HASH_THREADS = 4
+_PRIVATE_MODE = 0o600
 
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -36,7 +37,7 @@ def checkout() -> Path | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one where the file is absent, cut or something else."""
+    """Read a JSON object; an empty one if the file is missing, cut or holds something else."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -45,17 +46,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file: readers see the old text or the new one, also after a power cut."""
+    """Replace a small file: readers see the old text or the new one, even after a power cut."""
     write_together({path: text})
 
 
 def write_together(texts: Mapping[Path, str]) -> None:
-    """Replace several small files: all of them, or none if the storage refuses one.
+    """Replace several small files: all of them, or none if one cannot be written.
 
     Raises:
-        OSError: the storage refuses; what was there stays, and no draft is left.
+        OSError: one cannot be written; the old files stay, and no draft is left.
     """
-    drafts = {path: path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}") for path in texts}
+    drafts = {path: draft_of(path) for path in texts}
     try:
         for path, draft in drafts.items():
             write_synced(draft, texts[path])
@@ -68,10 +69,15 @@ def write_together(texts: Mapping[Path, str]) -> None:
         sync_folder(folder)
 
 
+def draft_of(path: Path) -> Path:
+    """Return a hidden name beside a file or folder for its draft, unique for each call: ``.a.tar.tmp-1b2c3d4e``."""
+    return path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+
+
 @contextlib.contextmanager
 def atomic_draft(path: Path) -> Iterator[Path]:
-    """Lend the name of a draft beside a file. It becomes the file where the block succeeds, and goes where it fails."""
-    draft = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    """Yield the name of a draft, which replaces the file if the block succeeds and is removed if it fails."""
+    draft = draft_of(path)
     try:
         yield draft
         sync_files([draft])
@@ -81,8 +87,27 @@ def atomic_draft(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty draft folder, which becomes ``path`` if the block succeeds and is removed if it fails.
+
+    Raises:
+        OSError: the storage failed, or ``path`` is a folder with files.
+    """
+    draft = draft_of(path)
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        sync_files(files_below(draft))
+        sync_folder(draft)
+        draft.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    sync_folder(path.parent)
+
+
 def write_synced(path: Path, text: str) -> None:
-    """Write a small file to stable storage, as UTF-8 in every locale; a character that has no UTF-8 is escaped."""
+    """Write a small file to stable storage, as UTF-8 in every locale; characters without UTF-8 are escaped."""
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
@@ -90,24 +115,24 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def readable(name: str) -> str:
-    r"""Return a name from data in a form that every file takes: bytes that are no UTF-8 become ``\xNN``."""
+    r"""Return a name from data as valid text: bytes that are no UTF-8 become ``\xNN``."""
     return "".join(f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in name)
 
 
 def sync_files(paths: Iterable[Path]) -> None:
-    """Bring files that were just written to stable storage, with the mode that the umask gives to every new file.
+    """Sync new files to stable storage, and give them the mode of the umask.
 
-    Some libraries (tempfile, safetensors) make files that only their owner can read, whatever the umask.
+    Some libraries (tempfile, safetensors) create files that only their owner can read, whatever the umask.
     """
     for path in paths:
         with path.open("rb") as file:
-            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) == _PRIVATE:
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) == _PRIVATE_MODE:
                 os.fchmod(file.fileno(), _mode_of_new_files(path.parent))
             os.fsync(file.fileno())
 
 
 def _mode_of_new_files(folder: Path) -> int:
-    """Ask by making one: to read the umask is to change it, for all threads."""
+    """Return the mode of a new file, by creating one: reading the umask would change it for all threads."""
     probe = folder / f".mode.tmp-{uuid.uuid4().hex[:8]}"
     try:
         probe.touch()
@@ -117,7 +142,7 @@ def _mode_of_new_files(folder: Path) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to stable storage."""
+    """Sync the names in a folder to stable storage."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -131,13 +156,17 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def describe_files(folder: Path, only: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Return length and sha256 of files below a folder, by their names there; of all, or of those that exist of some.
+    """Return length [bytes] and sha256 of the files below a folder, by relative name.
+
+    Args:
+        folder: the folder.
+        only: names to describe, if they exist; None means all files.
 
     Raises:
-        DataError: one cannot be read.
+        DataError: a file cannot be read.
     """
     paths = files_below(folder) if only is None else [path for name in only if (path := folder / name).is_file()]
-    with ThreadPoolExecutor(_HASHERS) as pool:  # hashing releases the interpreter lock
+    with ThreadPoolExecutor(_NUM_HASH_THREADS) as pool:  # hashing releases the interpreter lock
         digests = list(pool.map(_sha256, paths))
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}

@@ -1,4 +1,4 @@
-"""Where lines go: the console, and training.log of the output folder."""
+"""Logging to the console and to training.log in the output folder."""
 
 import logging
 import sys
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def start_console(*, is_main: bool, rank: int) -> None:
-    """Send the log to the console: of rank 0 all of it, of others the warnings. What it says is kept for the file."""
+    """Log to the console: everything on rank 0, warnings on others. Rank 0 buffers the lines for the file."""
     root = logging.getLogger()
     root.setLevel(logging.INFO if is_main else logging.WARNING)
     console = _BarFriendlyHandler()
@@ -21,18 +21,18 @@ def start_console(*, is_main: bool, rank: int) -> None:
     root.handlers = [console, MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)] if is_main else [console]
 
 
-def _held_back() -> MemoryHandler | None:
-    """Return what keeps the lines that were said before there was a file."""
+def _buffer() -> MemoryHandler | None:
+    """Return the handler that buffers the lines logged before there is a file."""
     return next((handler for handler in logging.getLogger().handlers if isinstance(handler, MemoryHandler)), None)
 
 
 def start_logging(output_dir: Path, *, is_main: bool, rank: int) -> Path | None:
-    """Send the log to the console and, on rank 0, with all said so far to OUTPUT/logs/[timestamp]_training.log."""
+    """Log to the console and, on rank 0, with all earlier lines, to OUTPUT/logs/[timestamp]_training.log."""
     root = logging.getLogger()
-    early = _held_back()
+    early = _buffer()
     if early is None:
         start_console(is_main=is_main, rank=rank)
-        early = _held_back()
+        early = _buffer()
     if not is_main or early is None:
         return None
     folder = output_dir / "logs"
@@ -48,14 +48,14 @@ def start_logging(output_dir: Path, *, is_main: bool, rank: int) -> Path | None:
 
 
 def print_and_log(text: str) -> None:
-    """Print lines for people, and keep them in the log file as well."""
+    """Print lines to stdout, and write them to the log file as well."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
     note(text)
 
 
 def note(text: str) -> None:
-    """Write lines into the log file, where there is one, that the console has from elsewhere."""
+    """Write lines to the log file only, if there is one; the console shows them by other means."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
             for line in filter(None, text.splitlines()):

@@ -1,4 +1,4 @@
-"""Work on many processes; they end with their caller, remove what is half written, and print nothing."""
+"""Maps over many processes, which end with their caller, remove partial output, and print nothing."""
 
 import contextlib
 import ctypes
@@ -11,6 +11,8 @@ from multiprocessing import get_context
 from types import FrameType
 from typing import Generic, TypeVar
 
+from trainer.progress import Progress
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -20,17 +22,19 @@ _PR_SET_PDEATHSIG = 1
 
 
 def parallel_map(
-    work: Callable[[T], R], items: Sequence[T], *, num_processes: int, chunksize: int = 1, in_order: bool = True
+    work: Callable[[T], R], items: Sequence[T], *, num_processes: int | None, chunksize: int = 1, in_order: bool = True
 ) -> Iterator[R]:
     """Yield the results of ``work`` on the items.
 
     Args:
         work: a function that can be pickled.
         items: its arguments.
-        num_processes: how many processes work; 1 works in this one.
-        chunksize: items that travel to a process together, where the order counts.
+        num_processes: number of processes; up to 1 works in this one, None uses every core, at most one for each item.
+        chunksize: items that are sent to a process together, if ``in_order``.
         in_order: yield in the order of the items; otherwise as they are done.
     """
+    if num_processes is None:
+        num_processes = min(num_cores(), len(items))
     if num_processes <= 1:
         yield from map(work, items)
         return
@@ -45,13 +49,45 @@ def parallel_map(
                     results = (future.result() for future in as_completed(futures))
             yield from results
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # after an error the others need not be done first
+            pool.shutdown(cancel_futures=True)  # after an error, do not wait for the other items
             raise
+
+
+def map_with_bar(
+    work: Callable[[T], R],
+    items: Sequence[T],
+    *,
+    num_processes: int | None,
+    unit: str,
+    what: str = "",
+    shown: bool = True,
+    chunksize: int = 1,
+) -> Iterator[R]:
+    """Yield the results of `parallel_map` in order, and count them in a progress bar.
+
+    Args:
+        work: as in `parallel_map`.
+        items: as in `parallel_map`.
+        num_processes: as in `parallel_map`.
+        unit: name of an item, in the singular.
+        what: name of the work.
+        shown: show the bar.
+        chunksize: as in `parallel_map`.
+    """
+    with Progress(len(items), what=what, unit=unit, shown=shown) as bar:
+        for result in parallel_map(work, items, num_processes=num_processes, chunksize=chunksize):
+            yield result
+            bar.update()
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Start processes that never see Ctrl-C: a terminal sends it to all, and each would print its traceback."""
+    """Start processes that never get Ctrl-C: a terminal sends it to all, and each would print its traceback."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -61,7 +97,7 @@ def _interrupts_held_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Start processes whose BLAS has one thread, unless the user chose: pools inside pools fight over the cores."""
+    """Start processes whose BLAS has one thread, unless the user set a number: nested pools compete for cores."""
     chosen = {name: os.environ.get(name) for name in _THREADS}
     os.environ |= {name: value or "1" for name, value in chosen.items()}
     try:
@@ -75,12 +111,12 @@ _leaving = False
 
 
 def _prepare() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a caller that is killed leaves nobody behind
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the parent, even if that is killed
     signal.signal(signal.SIGTERM, _leave)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """End the work at hand by an exception, so that it removes what it has half written."""
+    """End the current work by an exception, so that it removes its partial output."""
     global _leaving
     del frame
     _leaving = True
@@ -89,7 +125,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Item(Generic[T, R]):
-    """The work on one item; none begins in a process that was told to leave."""
+    """The work on one item; after SIGTERM a process starts no more items."""
 
     work: Callable[[T], R]
 

@@ -14,7 +14,7 @@ from types import TracebackType
 if sys.version_info < (3, 11):  # noqa: UP036  (with an old Python, say so instead of a SyntaxError)
     sys.exit(f"error: Python 3.11 or newer is needed, but {sys.executable} is {sys.version.split()[0]}: see README.md")
 
-from trainer.progress import is_main, say
+from trainer.progress import announce, is_main
 
 EXIT_MISSING = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -39,7 +39,7 @@ def loading(what: str = "") -> Iterator[None]:
     A `KeyboardInterrupt` inside an import can be swallowed, or shown as another error.
     """
     if what:
-        say(f"loading {what}")
+        announce(f"loading {what}")
     before = signal.signal(signal.SIGINT, _leave)
     try:
         yield

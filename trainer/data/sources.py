@@ -1,7 +1,6 @@
 """From the data settings of a command to shards, index and order, for all commands that train or evaluate."""
 
 import logging
-import os
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +15,7 @@ from trainer.data.shards.index import ShardIndex, describe_index, list_shards, m
 from trainer.data.transforms.views import Pixels
 from trainer.distributed.world import World
 from trainer.errors import ConfigError, DataError
+from trainer.parallel import num_cores
 from trainer.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def _open_on_all_ranks(sources: list[Source], recipe: Recipe, runtime: Runtime, 
                 shards,
                 index_dir=index_dir,
                 image_member=recipe.image_member,
-                num_processes=len(os.sched_getaffinity(0)),
+                num_processes=num_cores(),
                 on_shard=lambda done, _: bar.update(done - bar.done),
             )
         return [str(index.folder), index.fingerprint]

@@ -39,7 +39,7 @@ from trainer.fault_tolerance.resume import recording_refusals
 from trainer.log import print_and_log
 from trainer.models.detector import MorphDetector
 from trainer.models.lora import save_adapter
-from trainer.progress import say
+from trainer.progress import announce
 from trainer.training.monitor import Monitor
 from trainer.training.reconstruction import share_of
 from trainer.training.run import DataSets, Ending, Training, TrainingData, begin, join, leave, prepare, show
@@ -72,7 +72,7 @@ def finetune(
     check_groups(recipe, runtime.micro_batch)
     init = read_init(runtime.init, pretrained=runtime.pretrained)
     asked, recipe = recipe, fitting_recipe(init, recipe, given)
-    say(f"building {recipe.model}")
+    announce(f"building {recipe.model}")
     model, init_sha256 = build_detector(recipe, init, grad_checkpointing=runtime.grad_checkpointing)
     found = find_sources(recipe, runtime, others={"val_data": runtime.val_data}) if world.is_main else None
     if dry_run:
@@ -83,7 +83,7 @@ def finetune(
         logger.info("from --init, where the command line names nothing: %s", changed)
     overlap = world.on_main(lambda: check_sets(sets.index, recipe, runtime))
     data = training_data(model, sets, recipe)
-    say("starting DeepSpeed")
+    announce("starting DeepSpeed")
     engine = Engine(
         model,
         ds_config=ds_config,

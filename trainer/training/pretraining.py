@@ -25,7 +25,7 @@ from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import backbone_sha256
 from trainer.models.mae import DecoderOptions, MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, num_kept
-from trainer.progress import say
+from trainer.progress import announce
 from trainer.training import reconstruction
 from trainer.training.model_cost import flops_of
 from trainer.training.monitor import Monitor
@@ -40,7 +40,7 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime, *, dry_run: bool 
     """Train to the end of the schedule, or until a signal asks to stop."""
     world, ds_config = prepare(recipe, runtime)
     check_repeats(recipe, runtime.micro_batch)
-    say(f"building {recipe.model}")
+    announce(f"building {recipe.model}")
     build = functools.partial(build_model, recipe)
     model = build(grad_checkpointing=runtime.grad_checkpointing)
     num_kept(model.encoder.num_patches, val_mask_ratio(recipe, runtime))  # refuses one that leaves no patch
@@ -52,7 +52,7 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime, *, dry_run: bool 
     world, sets = join(world, recipe, runtime, found)
     data = training_data(model, sets, recipe)
     validation = Validation(model, recipe, runtime, sets.index, world) if "val_data" in sets.index else None
-    say("starting DeepSpeed")
+    announce("starting DeepSpeed")
     engine = Engine(model, ds_config=ds_config, weight_decay=recipe.weight_decay, world=world)
     if runtime.compile_mode != "off":
         engine.compile(runtime.compile_mode)

@@ -39,7 +39,7 @@ from trainer.fault_tolerance.resume import Run
 from trainer.fault_tolerance.watchdog import backend_timeout_s, set_phase, start_watchdog
 from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.log import print_and_log, start_console, start_logging
-from trainer.progress import say
+from trainer.progress import announce
 from trainer.seeds import step_seed
 from trainer.startup import EXIT_INTERRUPTED
 from trainer.training.dry_run import describe
@@ -135,7 +135,7 @@ def join(
         ConfigError: a rank is missing, or the output folder belongs to something else.
         DataError: a shard breaks the rules.
     """
-    say(f"connecting {world.size} ranks" if world.size > 1 else "looking at the output")
+    announce(f"connecting {world.size} ranks" if world.size > 1 else "looking at the output")
     world = connect(world, timeout_s=backend_timeout_s(runtime), start_timeout_s=runtime.start_timeout_s)
     output = Path(runtime.output_dir)
     world.on_main(lambda: resume.check_run(recipe, runtime))  # before the first file is written into the folder

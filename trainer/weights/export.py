@@ -11,8 +11,6 @@ Shapes: B images, C channels or classes, H, W image, N patches, T tokens, D widt
 import contextlib
 import importlib.util
 import json
-import shutil
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainer.errors import CheckpointError, ConfigError, TrainerError
-from trainer.files import describe_files, files_below, sync_files, sync_folder, write_synced
+from trainer.files import atomic_folder, describe_files, write_synced
 from trainer.models.detector import pool
 from trainer.models.lora import base_state, merged_state, save_adapter
 from trainer.models.mae import MaskedAutoencoder
@@ -77,7 +75,7 @@ def export(subject: Subject, card: Mapping[str, Any], *, to: str, output: Path, 
         CheckpointError: the other library computes something else, or the storage fails.
     """
     write, packages = FORMATS[to]
-    with _whole_or_absent(output) as draft, torch.no_grad(), warnings.catch_warnings():
+    with _atomic_output(output) as draft, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other libraries
         try:
             loading = write(subject, draft)
@@ -383,21 +381,14 @@ def _save(weights: Mapping[str, Tensor], path: Path, grid: tuple[int, int]) -> N
 
 
 @contextlib.contextmanager
-def _whole_or_absent(output: Path) -> Iterator[Path]:
-    """Give a folder to write into, which gets its name at the end; after an error nothing is left."""
-    draft = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")
+def _atomic_output(output: Path) -> Iterator[Path]:
+    """Yield a draft folder that becomes ``output`` at the end; after an error nothing is left."""
     try:
-        draft.mkdir(parents=True)
-        yield draft
-        sync_files(files_below(draft))
-        sync_folder(draft)
-        _refuse_existing(output)
-        draft.rename(output)
-        sync_folder(output.parent)
+        with atomic_folder(output) as draft:
+            yield draft
+            _refuse_existing(output)
     except OSError as error:
         raise CheckpointError(f"output {output} cannot be written ({error}): name another folder") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _refuse_existing(output: Path) -> None:

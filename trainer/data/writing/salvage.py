@@ -12,7 +12,6 @@ import contextlib
 import io
 import mmap
 import tarfile
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from trainer.data.shards.members import Sample, Tally, key_of, samples_of, why_l
 from trainer.data.shards.tar import BLOCK_BYTES, MAX_MEMBER_BYTES, Member, parse_header, walk_tar
 from trainer.data.transforms.decode import decode_image
 from trainer.errors import DataError
+from trainer.files import draft_of
 
 _EXTENDED = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _NO_MEMBERS = (tarfile.XGLTYPE, tarfile.DIRTYPE, b"V", b"D")
@@ -58,7 +58,7 @@ def rewrite(source: Path, target: Path, *, image_member: str | None = None) -> S
         DataError: the new shard does not read as it was written.
     """
     saved = Saved()
-    draft = target / f".{source.name}.tmp-{uuid.uuid4().hex[:8]}"
+    draft = draft_of(target / source.name)
     try:
         with _bytes_of(source) as raw:
             groups = _by_key(_members(raw, saved), saved)

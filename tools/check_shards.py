@@ -1,11 +1,11 @@
-"""Verify shards, describe what they hold, and save what is whole from damaged ones.
+"""Verify shards, describe what they hold, and copy the intact samples of damaged ones.
 
 Every byte is read: the tar's structure, each image decoded as the trainer does, labels and group fields, images that
-occur twice (by sha256 of their bytes). Exit code 0 means sound, 1 that something is damaged: it is listed.
+occur twice (by sha256 of their bytes). Exit code 0 means intact, 1 that something is damaged: it is listed.
 
-What the trainer does not use is counted by kind: it is no damage. ``--repair FOLDER`` writes every sample that is
-whole, also those behind a damaged stretch or with members apart, to new shards of the same names, and leaves the old
-ones alone. Each sample that is lost is named with the reason, all in FOLDER/lost.csv; the sums of members agree.
+Members that the trainer does not use are counted by kind; they are no damage. ``--repair FOLDER`` writes every complete
+sample, even behind damaged bytes or with members apart, to new shards of the same names, and does not change the old
+ones. Each lost sample is listed with the reason, all of them in FOLDER/lost.csv; the sums of members agree.
 
 Usage: python tools/check_shards.py --data 'shards/*.tar' [--repair FOLDER] [--name value]
 
@@ -44,8 +44,8 @@ from trainer.fault_tolerance.exit_codes import run
 from trainer.parallel import map_with_bar
 
 EXIT_DAMAGED = 1
-_LISTED = 20
-_HISTOGRAM_ROWS = 15
+_MAX_LINES_SHOWN = 20
+_MAX_VALUES_SHOWN = 15
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +57,7 @@ class Settings:
     image_member: str | None = None
     """Suffix of the image to read where samples hold several, as left.jpg; none: the only one, or the plain one."""
     repair: str | None = None
-    """Folder for new shards with the samples that are whole; none repairs nothing."""
+    """Folder for new shards with the complete samples; none repairs nothing."""
     num_processes: int | None = None
     """Shards read at a time; none uses every core."""
     progress_bar: bool = True
@@ -72,7 +72,7 @@ class Settings:
 
 @dataclass(slots=True)
 class Findings:
-    """What one shard holds and what is wrong with it."""
+    """Contents and problems of one shard."""
 
     location: str
     tally: Tally = field(default_factory=Tally)
@@ -100,10 +100,10 @@ def main(settings: Settings) -> int:
     problems = [problem for found in findings for problem in found.problems]
     if target is not None:
         problems += describe_repair(findings, target)
-    for problem in problems[:_LISTED]:
+    for problem in problems[:_MAX_LINES_SHOWN]:
         print(f"damaged: {problem}")
-    if len(problems) > _LISTED:
-        print(f"... and {len(problems) - _LISTED} more")
+    if len(problems) > _MAX_LINES_SHOWN:
+        print(f"... and {len(problems) - _MAX_LINES_SHOWN} more")
     num_bad = sum(bool(found.problems) for found in findings)
     num_lost = sum(len(found.saved.lost) for found in findings if found.saved)
     print(f"{len(problems)} problems in {num_bad} of {len(shards)} shards")
@@ -133,7 +133,7 @@ def _all(shards: list[str], target: Path | None, settings: Settings) -> Iterator
 
 
 def check(location: str, *, target: Path | None = None, image_member: str | None = None) -> Findings:
-    """Read one shard, and write its whole samples to a shard of the same name in ``target``."""
+    """Read one shard, and write its complete samples to a shard of the same name in ``target``."""
     found = Findings(location)
     try:
         members = walk_tar(location, keep_payload_below=MAX_MEMBER_BYTES + 1)
@@ -189,14 +189,14 @@ def _describe_copies(findings: list[Findings]) -> None:
         for digest, key in found.digests:
             if first.setdefault(digest, key) is not key:
                 twice.append((first[digest], key))
-    for one, other in twice[:_LISTED]:
+    for one, other in twice[:_MAX_LINES_SHOWN]:
         print(f"the same image twice: {one} and {other}")
     if twice:
         print(f"{len(twice)} images occur more than once, byte for byte")
 
 
 def describe_repair(findings: list[Findings], target: Path) -> list[str]:
-    """Print what was written and what was lost, and write all losses to a file; returns sums that do not agree."""
+    """Print what was written and lost, and write all losses to a file; returns a problem for each wrong sum."""
     saved = [(found.location, found.saved) for found in findings if found.saved is not None]
     left_out = sum((each.left_out for _, each in saved), Counter[str]())
     lost = [(location, *entry) for location, each in saved for entry in each.lost]
@@ -210,7 +210,7 @@ def describe_repair(findings: list[Findings], target: Path) -> list[str]:
     for location, each in saved:
         for damage in each.damage:
             print(f"damaged: shard {location}: {damage}")
-    for location, key, reason, count in lost[:_LISTED]:
+    for location, key, reason, count in lost[:_MAX_LINES_SHOWN]:
         print(f"lost: shard {location}: {key!r} ({count} members): {reason}")
     if lost:
         with (target / "lost.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
@@ -225,8 +225,8 @@ def _label(label: int) -> str:
 
 def _histogram(title: str, counts: Counter[str]) -> None:
     if counts and set(counts) != {"none"}:
-        shown = ", ".join(f"{value}: {count}" for value, count in counts.most_common(_HISTOGRAM_ROWS))
-        more = f", and {len(counts) - _HISTOGRAM_ROWS} more values" if len(counts) > _HISTOGRAM_ROWS else ""
+        shown = ", ".join(f"{value}: {count}" for value, count in counts.most_common(_MAX_VALUES_SHOWN))
+        more = f", and {len(counts) - _MAX_VALUES_SHOWN} more values" if len(counts) > _MAX_VALUES_SHOWN else ""
         print(f"{title}  {shown}{more}")
 
 

@@ -1,6 +1,6 @@
-"""Show what is inside shards: one PNG with evenly spread images, each with its key and label.
+"""Show what is inside shards: one PNG with evenly spaced images, each with its key and label.
 
-An image that the trainer could not use shows as a grey tile with the reason.
+An image that the trainer cannot use appears as a grey tile with the reason.
 
 Usage: python tools/contact_sheet.py --data 'shards/*.tar' --output sheet.png [--name value]
 
@@ -40,11 +40,11 @@ from trainer.errors import ConfigError, SampleError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import atomic_draft
 
-_SIDE = 160
-_LINE = 16
-_GAP = 8
+_SIDE_PX = 160
+_LINE_PX = 16
+_GAP_PX = 8
 _MIN_COLUMNS = 4
-_MAX_LABELS_NAMED = 6
+_MAX_LABELS_SHOWN = 6
 _GREY = (160, 160, 160)
 
 
@@ -81,12 +81,12 @@ class Tile:
     label: int
     image_HWC: NDArray[np.uint8] | None
     reason: str
-    """Why there is no image; empty where there is one."""
+    """Why there is no image; empty if there is one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What the shards hold, and the images that were picked."""
+    """Counts of the shards, and the images of the sheet."""
 
     num_shards: int
     num_images_by_label: dict[int, int]
@@ -132,9 +132,9 @@ def read_images(data: str, num_images: int, index_dir: str | None = None, image_
 
 
 def title_of(contents: Contents) -> str:
-    """Say how many images are shown of how many, and their labels."""
+    """Describe how many images are shown of how many, and their labels."""
     by_label = contents.num_images_by_label
-    if len(by_label) > _MAX_LABELS_NAMED:
+    if len(by_label) > _MAX_LABELS_SHOWN:
         labels = f"{len(by_label)} labels"
     else:
         names = names_of(by_label)
@@ -146,7 +146,7 @@ def title_of(contents: Contents) -> str:
 
 
 def names_of(labels: Iterable[int]) -> dict[int, str]:
-    """Name labels: as the classes of detection where there are no others, else by their numbers."""
+    """Name labels: as classes of detection if all labels are 0 or 1, otherwise by number."""
     known, labels = {0: "bonafide", 1: "morph"}, set(labels)
     detection = labels <= {NO_LABEL, *known}
     return {
@@ -160,34 +160,34 @@ def draw_sheet(contents: Contents) -> Image.Image:
     font, names = sheet_font(), names_of(contents.num_images_by_label)
     num_columns = max(_MIN_COLUMNS, math.ceil(math.sqrt(len(contents.tiles))))
     num_rows = math.ceil(len(contents.tiles) / num_columns)
-    step_x, step_y = _SIDE + _GAP, _SIDE + 2 * _LINE + _GAP
-    width = num_columns * step_x + _GAP
-    title = _wrapped(title_of(contents), width - 2 * _GAP, font)
-    top = len(title) * _LINE + 2 * _GAP
+    step_x, step_y = _SIDE_PX + _GAP_PX, _SIDE_PX + 2 * _LINE_PX + _GAP_PX
+    width = num_columns * step_x + _GAP_PX
+    title = _wrapped(title_of(contents), width - 2 * _GAP_PX, font)
+    top = len(title) * _LINE_PX + 2 * _GAP_PX
     sheet = Image.new("RGB", (width, top + num_rows * step_y), "white")
     draw = ImageDraw.Draw(sheet)
     for number, line in enumerate(title):
-        draw.text((_GAP, _GAP + number * _LINE), line, "black", font)
+        draw.text((_GAP_PX, _GAP_PX + number * _LINE_PX), line, "black", font)
     for number, tile in enumerate(contents.tiles):
         row, column = divmod(number, num_columns)
-        x, y = _GAP + column * step_x, top + row * step_y
+        x, y = _GAP_PX + column * step_x, top + row * step_y
         sheet.paste(_picture(tile, font), (x, y))
-        draw.text((x, y + _SIDE), shorten(tile.key, _SIDE, font), "black", font)
-        draw.text((x, y + _SIDE + _LINE), names.get(tile.label, str(tile.label)), "dimgrey", font)
+        draw.text((x, y + _SIDE_PX), shorten(tile.key, _SIDE_PX, font), "black", font)
+        draw.text((x, y + _SIDE_PX + _LINE_PX), names.get(tile.label, str(tile.label)), "dimgrey", font)
     return sheet
 
 
 def _picture(tile: Tile, font: ImageFont.FreeTypeFont) -> Image.Image:
     if tile.image_HWC is not None:
-        return ImageOps.pad(Image.fromarray(tile.image_HWC), (_SIDE, _SIDE), color="white")
-    grey = Image.new("RGB", (_SIDE, _SIDE), _GREY)
-    ImageDraw.Draw(grey).text((_SIDE // 2, _SIDE // 2), tile.reason, "black", font, anchor="mm")
+        return ImageOps.pad(Image.fromarray(tile.image_HWC), (_SIDE_PX, _SIDE_PX), color="white")
+    grey = Image.new("RGB", (_SIDE_PX, _SIDE_PX), _GREY)
+    ImageDraw.Draw(grey).text((_SIDE_PX // 2, _SIDE_PX // 2), tile.reason, "black", font, anchor="mm")
     return grey
 
 
 def sheet_font() -> ImageFont.FreeTypeFont:
-    """Return the font of the sheet: DejaVu Sans, which comes with matplotlib; Pillow's own knows ASCII only."""
-    return ImageFont.truetype(_font_file(), _LINE - 4)
+    """Return the font of the sheet: DejaVu Sans of matplotlib, because Pillow's own font has ASCII only."""
+    return ImageFont.truetype(_font_file(), _LINE_PX - 4)
 
 
 def _font_file() -> str:
@@ -204,15 +204,15 @@ def _drawable() -> frozenset[int]:
 
 
 def readable(key: str) -> str:
-    """Write a key with what the font can draw; line ends, controls and other letters are escaped."""
+    """Return a key with drawable characters; line ends, control characters and others are escaped."""
     return "".join(
         c if c.isprintable() and ord(c) in _drawable() and c != "\\" else c.encode("unicode_escape").decode()
-        for c in unicodedata.normalize("NFC", key)  # macOS writes letter and accent apart
+        for c in unicodedata.normalize("NFC", key)  # macOS stores letter and accent separately
     )
 
 
 def shorten(key: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """Cut a key from the left until it fits into ``width`` [pixels]."""
+    """Shorten a key from the left until it fits into ``width`` [pixels]."""
     text = readable(key)
     if font.getlength(text) <= width:
         return text

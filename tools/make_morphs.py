@@ -1,10 +1,10 @@
 """Make face morphs: photographs of two people blended along their landmarks, as attacks to train and test detectors.
 
-Two ways. *whole*: both photographs are warped to the average shape and blended, background and hair included. *splice*:
-the second face is warped into the first photograph and blended there inside the hull of the face, with its colours
-matched; everything outside stays the first photograph's. With --same_person true the photographs are of one person:
-the result is bona fide, but carries the traces of blending. A detector that calls those morphs has learned the
-blending and not the morph.
+There are two modes. *whole*: both photographs are warped to the average shape and blended, background and hair
+included. *splice*: the second face is warped into the first photograph and blended there inside the hull of the face,
+with its colours matched; everything outside stays from the first photograph. With --same_person true both photographs
+are of one person: the result is bona fide, but has the traces of blending. A detector that calls those morphs has
+learned the blending instead of the morph.
 
 Partners are other people of similar face shape, as an attacker would choose. Every row of OUTPUT/morphs.csv names both
 parents; join it with the bona fides' manifest for tools/splits.py and tools/make_shards.py. Landmarks are those in the
@@ -118,7 +118,7 @@ class Settings:
 
 
 class Photograph(NamedTuple):
-    """What the source says of a picture."""
+    """One photograph of the source."""
 
     picture: Path | SampleRef
     key: str
@@ -157,7 +157,7 @@ def main(settings: Settings) -> int:
 
 
 def make_morphs(settings: Settings) -> Path:
-    """Make the pictures that are missing and their manifest; returns its path.
+    """Make the missing pictures and the manifest; returns the manifest's path.
 
     Raises:
         ConfigError: the output belongs to other settings, or the source names no pair.
@@ -270,7 +270,7 @@ def _name(picture: Path | SampleRef) -> str:
 
 
 def _each(work: Callable[[_T], _R], items: Sequence[_T], settings: Settings, what: str) -> Iterator[_R]:
-    """Do the work for each item, in order, on all processes and under a progress bar."""
+    """Map over the items in order, on all processes, with a progress bar."""
     options: dict[str, Any] = {"num_processes": settings.num_processes, "shown": settings.progress_bar}
     return map_with_bar(work, items, what=what, unit="image", chunksize=8, **options)
 
@@ -345,8 +345,8 @@ def whole_morph(
     second_HWC = resized(second_HWC, height, width)
     second_L2 = second_L2 * scale
     target_L2 = ((1 - blend) * first_L2 + blend * second_L2).astype(np.float32)
-    ours, theirs = warp(first_HWC, first_L2, target_L2), warp(second_HWC, second_L2, target_L2)
-    return np.asarray(cv2.addWeighted(ours, 1 - blend, theirs, blend, 0))
+    first_warped, second_warped = warp(first_HWC, first_L2, target_L2), warp(second_HWC, second_L2, target_L2)
+    return np.asarray(cv2.addWeighted(first_warped, 1 - blend, second_warped, blend, 0))
 
 
 def spliced_morph(
@@ -354,11 +354,12 @@ def spliced_morph(
 ) -> NDArray[np.uint8]:
     """Blend the second face, warped to the first one's shape and colours, into the first photograph."""
     mask_HW1 = face_mask(first_HWC.shape[:2], first_L2)[..., None]
-    theirs = warp(second_HWC, second_L2, first_L2, first_HWC.shape[:2]).astype(np.float32)
+    warped_HWC = warp(second_HWC, second_L2, first_L2, first_HWC.shape[:2]).astype(np.float32)
+    # Match mean and deviation of each colour inside the face; 1 is added so that a flat colour divides by no zero.
     inside = mask_HW1[..., 0] > 0.5
-    ours_mean, theirs_mean = first_HWC[inside].mean(axis=0), theirs[inside].mean(axis=0)
-    ours_std, theirs_std = first_HWC[inside].std(axis=0) + 1, theirs[inside].std(axis=0) + 1
-    matched = (theirs - theirs_mean) * (ours_std / theirs_std) + ours_mean
+    first_mean, second_mean = first_HWC[inside].mean(axis=0), warped_HWC[inside].mean(axis=0)
+    first_std, second_std = first_HWC[inside].std(axis=0) + 1, warped_HWC[inside].std(axis=0) + 1
+    matched = (warped_HWC - second_mean) * (first_std / second_std) + first_mean
     mixed = first_HWC + np.float32(blend) * mask_HW1 * (matched - first_HWC)
     return np.asarray(np.rint(mixed).clip(0, 255).astype(np.uint8))
 
@@ -366,7 +367,7 @@ def spliced_morph(
 def warp(
     image_HWC: NDArray[np.uint8], from_L2: Points, to_L2: Points, size: tuple[int, int] | None = None
 ) -> NDArray[np.uint8]:
-    """Move an image's landmarks to other places, affinely inside each triangle between them; the frame's edge stays.
+    """Move an image's landmarks to other places, affine inside each triangle between them; the frame does not move.
 
     Args:
         image_HWC: the image.
@@ -382,10 +383,12 @@ def warp(
     pixels_P2 = np.stack([x_HW.ravel(), y_HW.ravel()], axis=1)
     triangle_P = mesh.find_simplex(pixels_P2)
     transform_P = mesh.transform[triangle_P]
+    # Barycentric weights of each target pixel in its triangle; the same weights of the source triangle's corners give
+    # the source pixel. Example: weights 0.5, 0.25, 0.25 of corners (0, 0), (4, 0), (0, 8) give the point (1, 2).
     two_P2 = np.einsum("pij,pj->pi", transform_P[:, :2], pixels_P2 - transform_P[:, 2])
     weights_P3 = np.concatenate([two_P2, 1 - two_P2.sum(axis=1, keepdims=True)], axis=1)
     origin_P2 = np.einsum("pi,pij->pj", weights_P3, source[mesh.simplices[triangle_P]])
-    flat = np.isnan(origin_P2).any(axis=1)  # a triangle without area has no inside
+    flat = np.isnan(origin_P2).any(axis=1)  # triangles without area have no weights
     origin_P2[flat] = pixels_P2[flat]
     from_x, from_y = (origin_P2[:, i].reshape(height, width).astype(np.float32) for i in (0, 1))
     warped = cv2.remap(image_HWC, from_x, from_y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101)
@@ -401,7 +404,7 @@ def face_mask(size: tuple[int, int], points_L2: Points) -> NDArray[np.float32]:
 
 
 def _frame(height: int, width: int) -> Points:
-    """Return points on the frame, a pixel outside, which never move."""
+    """Return eight points one pixel outside the frame, which never move."""
     x, y = np.array([-1, width / 2, width]), np.array([-1, height / 2, height])
     return np.array([(a, b) for a in x for b in y if (a, b) != (x[1], y[1])], dtype=np.float32)
 
@@ -422,7 +425,7 @@ def _read(picture: Path | SampleRef) -> NDArray[np.uint8]:
 
 
 def _claim(output: Path, settings: Settings, faces: Sequence[Face]) -> None:
-    """Record what the output is made of; refuse one that was made of something else."""
+    """Record faces and settings of the output; refuse an output of other faces or settings."""
     digest = hashlib.sha256()
     for face in faces:
         digest.update(f"{face.key}\n{face.identity}\n".encode("utf-8", "surrogateescape") + face.points_L2.tobytes())

@@ -1,19 +1,19 @@
 """Pack images of a folder tree, a CSV manifest or tars into WebDataset shards.
 
-JPEG, PNG and WebP files are stored byte for byte; other formats that Pillow reads become PNG. Which image goes into
-which shard is decided before anything is written, from sorted names, so the same input gives the same bytes. A shard is
-whole or absent: after a kill, the same command goes on with the missing shards. Each shard is read back as the trainer
-reads it and compared with the source. What was left out, and why, is printed and kept in OUTPUT/make_shards.json.
+JPEG, PNG and WebP files are stored byte for byte; other formats that Pillow reads become PNG. The images of each shard
+are chosen from sorted names before anything is written, so the same input gives the same bytes. Shards are written
+atomically: after a kill, the same command continues with the missing shards. Each shard is read back as the trainer
+reads it and compared with the source. What is left out, and why, is printed and recorded in OUTPUT/make_shards.json.
 
-Tars are packed again with all members of a sample, also where these do not stand together. Of several images in a
-sample the one with a plain suffix is kept, or the one that --image_member names.
+Tars are packed again with all members of a sample, even if these stand apart. If a sample has several images, the one
+with a plain suffix is kept, or the one that --image_member names.
 
---folder_labels makes classes of the first folders: bonafide is 0, morph (or attack) is 1, and other names are mapped
-with --label_map. The mapping is always printed.
+--folder_labels makes classes of the first folders: bonafide is 0, morph (or attack) is 1, and --label_map maps other
+names. The mapping is always printed.
 
 --max_side and --encode write images again: upright, in sRGB, without metadata. That destroys traces which a morph
 detector may need (compression history, sensor noise, fine seams), so use them for pre-training sets only. A JPEG that
-would be larger than the raw pixels is stored as PNG instead. Images that stay untouched keep their colour profile.
+would be larger than the raw pixels is stored as PNG instead. Untouched images keep their colour profile.
 
 Usage: python tools/make_shards.py --source FOLDER_OR_CSV_OR_TARS --output_dir FOLDER [--name value]
 
@@ -51,7 +51,7 @@ from trainer.config.settings import check_types
 from trainer.data.byte_ranges import ByteRangeReader
 from trainer.data.landmarks import landmarks_of, read_landmarks
 from trainer.data.shards.members import LANDMARKS, NO_LABEL, Sample, Tally, samples_of
-from trainer.data.shards.tar import MAX_MEMBER_BYTES, Member, walk_tar
+from trainer.data.shards.tar import BLOCK_BYTES, MAX_MEMBER_BYTES, RECORD_BYTES, Member, walk_tar
 from trainer.data.transforms.decode import MIN_SIDE, colour_profile, suffix_of
 from trainer.data.writing.image_files import DAMAGE, Storing, describe_damage, stored_bytes_bound, stored_image
 from trainer.data.writing.source_images import (
@@ -72,10 +72,8 @@ from trainer.progress import Progress
 _PLAN_NAME = "make_shards.json"
 _BAD_NAME = "bad_images.csv"
 _BAD_COLUMNS = ("path", "key", "reason", "shard")
-_PROBERS = 16
+_NUM_PROBE_THREADS = 16
 _REMEDY = "remove this shard and run the same command again; if it stays so, report the name"
-_TAR_BLOCK = 512
-_TAR_RECORD = 10240
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +81,7 @@ class Settings:
     """What the user may set."""
 
     source: str = ""
-    """Folder tree of images; a CSV file with a column path and optional key, label and others; or tars to pack anew."""
+    """Folder tree of images; a CSV with a column path and optional key, label and others; or tars to pack again."""
     output_dir: str = ""
     """Where the shards go."""
     max_shard_bytes: int = 1_000_000_000
@@ -101,9 +99,9 @@ class Settings:
     max_side: int | None = None
     """For pre-training sets: shrink larger images until their shorter side is this long; none keeps sizes [pixels]."""
     encode: Literal["keep", "jpeg", "png"] = "keep"
-    """Keep untouched bytes and write what is shrunk in its own format; or, for pre-training sets, write all anew."""
+    """Keep the bytes of images that are not shrunk; or, for pre-training sets, encode all images again."""
     jpeg_quality: int = 95
-    """Quality of JPEGs that are written anew, from 1 to 100; their colours keep full resolution (4:4:4)."""
+    """Quality of JPEGs that are encoded again, from 1 to 100; their colours keep full resolution (4:4:4)."""
     landmarks: str | None = None
     """An .npz with names and points in pixels, as make_morphs takes; self-morphs find them in the samples' json."""
     verify: bool = True
@@ -132,7 +130,7 @@ class Settings:
 
     @property
     def rewriting(self) -> dict[str, Any]:
-        """The settings that decide the bytes of images; empty where all files of the trainer's formats stay."""
+        """The settings that change the bytes of images; empty if JPEG, PNG and WebP files stay as they are."""
         if self.encode == "keep" and self.max_side is None:
             return {}
         return {name: getattr(self, name) for name in ("max_side", "encode", "jpeg_quality")} | {"srgb": True}
@@ -156,7 +154,7 @@ class Bad:
 
 @dataclass(slots=True)
 class Found:
-    """What the trainer will find in shards."""
+    """Counts of what the trainer will read from shards."""
 
     tally: Tally = field(default_factory=Tally)
     formats: Counter[str] = field(default_factory=Counter)
@@ -164,7 +162,7 @@ class Found:
     """Name of a colour profile -> images."""
 
     def add(self, other: "Found") -> None:
-        """Count what another shard holds."""
+        """Add the counts of another shard."""
         self.tally.add(other.tally)
         self.formats.update(other.formats)
         self.profiles.update(other.profiles)
@@ -172,7 +170,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A shard to write, or one of an earlier run to compare."""
+    """A shard to write, or one of an earlier run to verify."""
 
     path: Path
     entries: list[Entry]
@@ -184,7 +182,7 @@ class _Job:
 class _Result:
     job: _Job
     draft: Path | None
-    """The shard that was written and compared; None where it exists, or where nothing is to be published."""
+    """The written and verified draft; None if the shard exists, or if it must not be published."""
     bad: list[Bad]
     found: Found
 
@@ -199,12 +197,12 @@ def main(settings: Settings) -> int:
 
 
 def make_shards(settings: Settings) -> list[Path]:
-    """Write the shards that are missing, compare all with the source, and return their paths.
+    """Write the missing shards, compare all with the source, and return their paths.
 
     Raises:
-        ConfigError: the source holds no image, names twice the same key, or the output belongs to another source.
+        ConfigError: the source holds no image, two images have the same key, or the output belongs to another source.
         DataError: images are damaged; they are listed in OUTPUT/bad_images.csv and their shards are not written. Or a
-            shard does not hold what the source holds.
+            shard differs from the source.
     """
     import webdataset  # noqa: F401  (it imports torch, which forked workers then need not)
 
@@ -242,8 +240,8 @@ def _with_landmarks(entries: list[Entry], landmarks: str | None) -> list[Entry]:
         return entries
     points, found = read_landmarks(Path(landmarks)), []
     for entry in entries:
-        mine = landmarks_of(entry.metadata.get("landmark_name"), entry.key, entry.path, points)
-        known = {} if mine is None else {LANDMARKS: np.round(mine.astype(np.float64), 2).tolist()}
+        points_L2 = landmarks_of(entry.metadata.get("landmark_name"), entry.key, entry.path, points)
+        known = {} if points_L2 is None else {LANDMARKS: np.round(points_L2.astype(np.float64), 2).tolist()}
         found.append(replace(entry, metadata=entry.metadata | known))
     num_found = sum(LANDMARKS in entry.metadata for entry in found)
     if not num_found:
@@ -256,9 +254,9 @@ def _with_landmarks(entries: list[Entry], landmarks: str | None) -> list[Entry]:
 
 
 def _with_sizes(entries: list[Entry], settings: Settings) -> tuple[list[Entry], list[int], list[Bad]]:
-    """Return the images that can be opened, bounds of their bytes, and the others."""
+    """Return the images that can be opened, bounds of their bytes, and the unreadable images."""
     how = settings.storing
-    with ThreadPoolExecutor(_PROBERS) as pool:
+    with ThreadPoolExecutor(_NUM_PROBE_THREADS) as pool:
         sizes = list(pool.map(lambda entry: _size_or_error(entry, how), entries))
     bad = [
         Bad(plain_text(entry.name), entry.key, _reason(size), "")
@@ -289,15 +287,20 @@ def _size_or_error(entry: Entry, how: Storing) -> int | OSError:
 
 
 def _groups(entries: list[Entry], sizes: list[int], max_bytes: int, max_samples: int) -> Iterator[list[Entry]]:
+    """Fill shards one after the other, in order, up to either limit.
+
+    Example: an image of 1000 bytes with a json of 40 bytes takes 512 + 1024 and 512 + 512 bytes. A key above 90 bytes
+    adds an extended header of at most four blocks to each member. The end of the tar is counted as one record.
+    """
     group: list[Entry] = []
-    filled = _TAR_RECORD
+    filled = RECORD_BYTES
     for entry, size in zip(entries, sizes, strict=True):
-        long_name = 4 * _TAR_BLOCK if len(entry.key.encode()) > 90 else 0
+        long_name = 4 * BLOCK_BYTES if len(entry.key.encode()) > 90 else 0
         members = [size, *_text_sizes(entry)]
-        needed = sum(_TAR_BLOCK + long_name + -(-member // _TAR_BLOCK) * _TAR_BLOCK for member in members)
+        needed = sum(BLOCK_BYTES + long_name + -(-member // BLOCK_BYTES) * BLOCK_BYTES for member in members)
         if group and (len(group) == max_samples or filled + needed > max_bytes):
             yield group
-            group, filled = [], _TAR_RECORD
+            group, filled = [], RECORD_BYTES
         group.append(entry)
         filled += needed
     yield group
@@ -310,7 +313,7 @@ def _text_sizes(entry: Entry) -> list[int]:
 
 
 def _claim(output: Path, groups: list[list[Entry]], sizes: list[int], settings: Settings) -> dict[str, Any]:
-    """Refuse to mix shards of two sources or two settings in one folder; return what this one is made of."""
+    """Return the plan of the output; refuse a folder with shards of another source or other settings."""
     digest = hashlib.sha256()
     for group in groups:
         digest.update(b"shard")
@@ -348,7 +351,7 @@ def _plan_in(path: Path) -> dict[str, Any]:
 
 
 def _write_all(jobs: list[_Job], lost: list[Bad], output: Path, settings: Settings) -> tuple[list[Bad], Found]:
-    """Write and compare all shards; return the images that are left out, and what the trainer will find."""
+    """Write and verify all shards; return the images that are left out, and the counts."""
     earlier = _read_bad(output / _BAD_NAME)
     existing = {job.path.name for job in jobs if job.exists}
     bad, found, failed = [*lost, *(each for each in earlier if each.shard in existing)], Found(), list[Bad]()
@@ -365,11 +368,11 @@ def _write_all(jobs: list[_Job], lost: list[Bad], output: Path, settings: Settin
                     continue
                 if result.bad:
                     bad += result.bad
-                    _write_bad(output / _BAD_NAME, bad)  # before its shard: a kill in between loses no name
+                    _write_bad(output / _BAD_NAME, bad)  # before the shard: a kill in between loses no name
                 if result.draft is not None:
                     result.draft.replace(result.job.path)
     finally:
-        results.close()  # first, so that nobody writes on
+        results.close()  # first, so that no process still writes
         _remove_drafts(output)
     _write_bad(output / _BAD_NAME, bad + failed)
     if failed or not found.tally.num_samples:
@@ -410,7 +413,7 @@ def _write_bad(path: Path, bad: Iterable[Bad]) -> None:
 
 
 def _write_shard(job: _Job) -> _Result:
-    """Write one shard as a draft and read it back; without --skip_bad there is no draft where an image is damaged."""
+    """Write one shard as a draft and read it back; a damaged image leaves a draft only with --skip_bad."""
     if job.exists:
         return _Result(job, None, [], _read_back(job.path, job.path, job.entries))
     draft = draft_of(job.path)
@@ -426,7 +429,7 @@ def _write_shard(job: _Job) -> _Result:
 
 
 def _write_draft(draft: Path, job: _Job) -> tuple[list[Entry], list[Bad], Counter[tuple[str, int]]]:
-    """Return the images that were stored, the damaged ones, and the members by name and CRC-32."""
+    """Write the tar; return the stored images, the damaged ones, and the members by name and CRC-32."""
     stored, bad, written = list[Entry](), list[Bad](), Counter[tuple[str, int]]()
     reader = ByteRangeReader()
     with draft.open("wb") as file:
@@ -478,13 +481,13 @@ def _reason(error: Exception) -> str:
 
 
 def _read_back(name: Path, path: Path, entries: list[Entry], written: Counter[tuple[str, int]] | None = None) -> Found:
-    """Read a shard as the trainer does and compare it with what was to be stored.
+    """Read a shard as the trainer does and compare it with the source.
 
     Args:
         name: the shard, for messages.
-        path: where it lies.
+        path: the file, which may be a draft.
         entries: the images that it must hold.
-        written: its members by name and CRC-32; None where an earlier run wrote them.
+        written: its members by name and CRC-32; None if an earlier run wrote them.
 
     Raises:
         DataError: the trainer would read something else.
@@ -520,7 +523,7 @@ def _is_as_stored(sample: Sample, entry: Entry) -> bool:
 
 
 def _report(settings: Settings, source: Source, bad: list[Bad], found: Found) -> dict[str, Any]:
-    """Write down the counts: found = used + left out, and images = samples + damaged."""
+    """Return the counts for the record: found = used + left out, and images = samples + damaged."""
     tally = source.tally
     return {
         "source": settings.source,

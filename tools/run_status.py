@@ -1,10 +1,10 @@
-"""How do these runs stand? Finished, running or interrupted, what each start came to, and the command that goes on.
+"""Show the state of runs: finished, running or interrupted, the end of each attempt, and the command that resumes.
 
 Usage: python tools/run_status.py --run runs/base[,runs/other]
 
-Nothing is written. Exit codes: 0 every run is finished; 3 a run is interrupted, and its command goes on; 4 none is
-interrupted, but one still runs; 2 a folder holds no run. What a launcher returned does not matter: DeepSpeed's
-returns 0 when the process between it and the ranks is killed.
+Nothing is written. Exit codes: 0 every run is finished; 3 a run is interrupted, and its command resumes it; 4 none is
+interrupted, but one still runs; 2 a folder holds no run. The launcher's own exit code is not reliable: DeepSpeed's is 0
+if the process between it and the ranks is killed.
 
 Examples:
     python tools/run_status.py --run runs/base
@@ -36,8 +36,8 @@ from trainer.files import read_json
 
 EXIT_INTERRUPTED_RUN = 3
 EXIT_RUNNING = 4
-_LATE_BEATS = 5
-_ATTEMPTS_SHOWN = 5
+_MAX_MISSED_BEATS = 5
+_MAX_ATTEMPTS_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,23 +53,23 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How a run stands."""
+    """The state of a run."""
 
     state: Literal["finished", "running", "interrupted"]
     saved_step: int
-    """Of the newest checkpoint; 0 where there is none."""
+    """Step of the newest checkpoint; 0 without one."""
     seen_step: int
-    """The last one in metrics.jsonl; what lies beyond the checkpoint is done again."""
+    """Last step in metrics.jsonl; steps after the checkpoint will be repeated."""
     total_steps: int | None
     checkpoint: Path | None
     attempts: tuple[Attempt, ...]
     command: str
     folder: str
-    """Where the command was started."""
+    """Folder in which the command was started."""
 
 
 def status_of(output: Path) -> Status:
-    """Read how a run stands from its folder.
+    """Read the state of a run from its folder.
 
     Raises:
         ConfigError: it holds no run.
@@ -102,10 +102,10 @@ def status_of(output: Path) -> Status:
 
 
 def is_alive(logs: Path, attempt: Attempt) -> bool:
-    """Whether a rank of an attempt still gives signs of life, by its heartbeats, or by its process on this host."""
+    """Whether a rank of an attempt is alive, by its heartbeats, or by its process on this host."""
     if attempt.host == socket.gethostname() and state_of(attempt.pid) not in ("gone", "Z"):
         return "python" in _command_of(attempt.pid)
-    limit_s = _LATE_BEATS * beat_interval_s(attempt.num_ranks)
+    limit_s = _MAX_MISSED_BEATS * beat_interval_s(attempt.num_ranks)
     newest = 0.0
     for path in (logs / "heartbeats").glob("rank-*.json"):
         beat = read_json(path)
@@ -115,14 +115,14 @@ def is_alive(logs: Path, attempt: Attempt) -> bool:
 
 
 def describe(output: Path, status: Status) -> list[str]:
-    """Tell a person."""
+    """Return the lines to print."""
     of = f" of {status.total_steps}" if status.total_steps else ""
     step = status.seen_step if status.state == "running" else status.saved_step
     finished = status.state == "finished"
     lines = [f"{output}: finished, {step} steps" if finished else f"{output}: {status.state} at step {step}{of}"]
-    hidden = len(status.attempts) - _ATTEMPTS_SHOWN
+    hidden = len(status.attempts) - _MAX_ATTEMPTS_SHOWN
     lines += [f"  {hidden} older attempts"] * (hidden > 0)
-    for attempt in status.attempts[-_ATTEMPTS_SHOWN:]:
+    for attempt in status.attempts[-_MAX_ATTEMPTS_SHOWN:]:
         began = "ended before its first step" if attempt.first_step is None else f"from step {attempt.first_step}"
         newest = attempt is status.attempts[-1]
         end = attempt.end or ("running" if newest and status.state == "running" else "killed or crashed: see its log")

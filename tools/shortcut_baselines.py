@@ -1,7 +1,7 @@
-r"""How far does one get without looking at the face? Logistic regressions on features that only see the processing.
+r"""Baselines that do not look at the face: logistic regressions on features of the image processing alone.
 
-Morphing blurs: it resamples and averages. Detectors can learn that alone and look good on tests where only the morphs
-were processed. So these baselines stand beside every detector in the demo's report:
+Morphing blurs, because it resamples and averages. A detector can learn that alone and look good on a test in which only
+the morphs were processed. The demo's report shows these baselines beside every detector:
 
     radial-spectrum   log power in rings of spatial frequency
     high-pass         energy that a Laplacian leaves, and its spread over the image

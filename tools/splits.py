@@ -1,12 +1,12 @@
 """Split a set of faces and morphs into train, dev and test so that no person is in two of them.
 
-People are assigned to splits, and an image goes where all the people in it are. A morph shows two people: where these
-fall into different splits the morph is dropped, and listed in OUTPUT/dropped.csv. Who is assigned where depends only on
-the seed, the shares and the set of people, not on the order of rows or files.
+People are assigned to splits, and an image goes to the split of the people in it. A morph shows two people: if these
+are in different splits, the morph is dropped and listed in OUTPUT/dropped.csv. The assignment depends only on the seed,
+the shares and the set of people, not on the order of rows or files.
 
-Who is in an image comes from one of: columns identity and identity_2 of the manifest; --identities, a CSV with columns
-path, identity and optional identity_2; or --identity_pattern on each path. Paths are meant as the manifest writes them,
-or below the source folder. Name people alike in all the sets that you join: '1' and '001' are two people here.
+The people of an image come from one of: columns identity and identity_2 of the manifest; --identities, a CSV with
+columns path, identity and optional identity_2; or --identity_pattern on each path. Paths are those of the manifest, or
+relative to the source folder. Use the same names in all sets that you join: '1' and '001' are two people here.
 
 Usage: python tools/splits.py --source FOLDER_OR_CSV --output_dir FOLDER [--name value]
 
@@ -88,7 +88,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """One image and who is in it."""
+    """One image and the people in it."""
 
     entry: Entry
     identities: tuple[str, ...]
@@ -105,7 +105,7 @@ def main(settings: Settings) -> int:
 
 
 def make_splits(settings: Settings) -> None:
-    """Read the images, assign the people, write the manifests and print how many images went where.
+    """Read the images, assign the people, write the manifests and print the number of images of each split.
 
     Raises:
         ConfigError: an image has no identity, a split would stay empty, or the output is in use.
@@ -129,14 +129,17 @@ def make_splits(settings: Settings) -> None:
     print(f"Next: python tools/make_shards.py --source {output / 'train.csv'} --output_dir shards/train")
 
 
-# ---------------------------------------------------------------------------------------------- who goes where
+# ---------------------------------------------------------------------------------------------- people to splits
 
 
 def assign(groups: Sequence[Sequence[str]], shares: Sequence[float], seed: int) -> dict[str, str]:
-    """Give each group of people to the split that lacks most of its share, large groups first, in hashed order.
+    """Assign each group of people to the split that lacks most of its share, large groups first, in hashed order.
 
-    Groups of one person fill each share to within two people. A new person may move others: splits of two versions
-    of a set are not disjoint from each other.
+    Groups of one person fill each share to within two people. A new person may move others to another split, so the
+    splits of two versions of a set are not disjoint from each other.
+
+    Example: 10 people with shares 0.7, 0.1, 0.2 want 7, 1 and 2. The first five go to train, which then lacks 2 like
+    test; ties go to the first split.
     """
     wanted = [share * sum(map(len, groups)) for share in shares]
     split_of: dict[str, str] = {}
@@ -148,7 +151,7 @@ def assign(groups: Sequence[Sequence[str]], shares: Sequence[float], seed: int) 
 
 
 def place(photos: Iterable[Photo], split_of: dict[str, str]) -> tuple[dict[str, list[Photo]], list[Photo]]:
-    """Sort the images into the splits of their people; second, those whose people are in different splits."""
+    """Return the images of each split, and the images whose people are in different splits."""
     placed: dict[str, list[Photo]] = {split: [] for split in SPLITS}
     dropped: list[Photo] = []
     for photo in photos:
@@ -197,7 +200,7 @@ def _refuse_empty(placed: dict[str, list[Photo]], shares: Sequence[float], num_p
             )
 
 
-# ---------------------------------------------------------------------------------------------- who is in an image
+# ---------------------------------------------------------------------------------------------- people of an image
 
 
 def read_photos(settings: Settings) -> list[Photo]:
@@ -214,7 +217,7 @@ def read_photos(settings: Settings) -> list[Photo]:
     identities_of, remedy = _identities_by(settings, has_column="identity" in entries[0].metadata)
     root = source.parent if source.is_file() else source
     photos = [Photo(entry, identities_of(_name_below(root, entry.path), entry)) for entry in entries]
-    _say_unused(settings, {_name_below(root, entry.path) for entry in entries})
+    _report_unused(settings, {_name_below(root, entry.path) for entry in entries})
     unknown = [str(photo.entry.path) for photo in photos if not photo.identities]
     if unknown:
         raise ConfigError(f"{unknown[0]} has no identity ({len(unknown)} images in all): {remedy}")
@@ -222,7 +225,7 @@ def read_photos(settings: Settings) -> list[Photo]:
 
 
 def _entries_of(settings: Settings) -> list[Entry]:
-    """Read the source and say what is left out of it."""
+    """Read the source and print what is left out of it."""
     if names_tars(settings.source):
         raise ConfigError(f"source is {settings.source!r}, but tars cannot be split: name a folder or a CSV file")
     source = read_source(settings.source, folder_labels=settings.folder_labels, label_map=settings.label_map)
@@ -235,8 +238,8 @@ def _entries_of(settings: Settings) -> list[Entry]:
     return source.entries
 
 
-def _say_unused(settings: Settings, names: set[str]) -> None:
-    """Say which rows of --identities belong to no image: a path may be written otherwise there."""
+def _report_unused(settings: Settings, names: set[str]) -> None:
+    """Print how many rows of --identities belong to no image: their paths may be written differently."""
     if settings.identities is not None:
         unused = sorted(read_identities(Path(settings.identities)).keys() - names)
         if unused:
@@ -248,7 +251,7 @@ def _name_below(root: Path, path: Path) -> str:
 
 
 def _identities_by(settings: Settings, *, has_column: bool) -> tuple[IdentitiesOf, str]:
-    """Choose the one way to the identities; second, what helps where it finds none."""
+    """Return the function that finds the people of an image, and the remedy for an image without any."""
     flag = next((name for name in ("identities", "identity_pattern") if getattr(settings, name) is not None), None)
     if has_column and flag is not None:
         raise ConfigError(f"{flag} is set, but source {settings.source} has a column identity: keep one of them")
@@ -261,7 +264,7 @@ def _identities_by(settings: Settings, *, has_column: bool) -> tuple[IdentitiesO
         pattern = compile_pattern(settings.identity_pattern)
         return (
             lambda name, _: _people_in(pattern.search(name)),
-            f"identity_pattern {settings.identity_pattern!r} does not match its path: mend it, or pass --identities",
+            f"identity_pattern {settings.identity_pattern!r} does not match its path: fix it, or pass --identities",
         )
     raise ConfigError(
         f"source {settings.source} has no column identity: add it, or pass --identities or --identity_pattern"
@@ -289,7 +292,7 @@ def read_identities(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _people(row: dict[str, str]) -> tuple[str, ...]:
-    """Read both columns; a second person without a first is as bad as none."""
+    """Read both columns; a second person without a first counts as none."""
     first, second = (str(row.get(column) or "").strip() for column in ("identity", "identity_2"))
     return _distinct(first, second) if first else ()
 
@@ -332,7 +335,7 @@ def parse_shares(text: str) -> list[float]:
     return shares
 
 
-# ---------------------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------------------- output
 
 
 def _write(output: Path, placed: dict[str, list[Photo]], dropped: list[Photo], split_of: dict[str, str]) -> None:
@@ -368,7 +371,7 @@ def _table(placed: dict[str, list[Photo]], dropped: list[Photo], split_of: dict[
     everywhere = placed | {"dropped": dropped}
     labels = sorted({_label(photo) for photos in everywhere.values() for photo in photos})
     people = Counter(split_of.values())
-    lines = ["".join(f"{word:>12}" for word in ("", "people", "images", *labels))]
+    lines = ["".join(f"{cell:>12}" for cell in ("", "people", "images", *labels))]
     for name, photos in everywhere.items():
         counts = Counter(map(_label, photos))
         cells = (name, people[name] if name in SPLITS else "", len(photos), *(counts[label] for label in labels))

@@ -1,7 +1,7 @@
 r"""Write a SLURM job for a training and submit it.
 
-The words after the settings of the job are those of the training and are checked here, with the sizes that the job will
-have, so that nothing waits a night in a queue to be refused. Then SLURM itself is asked (``sbatch --test-only``).
+Settings that are not the job's are those of the training. They are checked here, with the number of ranks that the job
+will have, so that no job waits in a queue only to be refused. Then SLURM checks the job (``sbatch --test-only``).
 
 Examples:
     python tools/submit.py --nodes 8 --gpus 8 --time 48:00:00 --recipe mae_vit_large --micro_batch 64 \
@@ -11,8 +11,8 @@ Examples:
     python tools/submit.py --script finetune --nodes 1 --gpus 1 --recipe lora --init runs/base --data detect/train \
         --val_data detect/dev --output_dir runs/lora --dry_run
 
-The job is kept as OUTPUT/logs/[time]_submit.sbatch; it calls launch/slurm/ and holds every word, so it can be submitted
-again as it is: a run goes on where it stands.
+The job is written to OUTPUT/logs/[time]_submit.sbatch. It calls launch/slurm/ and holds all settings, so the same file
+can be submitted again: the run resumes.
 """
 
 import sys
@@ -103,10 +103,10 @@ CLI = TrainingCommandLine(Settings, __doc__, TRAININGS)
 
 
 def main(job: Job) -> int:
-    """Return the exit code: 0 submitted (or shown), 2 refused by us or by SLURM."""
-    words = training_words(job)
-    check(job, words)
-    text = as_sbatch(job, words)
+    """Return the exit code: 0 submitted (or shown), 2 refused by this tool or by SLURM."""
+    argv = training_argv(job)
+    check(job, argv)
+    text = as_sbatch(job, argv)
     if job.settings.dry_run:
         print(text, end="")
         return 0
@@ -125,8 +125,8 @@ def main(job: Job) -> int:
     return 0
 
 
-def training_words(job: Job) -> list[str]:
-    """Return the words of the training, with what a file of settings gave but for the setting of a sweep.
+def training_argv(job: Job) -> list[str]:
+    """Return the training's command line, with the settings of a --config file, but without the setting of a sweep.
 
     Raises:
         ConfigError: a path is not named, or the setting of the sweep is given as well.
@@ -137,16 +137,16 @@ def training_words(job: Job) -> list[str]:
     for name in ("data", "output_dir"):
         if name not in job.given:
             raise ConfigError(f"{name} is not given: pass --{name}, a path that all nodes see")
-    return [*(word for word in job.file_argv if not word.startswith(f"--{setting}=")), *job.argv]
+    return [*(flag for flag in job.file_argv if not flag.startswith(f"--{setting}=")), *job.argv]
 
 
-def check(job: Job, words: list[str]) -> None:
+def check(job: Job, argv: list[str]) -> None:
     """Check the command line as the training will, with the ranks that it will have, for every value of a sweep.
 
     Raises:
         ConfigError: as the training would.
     """
-    settings, found = job.settings, list(configurations(job, words))
+    settings, found = job.settings, list(configurations(job, argv))
     with loading():
         from trainer.distributed.ds_config import engine_settings
         from trainer.distributed.world import World
@@ -155,7 +155,7 @@ def check(job: Job, words: list[str]) -> None:
         engine_settings(recipe, world, runtime.micro_batch, runtime.ds_config)
 
 
-def configurations(job: Job, words: list[str]) -> Iterator[tuple[Recipe, Runtime]]:
+def configurations(job: Job, argv: list[str]) -> Iterator[tuple[Recipe, Runtime]]:
     """Read the command line of the training for every value of a sweep.
 
     Raises:
@@ -164,10 +164,10 @@ def configurations(job: Job, words: list[str]) -> Iterator[tuple[Recipe, Runtime
     recipes = next(recipes for recipes in TRAININGS if recipes.script == job.settings.script)
     setting, *values = job.settings.swept or ["", ""]
     for value in values:
-        yield configure([*words, *((f"--{setting}", value) if setting else ())], recipes)
+        yield configure([*argv, *((f"--{setting}", value) if setting else ())], recipes)
 
 
-def as_sbatch(job: Job, words: list[str]) -> str:
+def as_sbatch(job: Job, argv: list[str]) -> str:
     """Write the job."""
     settings, output = job.settings, Path(job.runtime.output_dir).absolute()
     asked = {
@@ -190,7 +190,7 @@ def as_sbatch(job: Job, words: list[str]) -> str:
     if settings.sweep:
         lines.append(f"export TRAINER_SWEEP={shlex.quote(' '.join(settings.swept))}")
     lines += [f"source {shlex.quote(str(data_file('launch/slurm/common.sh')))}", "prepare"]
-    lines.append(f"train {settings.script} {shlex.join(words)}")
+    lines.append(f"train {settings.script} {shlex.join(argv)}")
     return "\n".join(lines) + "\n"
 
 
@@ -202,8 +202,8 @@ def _project() -> list[str]:
     return [f"export TRAINER_HOME={shlex.quote(str(Path.cwd()))}", python]
 
 
-def _sbatch(*words: str) -> str:
-    done = subprocess.run(["sbatch", *words], capture_output=True, text=True, env=os.environ)
+def _sbatch(*argv: str) -> str:
+    done = subprocess.run(["sbatch", *argv], capture_output=True, text=True, env=os.environ)
     if done.returncode:
         reason = done.stderr.strip().removeprefix("sbatch: error: ") or "no reason given"
         raise ConfigError(f"SLURM refuses the job ({reason}): fit --nodes, --gpus, --cpus, --time or --partition")

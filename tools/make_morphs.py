@@ -292,6 +292,7 @@ def draw_pairs(faces: Sequence[Face], settings: Settings) -> list[tuple[Face, Fa
             other = partners[name][int(generator.integers(len(partners[name])))] if partners[name] else name
             first, second = (people[who][int(generator.integers(len(people[who])))] for who in (name, other))
             blend = round(float(generator.uniform(*low_high)), 4)
+            # a-b and b-a are one pair: the first draw of it counts.
             if first.key != second.key:
                 chosen.setdefault(frozenset((first.key, second.key)), (first, second, blend))
     pairs = [pair for pair in chosen.values() if settings.same_person or pair[0].identity != pair[1].identity]

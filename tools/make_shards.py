@@ -314,6 +314,7 @@ def _text_sizes(entry: Entry) -> list[int]:
 
 def _claim(output: Path, groups: list[list[Entry]], sizes: list[int], settings: Settings) -> dict[str, Any]:
     """Return the plan of the output; refuse a folder with shards of another source or other settings."""
+    # Keys, jsons, packed members and sizes decide the content of all shards, so their hash identifies the plan.
     digest = hashlib.sha256()
     for group in groups:
         digest.update(b"shard")

@@ -147,7 +147,7 @@ def _write_all(fd: int, view: memoryview) -> None:
 def _unpack(batch: Batch, memory: Any, image_shape: tuple[int, ...], noise_shape: tuple[int, ...]) -> Batch:
     fd = memory.detach()
     try:
-        mapped = mmap.mmap(fd, 0)
+        mapped = mmap.mmap(fd, 0)  # it holds the memory without the descriptor, and the tensors hold it
     finally:
         os.close(fd)
     num, channels, height, width = image_shape

@@ -192,6 +192,7 @@ def check_ranges(locations: Sequence[str]) -> None:
     Raises:
         OSError: a server sends whole files, or cannot be reached.
     """
+    # One location of each server is enough; in reverse order, the first one of a server is kept.
     hosts = {location.split("/")[2]: location for location in reversed(locations) if location.startswith(_WEB)}
     for location in hosts.values():
         with AsOSError(location):

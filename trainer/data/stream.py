@@ -205,6 +205,7 @@ class BatchLoader:
         """
         size, position_B, repeats = self._view.size, request.position_B, self._options.repeats
         images_BSSC = torch.empty((len(position_B), size, size, 3), dtype=torch.uint8)
+        # The R views of a sample stand side by side, so every R-th position is another sample.
         located = Located(*(array[::repeats] for array in request.located))
         read = self._index.samples(located.sample_N)
         payloads = self._reader.read_all(read, self._index.blocks(*located) if self._options.whole_blocks else None)

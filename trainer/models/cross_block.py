@@ -40,4 +40,6 @@ class CrossBlock(nn.Module):
     def flops(self, num_hidden: int, num_seen: int) -> int:
         """Count the FLOPs (multiply-adds times two) of one forward pass of one image."""
         width = self.query.in_features
+        # Matrices of E x E that a hidden patch passes: query 1, projection 1, MLP 8; a seen token: key and value, 2.
+        # Attention multiplies S x K x E twice, for the weights and for the values.
         return 2 * width**2 * (10 * num_hidden + 2 * num_seen) + 4 * width * num_hidden * num_seen

@@ -236,6 +236,7 @@ class PatchEncoder(nn.Module):
         chosen = positions_1ND if keep_BK is None else gather_tokens(positions_1ND.expand(B, -1, -1), keep_BK)
         prefix = [token.expand(B, -1, -1) for token in (self.vit.cls_token, self.vit.reg_token) if token is not None]
         if prefix and not self.vit.no_embed_class:
+            # Positions of prefix tokens: mostly one, of the class token; register tokens have none.
             num_placed = self.vit.pos_embed.shape[1] - self.num_patches
             prefix_BTD = torch.cat(prefix, dim=1)
             placed = prefix_BTD[:, :num_placed] + self.vit.pos_embed[:, :num_placed]
@@ -280,6 +281,7 @@ def attend_from(block: Any, tokens_BTD: Tensor, num_queries: int, qkv_BTF: Tenso
     attention = block.attn
     qkv_BTF = query_key_value(block, tokens_BTD) if qkv_BTF is None else qkv_BTF
     q_BhTd, k_BhTd, v_BhTd = rearrange(qkv_BTF, "b t (three h d) -> three b h t d", three=3, h=attention.num_heads)
+    # Queries of the last S tokens only, keys and values of all.
     q_BhSd = attention.q_norm(q_BhTd[:, :, -num_queries:])
     mixed_BhSd = F.scaled_dot_product_attention(q_BhSd, attention.k_norm(k_BhTd), v_BhTd)
     mixed_BSD = attention.proj(attention.norm(rearrange(mixed_BhSd, "b h s d -> b s (h d)")))

@@ -160,6 +160,7 @@ class MaskedAutoencoder(nn.Module):
             blocks: Iterable[Any] = self.decoder_blocks
             decoder: int = sum(block.flops(num_masked, num_seen) for block in blocks)
         else:
+            # The first block projects seen tokens only, and the last one continues with hidden patches only.
             num_all, last = num_seen + num_masked, len(self.decoder_blocks) - 1
             decoder = sum(
                 block_flops(

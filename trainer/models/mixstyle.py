@@ -81,12 +81,14 @@ def partners(order_B: Tensor, group: int, labels_B: Tensor | None = None) -> Ten
 
     Example: numbers 0.3 0.1 0.9 0.5 order the samples 1, 0, 3, 2, so the partners of 0, 1, 2, 3 are 3, 0, 1, 2.
     """
+    # argsort gives the samples in order, and argsort of that the place of each sample.
     place_BG = order_B.view(-1, group).argsort(dim=1, stable=True).argsort(dim=1)
     ahead_BGG = (
         place_BG[:, None, :] - place_BG[:, :, None] - 1
     ) % group  # steps to each other one, from 0; itself is last
     if labels_B is not None:
         label_BG = labels_B.view(-1, group)
+        # A sample of another class counts as further away than any of the same class, itself included.
         ahead_BGG = ahead_BGG + group * (label_BG[:, None, :] != label_BG[:, :, None])
     first_B1 = torch.arange(0, len(order_B), group, device=order_B.device)[:, None]
     return (ahead_BGG.argmin(dim=2) + first_B1).flatten()

@@ -118,6 +118,7 @@ def read_contents(shard: str, *, image_member: str | None, version: int, parts: 
         DataError: the shard breaks the rules, changes, or cannot be read.
     """
     before = stamp_of(shard)
+    # The cache is named by place, length, version and settings, so a changed shard has no cache.
     identity = json.dumps([place_of(shard), before, version, image_member])
     path = parts / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
     cached = _load(path)

@@ -181,6 +181,7 @@ class ShardIndex:
     def samples(self, sample_N: NDArray[np.int64]) -> list[SampleRef]:
         """Return several samples; see `sample`."""
         shard_N = np.searchsorted(self._shard_end, sample_N, side="right").tolist()
+        # The key of sample i is keys[key_end[i - 1]:key_end[i]].
         ends = self._columns["key_end.i64"]
         start_N, end_N = np.where(sample_N > 0, ends[sample_N - 1], 0).tolist(), ends[sample_N].tolist()
         keys = [

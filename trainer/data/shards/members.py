@@ -210,6 +210,7 @@ def _sample_of(location: str, key: str, found: dict[str, Member], image_member: 
         kind = suffix.rpartition(".")[2]
         tally.leave_out("other images" if kind in IMAGE_SUFFIXES else f".{kind}", found[suffix].name)
     num_images = sum(_is_image(suffix) for suffix in found)
+    # Before index version 4 such samples were read differently.
     tally.by_new_rules |= key.startswith("__") or num_images > 1 or any("." in s for s in text_suffixes.values())
     tally.num_used += len(used)
     tally.num_samples += 1

@@ -115,7 +115,7 @@ class _TarWalk:
         self._position, self._total = 0, total
 
     def __iter__(self) -> Iterator[Member]:
-        extended: dict[str, str] = {}
+        extended: dict[str, str] = {}  # from extended headers: name and size of the member that follows them
         while not self._at_end(header := self._read_exactly(BLOCK_BYTES, "a header"), extended):
             info = self._parse(header)
             size = self._number(extended["size"]) if "size" in extended else info.size

@@ -143,6 +143,7 @@ def _decode_jpeg(
 
 def _exif_segment(jpeg: bytes) -> bytes:
     """Return the EXIF segment of a JPEG, or no bytes. Long segments of other programs may stand in front of it."""
+    # A segment is FF, its type, and a big-endian length that counts itself and the content, but not these two bytes.
     start = len(_JPEG)
     while start + 4 <= len(jpeg) and jpeg[start] == 0xFF and jpeg[start + 1] not in (_START_OF_SCAN, _END):
         if jpeg[start + 1] == 0xFF:  # a fill byte
@@ -226,6 +227,7 @@ def _webp_size(payload: bytes) -> tuple[int, int]:
 
     Source: RFC 9649, sections 2.5 to 2.7.
     """
+    # VP8X stores both sides less one in 24 bits, VP8L both sides less one in 14 bits, VP8 both sides in 14 bits.
     kind, body = payload[12:16], payload[20:30]
     if len(body) == 10:
         if kind == b"VP8X":

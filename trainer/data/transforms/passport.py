@@ -95,6 +95,7 @@ def print_scan(image_HWC: Pixels, *, blur: float, noise: float, tone: float, key
     soft_HWC = cv2.GaussianBlur(image_HWC, (0, 0), max(blur, 0.05)).astype(np.float32)
     printed_HWC = (1 - tone) * soft_HWC + tone * (8.3 * np.maximum(soft_HWC - 35, 0) ** 0.6 + 20)
     grain_HWC = normals(key, Purpose.PRINT_GRAIN, image_HWC.size).reshape(image_HWC.shape)
+    # The noise doubles from white to black.
     darkness_HWC = 1 + (255 - printed_HWC) / 255
     return np.asarray((printed_HWC + noise * darkness_HWC * grain_HWC).clip(0, 255).astype(np.uint8))
 
@@ -131,6 +132,7 @@ def _drawn_jpeg2000(image_HWC: Pixels, draws_K: Draws) -> Pixels:
 
 def _drawn_print(image_HWC: Pixels, draws_K: Draws) -> Pixels:
     blur, noise, tone, high, low = draws_K.tolist()[:5]
+    # Two draws of 24 bits are a key of 48 bits; blur grows with images above 256 pixels.
     key = int(high * 2**24) << 24 | int(low * 2**24)
     scale = max(1.0, min(image_HWC.shape[:2]) / 256)
     return print_scan(image_HWC, blur=(0.3 + 0.7 * blur) * scale, noise=1 + 4 * noise, tone=0.3 + 0.7 * tone, key=key)

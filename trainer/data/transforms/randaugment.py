@@ -34,6 +34,7 @@ class BasicAugment:
         """Return the changed image."""
         contrast, brightness = 1 + 0.2 * (float(draws_K[0]) - 0.5), 1 + 0.2 * (float(draws_K[1]) - 0.5)
         mean = float(image_HWC.mean())
+        # Contrast c about the mean m, then brightness b: b * (c * (x - m) + m) = (b * c) * x + b * m * (1 - c).
         alpha, beta = contrast * brightness, brightness * mean * (1 - contrast)
         changed_HWC: Pixels = np.clip(image_HWC * np.float32(alpha) + np.float32(beta), 0, 255).astype(np.uint8)
         if draws_K[2] < 0.3:

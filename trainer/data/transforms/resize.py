@@ -21,6 +21,7 @@ Resize = Literal["antialias", "former"]
 def resize_into(image_HWC: NDArray[np.uint8], out_HWC: NDArray[np.uint8]) -> None:
     """Scale an image, or a crop of one, to the size of ``out`` and write it there."""
     height, width = out_HWC.shape[:2]
+    # torch warns of arrays that it must not write to, so a read-only one is copied.
     pixels = torch.from_numpy(image_HWC if image_HWC.flags.writeable else image_HWC.copy())
     source_1CHW = pixels.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
     scaled_1CHW = F.interpolate(source_1CHW, size=(height, width), mode="bicubic", antialias=True)

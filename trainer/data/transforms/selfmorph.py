@@ -21,6 +21,7 @@ _CHOICES = 12
 NUM_DRAWS = _CHOICES + _FIELD_DRAWS
 """Uniform numbers that `self_morph` needs."""
 
+# Drawn uniformly, so that 0.5 comes in 3 of 7 images.
 _BLENDS = (0.25, 0.375, 0.5, 0.5, 0.5, 0.75, 1.0)
 # Regions without landmarks: centre x, y and half-axes, as shares of the image: face, eyes, nose, mouth.
 _ELLIPSES = ((0.5, 0.52, 0.36, 0.42), (0.5, 0.42, 0.34, 0.14), (0.5, 0.54, 0.16, 0.16), (0.5, 0.70, 0.22, 0.12))
@@ -62,6 +63,7 @@ def _region(
     hull = _hull(landmarks_L2, _BANDS[which])
     if hull is not None:
         centre = hull.mean(axis=0)
+        # Scale the hull about its centre, by 0.9 to 1.1.
         grown = (centre + (hull - centre) * (0.9 + 0.2 * draws_4[1])).round().astype(np.int32)
         cv2.fillConvexPoly(mask_HW, grown, 1)
         extent = float(np.ptp(hull, axis=0).min())
@@ -69,6 +71,7 @@ def _region(
         x, y, half_x, half_y = _ELLIPSES[which]
         centre_x = round(width * (x + 0.06 * (draws_4[2] - 0.5)))
         centre_y = round(height * (y + 0.06 * (draws_4[3] - 0.5)))
+        # Keep the ellipse inside the image, one pixel away from its edges.
         room_x, room_y = min(centre_x, width - 1 - centre_x) - 1, min(centre_y, height - 1 - centre_y) - 1
         grow = 0.8 + 0.4 * draws_4[1]
         axes = (max(1, min(room_x, round(width * half_x * grow))), max(1, min(room_y, round(height * half_y * grow))))
@@ -128,6 +131,7 @@ def _displaced(
     shift_x, shift_y, zoom, turn = (2 * draws_4 - 1).tolist()
     y_HW, x_HW = np.mgrid[:height, :width].astype(np.float32)
     from_x, from_y = (x_HW - width / 2) / (1 + _LARGEST_ZOOM * zoom), (y_HW - height / 2) / (1 + _LARGEST_ZOOM * zoom)
+    # The elastic field: 5 x 5 random vectors, enlarged smoothly to the size of the image.
     coarse_2GG = (2 * field.reshape(2, _GRID, _GRID) - 1).astype(np.float32)
     smooth = [cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC) for coarse in coarse_2GG]
     moved_x = from_x + _LARGEST_TURN * turn * from_y + width * (0.5 + _LARGEST_SHIFT * shift_x + _ELASTIC * smooth[0])

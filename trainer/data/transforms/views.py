@@ -131,11 +131,13 @@ class PretrainView:
         if size is None:
             image_HWC = decode_image(payload, fast=self._fast, scratch=self._scratch, srgb=self._pixels.srgb)
             size = image_HWC.shape[0], image_HWC.shape[1]
+        # The size in the header is enough to choose the crops, and the smallest crop decides how far to reduce.
         boxes = [crop_box(*size, draws, scale=self._crop_scale) for draws in draws_RK.tolist()]
         if image_HWC is None:
             shrink = self._shrink(min(min(height, width) for _, _, height, width in boxes))
             image_HWC = decode_image(payload, shrink=shrink, fast=True, scratch=self._scratch, srgb=self._pixels.srgb)
         for (top, left, height, width), draws_K, out_SSC in zip(boxes, draws_RK, out_RSSC, strict=True):
+            # The crop in reduced pixels: rows 100 to 299 of the image are rows 25 to 74 at a quarter of its size.
             rows = slice(top // shrink, (top + height) // shrink)
             columns = slice(left // shrink, (left + width) // shrink)
             crop_HWC = image_HWC[rows, columns]
@@ -169,11 +171,13 @@ def crop_box(
     low, high = scale
     for attempt in range(_CROP_ATTEMPTS):
         area = height * width * (low + (high - low) * draws[2 * attempt])
+        # The ratio width / height is uniform in the logarithm, and height * width is the area.
         ratio = _SMALLEST_RATIO * (_LARGEST_RATIO / _SMALLEST_RATIO) ** draws[2 * attempt + 1]
         crop_height, crop_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < crop_height <= height and 0 < crop_width <= width:
             top, left = int(draws[-3] * (height - crop_height + 1)), int(draws[-2] * (width - crop_width + 1))
             return top, left, crop_height, crop_width
+    # No attempt fits inside the image: the largest centre crop with a ratio from 3/4 to 4/3.
     crop_height = min(height, round(width / _SMALLEST_RATIO))
     crop_width = min(width, round(height * _LARGEST_RATIO))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
@@ -209,6 +213,8 @@ class DetectorView:
         self.size, self._pixels = size, pixels
         self._crop_scale, self._flip_probability, self._seed = crop_scale, flip_probability, seed
         self._before, self._after, self._self_morph_share = before, after, self_morph_share
+        # Number of draws of each stage. `uniforms` gives the same first numbers for any count, so another distortion
+        # changes neither the crop nor the stages before it.
         self._stages = [2 * _CROP_ATTEMPTS + 3, 1 + selfmorph.NUM_DRAWS, *(d.num_draws for d in (*before, *after))]
 
     def draw(self, position_N: ArrayLike) -> NDArray[np.float32]:

@@ -189,6 +189,7 @@ def _files_below(folder: Path, ancestors: frozenset[tuple[int, int]]) -> Iterato
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"source: folder {folder} cannot be read ({error.strerror}): check its permissions") from error
+    # Device and inode of all folders above: a link to one of them would lead in a circle.
     inside = ancestors | {(status.st_dev, status.st_ino)}
     for entry in entries:
         path = folder / entry.name
@@ -295,6 +296,7 @@ def _samples_by_key(location: str, tally: Tally) -> dict[str, dict[str, Member]]
 
 def _packed_entry(location: str, key: str, found: dict[str, Member], image_member: str | None, tally: Tally) -> Entry:
     chosen = _choose_image(location, key, found, image_member)
+    # Beside 0.left.jpg, 0.left.json is renamed to json, and it comes before a plain 0.json, which is then left out.
     middle = chosen.rpartition(".")[0]
     kept = {}
     for suffix, member in sorted(found.items(), key=lambda pair: not pair[0].startswith(f"{middle}.")):

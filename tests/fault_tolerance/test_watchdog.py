@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.runs import ROOT, TINY, command, environment
+from tests.helpers.runs import ROOT, TINY, Run, argv_of, command, environment, forks, free_port
 from trainer.fault_tolerance.watchdog import SlowRanks
 from trainer.fault_tolerance.watchdog_process import Phase, blame, grace_s
 
@@ -25,15 +24,16 @@ LATE_S = 15.0
 """What a loaded machine may add."""
 
 
-def processes_of(folder: Path) -> list[str]:
-    """Command lines of the processes that name a folder: ranks, loader workers and watchdog processes."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+def processes_of(folder: Path, *runs: Run) -> list[str]:
+    """Processes that name a folder (watchdogs, and ranks under a launcher) or belong to a run: ranks and workers."""
+    found, groups = [], {run.pid for run in runs}
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            words = path.read_bytes().replace(b"\0", b" ").decode()
+            words = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            state, _, group = (path / "stat").read_text().rpartition(")")[2].split()[:3]
         except OSError:
             continue
-        if str(folder) in words and int(path.parent.name) != os.getpid():
+        if (str(folder) in words or int(group) in groups) and int(path.name) != os.getpid() and state != "Z":
             found.append(words)
     return found
 
@@ -60,34 +60,30 @@ def verdict_in(logs: Path) -> str:
 
 
 @pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+def watched(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Starts watched ranks below tmp_path and returns when they are ready."""
     started = []
 
-    def start(*phases: str, rank: int = 0, num_ranks: int = 1, limit_s: int = 0) -> "subprocess.Popen[str]":
+    def start(*phases: str, rank: int = 0, num_ranks: int = 1, limit_s: int = 0) -> Run:
         numbers = map(str, (rank, num_ranks, limit_s))
-        words = [sys.executable, str(RANKS / "watched.py"), str(tmp_path), *numbers, *phases]
-        with (tmp_path / f"stderr-{rank}").open("w") as log:
-            process = subprocess.Popen(words, env=environment(), text=True, stdout=subprocess.PIPE, stderr=log)
-        started.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        return process
+        out, err = tmp_path / f"stdout-{rank}", tmp_path / f"stderr-{rank}"
+        started.append(forks().start(RANKS / "watched.py", [str(tmp_path), *numbers, *phases], out, err))
+        assert wait_until(lambda: out.exists() and out.read_text() == "ready\n", 30)
+        return started[-1]
 
     yield start
     for process in started:
         process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("end", ["leaves", "killed", "stopped and killed"])
 def test_a_watchdog_process_ends_with_its_rank_and_its_last_heartbeat_shows_how(
-    end: str, tmp_path: Path, watched: Callable[..., "subprocess.Popen[str]"]
+    end: str, tmp_path: Path, watched: Callable[..., Run]
 ) -> None:
     process = watched("STEP:7", *(["LEAVING:7"] if end == "leaves" else []))
     if end != "leaves":
         assert wait_until(lambda: (tmp_path / "heartbeats" / "rank-00000.json").exists())
-        process.send_signal(signal.SIGSTOP if "stopped" in end else 0)
+        os.kill(process.pid, signal.SIGSTOP if "stopped" in end else 0)
         process.kill()
     process.wait()
     assert wait_until(lambda: not processes_of(tmp_path), 10)
@@ -100,7 +96,7 @@ def test_a_watchdog_process_ends_with_its_rank_and_its_last_heartbeat_shows_how(
 
 
 def test_who_keeps_the_others_waiting_is_named_once_and_everybody_is_ended(
-    tmp_path: Path, watched: Callable[..., "subprocess.Popen[str]"]
+    tmp_path: Path, watched: Callable[..., Run]
 ) -> None:
     # Rank 1 starts first: on a loaded machine rank 0 may exceed its limit before another process has started.
     second = watched("STEP:3", "DATA:4", rank=1, num_ranks=2, limit_s=60)
@@ -116,14 +112,12 @@ def test_who_keeps_the_others_waiting_is_named_once_and_everybody_is_ended(
         assert 'watched.py", line' in stack, "the Python stack of the rank"
 
 
-def test_a_rank_without_a_heartbeat_is_named(tmp_path: Path, watched: Callable[..., "subprocess.Popen[str]"]) -> None:
+def test_a_rank_without_a_heartbeat_is_named(tmp_path: Path, watched: Callable[..., Run]) -> None:
     assert watched("STEP:2", rank=0, num_ranks=2, limit_s=2).wait(30) == -signal.SIGKILL
     assert "rank 1 has sent no heartbeat in this attempt" in verdict_in(tmp_path)
 
 
-def test_time_in_which_the_whole_machine_slept_is_not_the_ranks(
-    tmp_path: Path, watched: Callable[..., "subprocess.Popen[str]"]
-) -> None:
+def test_time_in_which_the_whole_machine_slept_is_not_the_ranks(tmp_path: Path, watched: Callable[..., Run]) -> None:
     process = watched("STEP:2", limit_s=6)
     assert wait_until(lambda: (tmp_path / "heartbeats" / "rank-00000.json").exists())
     [watchdog] = [int(c) for c in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
@@ -137,7 +131,7 @@ def test_time_in_which_the_whole_machine_slept_is_not_the_ranks(
 
 
 def test_signals_of_a_launcher_do_not_end_the_watchdog_process_before_its_rank(
-    tmp_path: Path, watched: Callable[..., "subprocess.Popen[str]"]
+    tmp_path: Path, watched: Callable[..., Run]
 ) -> None:
     process = watched("STEP:2")
     assert wait_until(lambda: (tmp_path / "heartbeats" / "rank-00000.json").exists())
@@ -207,11 +201,14 @@ def test_a_rank_whose_data_come_late_in_several_windows_is_slow(
 # -------------------------------------------------------------------------------------------------- how a rank ends
 
 
-def script(text: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-c", text],
-        **{"env": environment(), "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
-    )
+def script(folder: Path, text: str) -> Run:
+    path = folder / "script.py"
+    path.write_text(text)
+    return forks().start(path, [], folder / "stdout", folder / "stderr")
+
+
+def reads(path: Path, text: str) -> bool:
+    return wait_until(lambda: path.exists() and text in path.read_text(), 60)
 
 
 @pytest.mark.parametrize(
@@ -223,59 +220,67 @@ def script(text: str) -> "subprocess.Popen[str]":
         ("RuntimeError('shapes differ')", 1, "Traceback"),
     ],
 )
-def test_the_exit_code_tells_a_lost_peer_from_a_mistake_and_from_a_bug(error: str, code: int, message: str) -> None:
-    process = script(f"""
+def test_the_exit_code_tells_a_lost_peer_from_a_mistake_and_from_a_bug(
+    error: str, code: int, message: str, tmp_path: Path
+) -> None:
+    process = script(
+        tmp_path,
+        f"""
 from trainer.fault_tolerance.exit_codes import exit_with
 from trainer.errors import ConfigError
 def fail():
     raise {error}
-exit_with(fail)""")
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == code
+exit_with(fail)""",
+    )
+    assert process.wait(60) == code
+    text = process.err.read_text()
     assert message in text
     assert ("Traceback" in text) == (code == 1)
 
 
-def test_a_second_signal_ends_at_once_but_an_echo_of_the_first_does_not() -> None:
-    process = script("""
+def test_a_second_signal_ends_at_once_but_an_echo_of_the_first_does_not(tmp_path: Path) -> None:
+    process = script(
+        tmp_path,
+        """
 import time
 from trainer.fault_tolerance import guards
 guards._SAME_REQUEST_S = 1.5
 stop = guards.StopRequest()
 print("ready", flush=True)
 while True:
-    time.sleep(0.1)""")
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGUSR1)
-    process.send_signal(signal.SIGTERM)  # the scheduler's own and the one that the launcher passes on
+    time.sleep(0.1)""",
+    )
+    assert reads(process.out, "ready")
+    os.kill(process.pid, signal.SIGUSR1)
+    os.kill(process.pid, signal.SIGTERM)  # the scheduler's own and the one that the launcher passes on
     time.sleep(2.5)
     assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
     assert process.wait(10) == 128 + signal.SIGTERM
-    assert process.communicate()[1].count("saving after this step or the next") == 1
+    assert process.err.read_text().count("saving after this step or the next") == 1
 
 
 def test_a_killed_rank_takes_its_loader_workers_along_even_one_that_hangs_with_the_storage(tmp_path: Path) -> None:
-    process = script(f"""
+    process = script(
+        tmp_path,
+        """
 import time
 from torch.utils.data import IterableDataset
 from trainer.data.loader import Loader
 class Hung(IterableDataset):
     def __iter__(self):
-        print("ready {tmp_path}", flush=True)
+        print("ready", flush=True)
         time.sleep(60)
         yield from ()
     def expected_positions(self):
         yield [0]
-next(iter(Loader(Hung(), num_workers=1)))""")
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("ready")
-    assert len(processes_of(tmp_path)) == 2
-    process.kill()
-    process.wait()
-    assert wait_until(lambda: not processes_of(tmp_path), 10)
-    process.communicate()
+next(iter(Loader(Hung(), num_workers=1)))""",
+    )
+    assert reads(process.out, "ready")
+    assert len(processes_of(tmp_path, process)) == 2
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(10) == -signal.SIGKILL
+    assert wait_until(lambda: not processes_of(tmp_path, process), 10)
 
 
 # -------------------------------------------------------------------------------------------------- whole runs
@@ -287,16 +292,9 @@ def run_flags(shards: Path, output: Path, **changes: object) -> dict[str, str]:
     return TINY | {name: str(value) for name, value in (endless | limits | changes).items()}
 
 
-def start_ranks(flags: dict[str, str], tmp_path: Path, *, port: int, program: Path) -> "list[subprocess.Popen[bytes]]":
+def start_ranks(flags: dict[str, str], tmp_path: Path, *, program: Path) -> Run:
     """Two ranks without a launcher, which would hide their exit codes and end the second when the first ends."""
-    words = [sys.executable, str(program), *(word for name, value in flags.items() for word in (f"--{name}", value))]
-    group = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = []
-    for rank in ("0", "1"):
-        env = environment() | group | {"RANK": rank, "LOCAL_RANK": rank}
-        with (tmp_path / f"log-{rank}").open("w") as log:
-            ranks.append(subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT))
-    return ranks
+    return forks().start(program, argv_of(flags), tmp_path / "log-ranks", ranks=2)
 
 
 def logs_of(tmp_path: Path) -> str:
@@ -313,7 +311,7 @@ def test_a_stopped_rank_is_named_and_the_whole_job_is_gone_in_the_stated_time(sh
     output = tmp_path / "out"
     with (tmp_path / "log-0").open("w") as log:
         launcher = subprocess.Popen(
-            command(run_flags(shards, output), ranks=2, port=29711), env=environment(), stdout=log, stderr=log
+            command(run_flags(shards, output), ranks=2, port=free_port()), env=environment(), stdout=log, stderr=log
         )
     assert wait_until(lambda: has_trained(output)), logs_of(tmp_path)[-3000:]
     pid = beat_of(output / "logs", 1)["pid"]
@@ -337,19 +335,20 @@ def test_a_stopped_rank_is_named_and_the_whole_job_is_gone_in_the_stated_time(sh
 def test_a_killed_rank_ends_the_others_with_86_and_one_message_that_names_it(shards: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     flags = run_flags(shards, output, timeout_s=600, data_timeout_s=600, num_workers=2)
-    survivor, victim = start_ranks(flags, tmp_path, port=29712, program=ROOT / "launch" / "pretrain.py")
+    run = start_ranks(flags, tmp_path, program=ROOT / "launch" / "pretrain.py")
     assert wait_until(lambda: has_trained(output)), logs_of(tmp_path)[-3000:]
-    victim.kill()
+    victim = run.pids[1]
+    os.kill(victim, signal.SIGKILL)
     killed_s = time.monotonic()
-    assert survivor.wait(60) == 86
+    run.wait(60)
     assert time.monotonic() - killed_s < LATE_S
-    assert wait_until(lambda: not processes_of(output), 10), processes_of(output)
+    assert list(run.codes.values()) == [86, -signal.SIGKILL]
+    assert wait_until(lambda: not processes_of(output, run), 10), processes_of(output, run)
     text = logs_of(tmp_path)
     assert text.count("watchdog:") == 1
     assert text.count("error:") == 1
     assert "Traceback" not in text
-    assert f"rank 1 on {HOST} (pid {victim.pid}) died in step" in text
-    victim.wait()
+    assert f"rank 1 on {HOST} (pid {victim}) died in step" in text
 
 
 @pytest.mark.slow
@@ -357,13 +356,14 @@ def test_a_killed_rank_ends_the_others_with_86_and_one_message_that_names_it(sha
 def test_a_loader_that_never_delivers_is_named_and_leaves_no_worker_behind(shards: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     flags = run_flags(shards, output, timeout_s=600)
-    ranks = start_ranks(flags, tmp_path, port=29713, program=RANKS / "stuck_loader.py")
-    assert all(rank.wait(180) != 0 for rank in ranks), "both"
-    assert wait_until(lambda: not processes_of(output), 10), processes_of(output)
+    run = start_ranks(flags, tmp_path, program=RANKS / "stuck_loader.py")
+    run.wait(180)
+    assert 0 not in run.codes.values(), "both"
+    assert wait_until(lambda: not processes_of(output, run), 10), processes_of(output, run)
     text = logs_of(tmp_path)
     assert text.count("watchdog:") == 1
     assert f"but data_timeout_s is {TIMEOUT_S} s" in text
-    assert f"rank 1 on {HOST} (pid {ranks[1].pid}) is alive in step 1, waiting for data for" in text
+    assert f"rank 1 on {HOST} (pid {run.pids[1]}) is alive in step 1, waiting for data for" in text
     assert "loader.py" in (output / "logs" / "stacks" / "rank-00001.txt").read_text()
 
 
@@ -372,8 +372,9 @@ def test_a_loader_that_never_delivers_is_named_and_leaves_no_worker_behind(shard
 def test_a_run_that_ends_well_leaves_no_watchdog_process_and_blames_nobody(shards: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     flags = run_flags(shards, output, stop_at_step=6)
-    ranks = start_ranks(flags, tmp_path, port=29714, program=ROOT / "launch" / "pretrain.py")
-    assert [rank.wait(180) for rank in ranks] == [0, 0], logs_of(tmp_path)[-3000:]
-    assert wait_until(lambda: not processes_of(output), 10), processes_of(output)
+    run = start_ranks(flags, tmp_path, program=ROOT / "launch" / "pretrain.py")
+    assert run.wait(180) == 0, logs_of(tmp_path)[-3000:]
+    assert list(run.codes.values()) == [0, 0]
+    assert wait_until(lambda: not processes_of(output, run), 10), processes_of(output, run)
     assert not list((output / "logs").glob("*_watchdog.txt"))
     assert [beat_of(output / "logs", rank)["doing"] for rank in (0, 1)] == ["leaving", "leaving"]

@@ -161,7 +161,7 @@ def test_a_state_that_is_not_finite_is_never_saved(shards: Path, tmp_path: Path)
     # One weight of rank 1 turns NaN before step 7, of which step 8 is a date to save.
     assert codes_of(words, tmp_path, FAULTS=faults({8 * 6 + 1: "weight"})) == [2, 2]
     message = "weights or optimizer state are not finite on rank 1, so nothing was saved"
-    assert log_of(tmp_path).count(message) == 2
+    assert log_of(tmp_path).count(message) == 1  # rank 0 says it for all; the codes show that both agree
     assert "Traceback" not in log_of(tmp_path)
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["latest", "step-00000004"]
     checkpoint.verify(output / "checkpoints" / "step-00000004")

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
     guard_imports()
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
+from trainer.fault_tolerance.ledger import read_metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +76,8 @@ def read_curve(folder: Path) -> Curve:
         raise ConfigError(
             f"runs names {folder}, which holds no metrics.jsonl: name the output_dir of launch/pretrain.py"
         )
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
     clock, last_step, points, baseline = 0.0, 0, [], float("nan")
-    for row in rows:
+    for row in read_metrics(path):
         if "step_s" in row:
             clock += row["step_s"] * (row["step"] - last_step)
             last_step = row["step"]

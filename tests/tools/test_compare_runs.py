@@ -32,6 +32,13 @@ def test_seconds_are_those_of_the_steps_and_errors_between_points_lie_on_a_line(
     assert curve.reaches(0.39) is None
 
 
+def test_a_run_of_release_0_2_is_read_under_its_former_names(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "a", step_s=2.0, errors=[0.8, 0.6])
+    (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().replace("val_", "heldout_"))
+    curve = compare_runs.read_curve(folder)
+    assert (curve.errors.tolist(), curve.baseline) == ([0.8, 0.6], 1.0)
+
+
 def test_the_table_says_how_much_sooner_the_reference_is_reached(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

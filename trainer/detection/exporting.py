@@ -10,6 +10,7 @@ from trainer.config.settings import PretrainRecipe
 from trainer.detection.build import preprocessing, rebuild, recipe_of
 from trainer.detection.saved_detector import load_detector
 from trainer.errors import ConfigError
+from trainer.fault_tolerance.ledger import read_metrics
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.pixel_statistics import STATISTICS
@@ -148,9 +149,7 @@ def _facts(init: Init) -> dict[str, Any]:
         told = {"told_by_the_file": init.recipe} if init.recipe else _UNKNOWN
         return {"Source": source, "Recipe": told, "Data": _UNKNOWN, "Metrics": _UNKNOWN}
     identity, step = init.manifest["identity"], init.manifest["progress"]["step"]
-    metrics = Path(init.description).parent.parent / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the run may be writing the last one
+    rows = read_metrics(Path(init.description).parent.parent / "metrics.jsonl")
     measured = [row for row in rows if "val_loss" in row and row["step"] <= step]
     return {
         "Source": source | {"step": step} | {name: identity[name] for name in ("num_ranks", "zero_stage", "precision")},

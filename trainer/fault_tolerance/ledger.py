@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from trainer.fault_tolerance.attempts import Lease
 
@@ -51,6 +51,16 @@ def rows_until(path: Path, step: int) -> str:
         except (ValueError, KeyError, TypeError):
             continue  # the process was killed in the middle of this line
     return "".join(kept)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a metrics.jsonl, without a torn last line; [] if it is missing.
+
+    Release 0.2 called the validation of pre-training ``heldout_...``; here such names begin with ``val_``.
+    """
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the run may be writing the last one
+    return [{name.replace("heldout_", "val_", 1): value for name, value in row.items()} for row in rows]
 
 
 def cut_other_ledgers(folder: Path | None, step: int, *, lease: Lease, num_ranks: int) -> None:

@@ -78,7 +78,7 @@ def test_the_doctor_names_hosts_that_are_not_ready(hosts: Lab, run: Run, shards:
     [
         ("kill", r"rank 1 on hostb \(pid \d+\) died", 30),
         ("stop", r"rank 1 on hostb .* stopped \(SIGSTOP\)", TIMEOUT_S + 45),
-        ("cut", r"no rank is behind: .* on hosta, hostb: look at what they share, the network", TIMEOUT_S + 60),
+        ("cut", r"no rank is behind: .* on hosta, hostb: check what they share, the network", TIMEOUT_S + 60),
         ("crash", r"rank 1 on hostb", 45),
     ],
 )

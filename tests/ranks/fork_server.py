@@ -15,10 +15,14 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
-from launch import evaluate, finetune, pretrain
+import fire
+from deepspeed.runtime.zero.muon import muon_optimizer
 
-IMPORTED = (evaluate, finetune, pretrain)
-"""Scripts find these, and torch and DeepSpeed below them, in memory."""
+from trainer.detection import evaluation, finetuning, torch_metrics
+from trainer.training import pretraining, readiness
+
+IMPORTED = (fire, muon_optimizer, evaluation, finetuning, pretraining, readiness, torch_metrics)
+"""Commands import these after they have read their command line; DeepSpeed imports Muon when it starts."""
 
 
 def become(order: dict[str, Any]) -> NoReturn:

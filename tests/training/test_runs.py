@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.helpers.runs import ROOT, TINY, argv_of, command, environment, forks, launch, metrics
+from tests.helpers.runs import ROOT, TINY, argv_of, command, environment, forks, free_port, launch, metrics
 from tests.helpers.shards import members_of, write_tar
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
@@ -84,7 +84,7 @@ def test_bad_input_is_one_clear_message_and_exit_code_2(
 def test_more_ranks_than_devices_are_refused_through_the_launcher(shards: Path, tmp_path: Path) -> None:
     ranks = len(os.sched_getaffinity(0)) + 1
     words = flags(shards, tmp_path / "out", oversubscribe="false", global_batch=4 * ranks)
-    done = subprocess.run(command(words, ranks=ranks, port=29611), env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command(words, ranks=ranks, port=free_port()), env=environment(), capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-2000:]
     assert f"{ranks} ranks were started on a host with {ranks - 1} CPU cores" in done.stderr
 
@@ -131,7 +131,7 @@ def test_a_run_killed_mid_epoch_goes_on_bitwise(shards: Path, tmp_path: Path) ->
     killed = tmp_path / "killed"
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            command(words("killed"), ranks=2, port=29622),
+            command(words("killed"), ranks=2, port=free_port()),
             env=environment(),
             stdout=log,
             stderr=log,

@@ -16,8 +16,6 @@ from trainer.errors import DataError
 
 _NUM_HASH_THREADS = 4
 _PRIVATE_MODE = 0o600
-
-
 _PACKAGE = Path(__file__).resolve().parent
 
 

@@ -23,6 +23,7 @@ from tools import (
     submit,
 )
 from trainer.config.command_line import configure
+from trainer.config.provenance import describe_start
 from trainer.config.recipes import DETECTOR_RECIPES, FINETUNING, PRETRAINING, RECIPES
 from trainer.config.record import LEGACY_VALUES, to_dict
 from trainer.config.settings import PretrainRuntime
@@ -135,6 +136,14 @@ def test_a_job_holds_what_the_file_said_and_a_sweep_replaces_one_setting_of_it(
     assert submit.main(line) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "train pretrain --recipe=mae_vit_base --data=/d '--output_dir=/runs/a b' --micro_batch=64 --seed 5"
+
+
+def test_a_run_records_the_recipe_that_the_file_names(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("recipe: mae_vit_small\n")
+    for argv, name in (([], "mae_vit_small"), (["--recipe", "demo"], "demo")):
+        start = describe_start(["pretrain.py", "--config", str(path), *argv], num_ranks=1, local_size=1)
+        assert start["recipe_name"] == name
 
 
 def test_a_record_gives_recipe_and_runtime_back_exactly(tmp_path: Path) -> None:

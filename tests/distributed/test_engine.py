@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.ds_configs import OWNED
 from tests.helpers.runs import ROOT
 from tests.helpers.workers import run_worker
 from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
@@ -64,17 +65,6 @@ def test_bf16_follows_fp32_within_its_precision(tmp_path: Path, name: str, stage
     assert ranks[0]["losses"] == pytest.approx(exact["losses"], rel=0.02)
     assert ranks[0]["errors"] == ranks[1]["errors"]
     assert ranks[0]["copy_is_equal"]
-
-
-OWNED = owned_by_recipe(
-    global_batch=8,
-    micro_batch=2,
-    num_ranks=2,
-    learning_rate=1e-3,
-    betas=(0.9, 0.95),
-    weight_decay=0.05,
-    clip_grad_norm=0,
-)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)

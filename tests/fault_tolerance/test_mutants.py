@@ -13,10 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.ds_configs import OWNED
 from trainer.config.command_line import configure
 from trainer.config.recipes import FINETUNING, PRETRAINING
 from trainer.data.order.mixture import read_sources
-from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.ds_config import fill_ds_config, read_ds_config
 from trainer.distributed.world import World
 from trainer.errors import ConfigError, TrainerError
 from trainer.fault_tolerance import checkpoint
@@ -31,15 +32,6 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
     max_leaves=5,
-)
-OWNED = owned_by_recipe(
-    global_batch=8,
-    micro_batch=2,
-    num_ranks=2,
-    learning_rate=1e-3,
-    betas=(0.9, 0.95),
-    weight_decay=0.05,
-    clip_grad_norm=0.0,
 )
 
 

@@ -84,7 +84,9 @@ def test_bad_input_is_one_clear_message_and_exit_code_2(
 def test_more_ranks_than_devices_are_refused_through_the_launcher(shards: Path, tmp_path: Path) -> None:
     ranks = len(os.sched_getaffinity(0)) + 1
     words = flags(shards, tmp_path / "out", oversubscribe="false", global_batch=4 * ranks)
-    done = subprocess.run(command(words, ranks=ranks, port=free_port()), env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        command(words, ranks=ranks, port=free_port()), env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 2, done.stderr[-2000:]
     assert f"{ranks} ranks were started on a host with {ranks - 1} CPU cores" in done.stderr
 

@@ -69,8 +69,6 @@ class Settings:
 
 
 CLI = CommandLine(Settings, __doc__)
-
-
 BATCH, SIZE, IMAGES, BATCHES = 64, 224, 512, 8
 TRAIN_BATCH, TRAIN_STEPS = 32, 4
 
@@ -119,13 +117,14 @@ def usual_transforms() -> "Callable[[Image.Image], Tensor]":
     """Return what public MAE code does to an image."""
     from torchvision import transforms
 
-    mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    from trainer.models.pixel_statistics import STATISTICS
+
     composed: Callable[[Image.Image], Tensor] = transforms.Compose(
         [
             transforms.RandomResizedCrop(SIZE, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
-            transforms.Normalize(mean, deviation),
+            transforms.Normalize(*STATISTICS["imagenet"]),
         ]
     )
     return composed

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.special import ndtri
 
 from trainer.config.command_line import CommandLine
 from trainer.errors import DataError
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 DETECTOR, TEST_SET = "lora", "whole"
 _NUM_FACES = 5
 _ROWS = ("original", "masked", "reconstructed")
-_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98)
 _ENDS = (0.01, 0.98)
 _STYLE: Any = ["default", {"font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False}]
 
@@ -149,12 +147,12 @@ def draw(rows_HWC: NDArray[np.uint8], found: list[tuple[str, dict[str, Any]]]) -
 
 
 def _draw_curves(axis: "Axes", found: list[tuple[str, dict[str, Any]]]) -> None:
-    ends, places, texts = ndtri(_ENDS), ndtri(_TICKS), [f"{100 * tick:g}" for tick in _TICKS]
-    axis.plot(ends, ends, color="#767676", linewidth=0.8, linestyle=(0, (6, 3)))
+    from trainer.detection.figures import det_axes, probit
+
+    det_axes(axis, _ENDS).set_label("_nolegend_")
     for (name, rates), colour, dash in zip(found, ("#0072b2", "#d55e00"), ("-", (0, (5, 2))), strict=True):
-        x_T, y_T = (ndtri(np.clip(rates[rate], *_ENDS)) for rate in ("macer", "bscer"))
+        x_T, y_T = (probit(rates[rate], _ENDS) for rate in ("macer", "bscer"))
         axis.plot(x_T, y_T, color=colour, linestyle=dash, linewidth=1.6, drawstyle="steps-post", label=name)
-    axis.set(xticks=places, xticklabels=texts, yticks=places, yticklabels=texts, xlim=ends, ylim=ends)
     axis.set(xlabel="MACER: morphs accepted [%]", ylabel="BSCER: bona fides rejected [%]")
     axis.set_title("Whole morphs of 8 unseen people", loc="left", fontsize=10)
     axis.grid(visible=True, color="#e4e4e4", linewidth=0.6)

@@ -327,8 +327,8 @@ def _as_it_began(recipe: R, record: Path, flags: Mapping[str, str]) -> R:
         return recipe  # no run, or one that `resume.check_run` refuses
     recipe, kept = keep_legacy_values(recipe, recorded, flags)
     if kept and is_main():
-        told = ", ".join(f"{name} {value!r}" for name, value in kept.items())
-        logger.warning("this run began before an update of the defaults and goes on as it began, with %s", told)
+        values = ", ".join(f"{name} {value!r}" for name, value in kept.items())
+        logger.warning("this run began before an update of the defaults and goes on as it began, with %s", values)
     return recipe
 
 
@@ -460,6 +460,15 @@ def without_settings(argv: Sequence[str], names: Collection[str]) -> list[str]:
             value, _ = next(words, ("", ""))
             kept += [] if dropped else [value]
     return kept
+
+
+def given_settings(argv: Sequence[str]) -> dict[str, str]:
+    """Return the settings that a command line and its ``--config`` name, as text; the command line wins.
+
+    Raises:
+        ConfigError: either cannot be read.
+    """
+    return _Given.of(argv).named
 
 
 def given_places(argv: Sequence[str]) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trainer.config.command_line import read_flags
+from trainer.config.command_line import given_settings
 from trainer.errors import TrainerError, without_secrets
 
 
@@ -26,7 +26,7 @@ def describe_start(argv: Sequence[str], *, num_ranks: int, local_size: int) -> d
     """Record how a run was started: the recipe's name, the command, the folder, the commit, the host and the time."""
     with contextlib.suppress(TrainerError):
         return {
-            "recipe_name": read_flags(argv[1:]).get("recipe", ""),
+            "recipe_name": given_settings(argv[1:]).get("recipe", ""),
             "command": command_line(argv, num_ranks=num_ranks, local_size=local_size),
             "folder": str(Path.cwd()),
             "git_commit": git_commit(Path(__file__).parent),

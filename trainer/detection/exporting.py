@@ -26,17 +26,17 @@ _UNKNOWN = "Not known."
 def open_detector(source: str, init: str | None) -> tuple[Subject, dict[str, Any]]:
     """Rebuild a detector; returns it and what its card says."""
     saved = load_detector(Path(source))
-    recipe, told = recipe_of(saved), saved.description
+    recipe, description = recipe_of(saved), saved.description
     detector = rebuild(saved, recipe, name=source, init=init)
     mean, std = STATISTICS[recipe.normalisation]
-    prints = {f"prints_of_{name}": told["files"][f"{name}.npz"]["sha256"] for name in saved.seen}
+    prints = {f"prints_of_{name}": description["files"][f"{name}.npz"]["sha256"] for name in saved.seen}
     card = {
-        "Source": {"detector": str(saved.path), "step": told.get("step"), "init": told["init"]},
+        "Source": {"detector": str(saved.path), "step": description.get("step"), "init": description["init"]},
         "Thresholds": _thresholds(saved.decision.thresholds),
-        "Recipe": told["recipe"],
-        "Preprocessing": _with_fingerprint(told["preprocessing"]),
-        "Data": {"train": told.get("data"), "overlap": told.get("overlap", "")} | prints,
-        "Metrics": {name: told[name] for name in ("selection", "calibration")},
+        "Recipe": description["recipe"],
+        "Preprocessing": _with_fingerprint(description["preprocessing"]),
+        "Data": {"train": description.get("data"), "overlap": description.get("overlap", "")} | prints,
+        "Metrics": {name: description[name] for name in ("selection", "calibration")},
     }
     calibration, thresholds = saved.decision.calibration, saved.decision.thresholds
     subject = Subject(
@@ -44,8 +44,8 @@ def open_detector(source: str, init: str | None) -> tuple[Subject, dict[str, Any
         encoder=detector.encoder,
         mean=mean,
         std=std,
-        view=told["preprocessing"]["view"],
-        colours=told["preprocessing"].get("colours", ""),
+        view=description["preprocessing"]["view"],
+        colours=description["preprocessing"].get("colours", ""),
         detector=detector,
         calibration=(calibration.slope, calibration.offset),
         threshold=thresholds.get("d_eer", 0.5),
@@ -114,14 +114,14 @@ def recipe_of_weights(init: Init, source: str, model: str) -> PretrainRecipe:
     if "decoder_pred.weight" in init.decoder:
         decoder["decoder_width"] = init.decoder["decoder_pred.weight"].shape[1]
         decoder["decoder_depth"] = num_blocks(init.decoder, "decoder_blocks.")
-    told = {name: init.recipe[name] for name in _OF_PRETRAINING if name in init.recipe}
+    known = {name: init.recipe[name] for name in _OF_PRETRAINING if name in init.recipe}
     return PretrainRecipe(
         model=name,
         image_size=shown["image_size"],
         patch_size=shown["patch_size"],
         encoder_depth=shown["encoder_depth"],
         **decoder,
-        **told,
+        **known,
     )
 
 
@@ -146,8 +146,8 @@ def _facts(init: Init) -> dict[str, Any]:
     if init.settings.get("pooling") == "avg_fc_norm":
         source["note"] = "the last norm stands behind the pooling (fc_norm), not in front of it"
     if not init.manifest:
-        told = {"told_by_the_file": init.recipe} if init.recipe else _UNKNOWN
-        return {"Source": source, "Recipe": told, "Data": _UNKNOWN, "Metrics": _UNKNOWN}
+        recipe = {"told_by_the_file": init.recipe} if init.recipe else _UNKNOWN
+        return {"Source": source, "Recipe": recipe, "Data": _UNKNOWN, "Metrics": _UNKNOWN}
     identity, step = init.manifest["identity"], init.manifest["progress"]["step"]
     rows = read_metrics(Path(init.description).parent.parent / "metrics.jsonl")
     measured = [row for row in rows if "val_loss" in row and row["step"] <= step]

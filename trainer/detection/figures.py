@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 Row = Mapping[str, Any]
 
-_ENDS = (0.0005, 0.99)
+DET_ENDS = (0.0005, 0.99)
 """Ends of the axes of all DET curves. A rate of 0 or 1 is infinite on a probit axis; it is drawn at the end."""
 _TICKS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
 _GRID = 0.004
@@ -109,25 +109,22 @@ def det_figure(title: str, curves: Sequence[DetCurve]) -> Figure:
     A curve is a staircase through the thresholds, never better than they are: between two thresholds it stays at the
     higher BSCER. Points within half a pixel are left out. Each curve has its own dashes and marker.
     """
-    ends = ndtri(_ENDS)
     with style.context(_STYLE):
         height = 5.5 + 0.18 * (1 + len(curves))  # all lengths are in inches, so the axes of all figures are equal
         figure = Figure(figsize=(5.3, height))
         axis = figure.add_axes((0.6 / 5.3, 1 - 4.9 / height, 4.6 / 5.3, 4.6 / height))
-        (diagonal,) = axis.plot(ends, ends, color="#767676", linewidth=0.8, linestyle=(0, (6, 3)), label="equal")
+        diagonal = det_axes(axis)
         handles = []
         for number, curve in enumerate(curves):
             colour, dash, marker = _look(number)
             colour = _BASELINE_COLOUR if curve.is_baseline else colour
-            x_T, y_T = _staircase(_probit(curve.macer_T), _probit(curve.bscer_T))
+            x_T, y_T = _staircase(probit(curve.macer_T), probit(curve.bscer_T))
             width, steps = 1.0 if curve.is_baseline else 1.4, "steps-post"
             axis.plot(x_T, y_T, color=colour, linestyle=dash, linewidth=width, drawstyle=steps, label=f"curve-{number}")
             _draw_markers(axis, curve.limits, marker, colour, "white")
             _draw_markers(axis, [curve.stated] if curve.stated else [], marker, colour, colour)
             shown = {"color": colour, "linestyle": dash, "linewidth": width, "marker": marker, "markersize": 4.5}
             handles.append(Line2D([], [], markerfacecolor="white", **shown))
-        places, texts = ndtri(_TICKS), [f"{100 * t:g}" for t in _TICKS]
-        axis.set(xticks=places, xticklabels=texts, yticks=places, yticklabels=texts, xlim=ends, ylim=ends)
         axis.set(xlabel="MACER: morphs taken for bona fide [%]", ylabel="BSCER: bona fides taken for morphs [%]")
         axis.set_title(_label(title), loc="left")
         axis.grid(visible=True)
@@ -136,6 +133,15 @@ def det_figure(title: str, curves: Sequence[DetCurve]) -> Figure:
         handles, names = [*handles, diagonal], [*names, "both rates equal: D-EER"]
         figure.legend(handles, names, loc="lower left", bbox_to_anchor=(0.5 / 5.3, 0), handlelength=4)
     return figure
+
+
+def det_axes(axis: Axes, ends: tuple[float, float] = DET_ENDS) -> Line2D:
+    """Make both axes probit scales of rates between ``ends``, and draw the line where the rates are equal."""
+    limits, ticks = ndtri(ends), [tick for tick in _TICKS if ends[0] <= tick <= ends[1]]
+    (diagonal,) = axis.plot(limits, limits, color="#767676", linewidth=0.8, linestyle=(0, (6, 3)), label="equal")
+    places, texts = ndtri(ticks), [f"{100 * tick:g}" for tick in ticks]
+    axis.set(xticks=places, xticklabels=texts, yticks=places, yticklabels=texts, xlim=limits, ylim=limits)
+    return diagonal
 
 
 def score_figure(scored: ScoredSet) -> Figure:
@@ -248,12 +254,13 @@ def _baseline_curve(row: Row) -> DetCurve:
 def det_points(scores: ArrayLike, labels: ArrayLike) -> dict[str, list[float]]:
     """Return the visible points of a DET curve, for a file: {"macer": [...], "bscer": [...]}."""
     curve = error_curve(scores, labels)
-    seen_T = _visible(_probit(curve.macer_T), _probit(curve.bscer_T))
+    seen_T = _visible(probit(curve.macer_T), probit(curve.bscer_T))
     return {"macer": curve.macer_T[seen_T].tolist(), "bscer": curve.bscer_T[seen_T].tolist()}
 
 
-def _probit(rate_T: Floats) -> Floats:
-    probit_T: Floats = ndtri(np.clip(rate_T, *_ENDS))
+def probit(rate_T: ArrayLike, ends: tuple[float, float] = DET_ENDS) -> Floats:
+    """Place rates (T) on a probit axis; those beyond its ends are drawn at the end."""
+    probit_T: Floats = ndtri(np.clip(rate_T, *ends))
     return probit_T
 
 
@@ -276,7 +283,7 @@ def _visible(x_T: Floats, y_T: Floats) -> NDArray[np.bool_]:
 
 def _draw_markers(axis: Axes, points: Sequence[tuple[float, float]], marker: str, edge: str, face: str) -> None:
     rates_N2 = np.array(points, dtype=np.float64).reshape(-1, 2)
-    x_N, y_N = _probit(rates_N2[:, 0]), _probit(rates_N2[:, 1])
+    x_N, y_N = probit(rates_N2[:, 0]), probit(rates_N2[:, 1])
     axis.plot(x_N, y_N, marker, markersize=4.5, markeredgecolor=edge, markerfacecolor=face, zorder=3)
 
 

@@ -47,8 +47,6 @@ from trainer.weights.detector_folder import read_description
 from trainer.weights.load import Init, describe, fitting_recipe, place_of, read_init
 
 logger = logging.getLogger(__name__)
-
-
 _POOLINGS = {
     "avg": "the mean of the normed tokens (the published MAE norms the mean: --pooling avg_fc_norm)",
     "avg_fc_norm": "the norm of the tokens' mean, as in the published MAE's fine-tuning",

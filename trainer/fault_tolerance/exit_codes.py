@@ -24,17 +24,9 @@ from trainer.startup import EXIT_INTERRUPTED, EXIT_MISSING, missing_package, say
 L = TypeVar("L")
 
 EXIT_USER_ERROR = 2
-
-
 EXIT_REQUEUE = 85
-
-
 EXIT_PEER_LOST = 86
-
-
 EXIT_SUPERSEDED = 87
-
-
 _MAIN_SPEAKS_FIRST_S = 15.0
 
 

@@ -16,8 +16,6 @@ from trainer.models.mask_utils import num_kept, num_predicted
 from trainer.models.parameter_groups import parameter_groups
 
 BLOCK_TENSORS = 16  # of tokens x width: what a transformer block keeps for its backward pass, or has in flight there
-
-
 TRACED_IMAGES = 2
 
 BuildModel = Callable[..., nn.Module]

@@ -31,8 +31,6 @@ from trainer.progress import Progress
 from trainer.training.throughput import Forecast
 
 logger = logging.getLogger(__name__)
-
-
 _CHARTS = {
     "validation": {
         "masked error": ["Multiline", ["val/loss", "val/mean_face_loss"]],

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from trainer.config.provenance import versions
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe, Runtime
 from trainer.data.order.mixture import read_sources
+from trainer.data.order.plan import evenly_spaced
 from trainer.data.storage import reading
 from trainer.distributed.devices import default_device, unusable_gpus, use_devices
 from trainer.distributed.ds_config import compiled_optimizer, engine_settings
@@ -80,7 +81,7 @@ def examine(recipe: Recipe, runtime: Runtime) -> int:
     engine_settings(recipe, world, runtime.micro_batch, runtime.ds_config)  # refuses what contradicts the recipe
     world = connect(world, timeout_s=START_TIMEOUT_S, start_timeout_s=START_TIMEOUT_S)
     rendezvous_s = time.monotonic() - began
-    shards = world.on_main(lambda: _sample(list_shards_of(runtime), 4 * world.size))
+    shards = world.on_main(lambda: _sample(runtime, 4 * world.size))
     local = [shard for place, shard in enumerate(shards) if place % world.size == world.rank] or shards[:1]
     world.wait_for_all()
     known = world.gather_over_ranks(facts_of(world, recipe, runtime, local))
@@ -110,6 +111,11 @@ def list_shards_of(runtime: Runtime) -> list[str]:
     """List the training shards; none if the command names none."""
     sources = read_sources(runtime.data, setting="--data") if runtime.data else []
     return [shard for source in sources for shard in source.shards]
+
+
+def _sample(runtime: Runtime, count: int) -> list[str]:
+    shards = list_shards_of(runtime)
+    return [shards[place] for place in evenly_spaced(count, len(shards))]
 
 
 def facts_of(world: World, recipe: Recipe, runtime: Runtime, shards: Sequence[str]) -> Facts:
@@ -440,10 +446,6 @@ def _by_host(known: Sequence[Facts]) -> dict[str, Facts]:
 def _differing(facts: Facts, first: Facts) -> str:
     names = [name for name, number in facts["versions"].items() if number != first["versions"].get(name)]
     return f"{facts['host']} has " + ", ".join(f"{name} {facts['versions'][name]}" for name in names)
-
-
-def _sample(shards: Sequence[str], count: int) -> list[str]:
-    return [shards[i * len(shards) // count] for i in range(count)] if len(shards) > count else list(shards)
 
 
 def _count(hosts: Mapping[str, Facts]) -> str:

@@ -11,11 +11,7 @@ from trainer.errors import CheckpointError
 from trainer.files import describe_files
 
 FORMAT_VERSION = 1
-
-
 DESCRIPTION = "detector.json"
-
-
 WEIGHTS = "weights.safetensors"
 
 

@@ -12,17 +12,9 @@ from trainer.files import write_synced
 from trainer.weights.subject import Loading, Subject
 
 _PLACE = re.compile(r"(?:(?<=[\s='\"])|file:/)/+(?:[^\s,;='\"/]+/)*([^\s,;='\"/]+)")
-
-
 _ANSWER = "the score is the calibrated P(morph) of evaluation; the image is a morph where score >= threshold."
-
-
 SCORE_NOTE = f"The code below prints score and decision: {_ANSWER} The network's own softmax is NOT calibrated."
-
-
 ONNX_SCORE_NOTE = f"Output `p_morph`: {_ANSWER} `logits` are those of the network, before calibration."
-
-
 TIMM_MODEL_CODE = 'model = timm.create_model("local-dir:.", pretrained=True).eval()'
 
 

@@ -1,4 +1,5 @@
-# demo: train on real faces in minutes.  test, lint: what CI runs.  bench: paired timings.  faults: 100 kills.
+# demo: train on real faces in minutes.  test: the quick tests and one real run for each law, in minutes.
+# test-all: every test.  cluster: tests on a real SLURM and sshd (root, Debian).  bench: paired timings.  faults: 100 kills.
 # docs: the settings reference.  curves: the fast recipe beside the published form, each on a core for 20 minutes.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +15,7 @@ ALONE = OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/python
 LAUNCH = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/deepspeed --quiet --num_gpus 2
 TWO_AT_A_TIME = $(MAKE) --no-print-directory --output-sync -j2
 
-.PHONY: install demo docs test lint bench curves faults
+.PHONY: install demo docs test test-all cluster lint bench curves faults
 
 install: $(INSTALLED)
 	@echo 'Installed into .venv; next: source .venv/bin/activate'
@@ -66,8 +67,16 @@ demo: $(INSTALLED)
 	$(BIN)/python tools/demo/picture.py demo
 
 # Two files at a time, in their order: tests/cluster comes first and mostly waits.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "law or not slow"
+
+test-all: test
+	$(PYTEST) -m "slow and not law"
+
+cluster: $(INSTALLED)
+	TRAINER_CLUSTER=1 $(BIN)/python -m pytest tests/cluster
 
 docs: $(INSTALLED)
 	$(BIN)/python -m trainer.config.reference launch/SETTINGS.md

@@ -357,6 +357,8 @@ ELSEWHERE = {
     "make install": "every run of CI begins with it",
     "make demo": "eight minutes; its tools and commands are here",
     "make test": "this",
+    "make cluster": "hosts of its own; part of .ci/run",
+    "make faults": "half an hour of kills",
     "pip install .": "tests/test_wheel.py",
     "face-mae-": "tests/test_wheel.py, in a clean environment",
     "deepspeed --num_gpus 2 $(which face-mae-pretrain)": "tests/test_wheel.py",

@@ -73,3 +73,17 @@ def test_the_readme_is_short_and_shows_a_light_picture() -> None:
 def test_the_citation_names_the_version_that_the_package_has() -> None:
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_table_of_laws_names_every_slow_test_that_make_test_runs() -> None:
+    listed = set(re.findall(r"`(\w+/test_\w+\.py::test_\w+)`", (ROOT / "tests" / "README.md").read_text()))
+    marked, known = set(), set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        decorators_and_names = re.findall(r"((?:^@.*\n(?:^[ )\]].*\n)*)*)^def (test_\w+)\(", path.read_text(), re.M)
+        for decorators, name in decorators_and_names:
+            place = f"{path.relative_to(ROOT / 'tests').as_posix()}::{name}"
+            known.add(place)
+            if "pytest.mark.law" in decorators:
+                marked.add(place)
+    assert len(marked) > 10
+    assert marked <= listed <= known

@@ -29,6 +29,14 @@ def log_of(output: Path) -> str:
     return "".join(path.read_text() for path in (output / "logs").glob("slurm-*.log"))
 
 
+def controller_log(cluster: Lab) -> str:
+    return (
+        cluster.slurm("squeue")
+        + cluster.slurm("sinfo", "-N")
+        + (cluster.folder / "slurm/log/slurmctld.log").read_text()[-5000:]
+    )
+
+
 def wait_for_steps(output: Path, steps: int) -> None:
     wait_for(lambda: num_steps(output) >= steps, lambda: log_of(output)[-5000:])
 
@@ -103,41 +111,6 @@ def test_a_job_whose_budget_of_restarts_is_spent_fails(cluster: Lab, shards: Pat
     assert state(cluster, job)["Restarts"] == "0"
 
 
-def test_a_node_that_is_cut_off_is_replaced_and_its_rank_ends_itself(
-    cluster: Lab, shards: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    job = submit(cluster, flags_of(shards, output, 100_000, global_batch="8"), nodes=1, TRAINER_DOCTOR="0")
-    wait_for_steps(output, 20)
-    assert state(cluster, job)["NodeList"] == "hosta"
-    cluster("cut", "hosta")
-    try:
-        wait_for(lambda: "attempt 2: 1 ranks on hostb" in log_of(output), lambda: cluster.slurm("sinfo"))
-        last_words = "attempt 1 ends: attempt 2 has taken over"
-        wait_for(lambda: last_words in log_of(output), lambda: log_of(output)[-3000:])  # while the cable is still out
-        # srun on the cut host says how its rank ended some time after the rank's own last words.
-        ended = "task 0: Exited with exit code 87"
-        wait_for(lambda: ended in log_of(output), lambda: log_of(output)[-3000:])
-        done = num_steps(output)
-        wait_for_steps(output, done + 10)
-    finally:
-        cluster("heal", "hosta")
-        # The tests that follow need both nodes, however this one ends.
-        wait_for(lambda: "down" not in cluster.slurm("sinfo", "-h", "-o", "%T"), lambda: cluster.slurm("sinfo", "-N"))
-    # Back on the network, the old srun may end "its" step 0, which is the newer attempt's: that one saves and is queued
-    # again. Steps from here on are those of whichever attempt goes on.
-    done = num_steps(output)
-    wait_for_steps(output, done + 10)
-    cluster.slurm("scancel", job)
-    wait_for(lambda: state(cluster, job)["JobState"] == "CANCELLED", lambda: cluster.slurm("squeue"))
-    wait_for(lambda: attempts(output)[-1] is not None, lambda: log_of(output)[-3000:])
-    assert attempts(output)[0] is None
-    assert set(attempts(output)[1:]) == {"stopped by a signal"}
-    steps = [row["step"] for row in metrics(output)]
-    assert steps == list(range(1, len(steps) + 1))
-    assert consumed(output) == list(range(8 * len(steps)))
-
-
 def test_a_sweep_is_a_job_array_with_a_run_for_each_value(cluster: Lab, shards: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     flags = flags_of(shards, output, 2)
@@ -175,3 +148,34 @@ def test_what_cannot_run_is_refused_before_the_queue_or_in_the_first_minute(
     assert state(cluster, job)["ExitCode"] == "2:0"
     assert "resume is must" in log_of(tmp_path / "out")
     assert state(cluster, job)["Restarts"] == "0"
+
+
+def test_a_node_that_is_cut_off_is_replaced_and_its_rank_ends_itself(
+    cluster: Lab, shards: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    job = submit(cluster, flags_of(shards, output, 100_000, global_batch="8"), nodes=1, TRAINER_DOCTOR="0")
+    wait_for_steps(output, 20)
+    assert state(cluster, job)["NodeList"] == "hosta"
+    cluster("cut", "hosta")
+    try:
+        wait_for(lambda: "attempt 2: 1 ranks on hostb" in log_of(output), lambda: cluster.slurm("sinfo"))
+        last_words = "attempt 1 ends: attempt 2 has taken over"
+        wait_for(lambda: last_words in log_of(output), lambda: log_of(output)[-3000:])  # while the cable is still out
+        # srun on the cut host says how its rank ended some time after the rank's own last words.
+        ended = "task 0: Exited with exit code 87"
+        wait_for(lambda: ended in log_of(output), lambda: log_of(output)[-3000:])
+        done = num_steps(output)
+        wait_for_steps(output, done + 10)
+    finally:
+        cluster("heal", "hosta")
+    # Back on the network, the old srun may end "its" step 0, which is the newer attempt's: that one then saves and is
+    # queued again. So this is the last test: SLURM may take its time until both nodes are free.
+    cluster.slurm("scancel", job)
+    wait_for(lambda: state(cluster, job)["JobState"] == "CANCELLED", lambda: controller_log(cluster))
+    wait_for(lambda: attempts(output)[-1] is not None, lambda: log_of(output)[-3000:])
+    assert attempts(output)[0] is None
+    assert set(attempts(output)[1:]) == {"stopped by a signal"}
+    steps = [row["step"] for row in metrics(output)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert consumed(output) == list(range(8 * len(steps)))

@@ -106,6 +106,7 @@ def test_the_detector_learns_and_its_folder_and_checkpoint_hold_only_what_traine
 
 
 @pytest.mark.slow
+@pytest.mark.law
 def test_the_adapter_of_a_run_loads_in_plain_peft_on_plain_timm_with_equal_logits(lora: Path, mae: Path) -> None:
     import timm
     from peft import PeftModel
@@ -126,6 +127,7 @@ def test_the_adapter_of_a_run_loads_in_plain_peft_on_plain_timm_with_equal_logit
 
 @pytest.mark.slow
 @pytest.mark.ranks
+@pytest.mark.law
 def test_a_killed_fine_tuning_goes_on_bitwise(sets: Path, mae: Path, tmp_path: Path) -> None:
     flags = {
         "init": str(mae),
@@ -156,6 +158,7 @@ def test_a_killed_fine_tuning_goes_on_bitwise(sets: Path, mae: Path, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.law
 def test_lora_under_zero_trains_alike_on_all_ranks_and_resumes_exactly(tmp_path: Path, stage: int) -> None:
     def run(folder: Path, ranks: int, stage: int) -> list[dict[str, Any]]:
         folder.mkdir()
@@ -321,6 +324,7 @@ def test_an_evaluation_writes_figures_scores_and_a_page_that_needs_nothing_else(
 
 
 @pytest.mark.slow
+@pytest.mark.law
 def test_the_command_as_typed_with_its_defaults_scores_every_image_once(sets: Path, lora: Path, tmp_path: Path) -> None:
     words = ["--models", f"lora={lora}", "--test_sets", f"plain={sets / 'test' / '*.tar'}"]
     command = [sys.executable, str(ROOT / "launch" / "evaluate.py"), *words]
@@ -392,6 +396,7 @@ def test_an_infinite_threshold_is_said_and_costs_nothing(sets: Path, lora: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.law
 def test_what_the_detector_has_seen_is_no_test_set(sets: Path, lora: Path, tmp_path: Path) -> None:
     for name in ("train", "val"):
         with pytest.raises(ConfigError, match=r"people and \d+ identical images of test set seen"):

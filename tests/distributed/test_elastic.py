@@ -33,6 +33,7 @@ def run_until(step: int, flags: dict[str, str], *, ranks: int, log: Path) -> Non
     assert run.wait() == -signal.SIGKILL, log.read_text()[-3000:]
 
 
+@pytest.mark.law
 def test_kills_and_other_world_sizes_leave_no_trace_in_the_ledger(shards: Path, tmp_path: Path) -> None:
     replicated = json.loads((ROOT / "ds_configs" / "cpu_fp32.json").read_text())
     replicated["zero_optimization"] = {"stage": 0}  # every rank holds the whole state, so any number can load it

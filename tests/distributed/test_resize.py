@@ -179,6 +179,7 @@ def same_losses(one: Path, other: Path) -> None:
     assert max(abs(losses[0][step] / losses[1][step] - 1) for step in losses[0]) < 1e-4
 
 
+@pytest.mark.law
 def test_pre_training_killed_in_a_step_and_in_a_conversion_goes_on_with_other_ranks(
     shards: Path, tmp_path: Path
 ) -> None:

@@ -172,6 +172,7 @@ def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ranks
+@pytest.mark.law
 def test_decisions_and_errors_of_one_rank_are_everyones() -> None:
     context = multiprocessing.get_context("spawn")
     answers, port = context.Queue(), free_port()

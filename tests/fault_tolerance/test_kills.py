@@ -82,7 +82,7 @@ def faults(seed: int) -> list[dict[str, Any]]:
     return chosen
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize("background", [pytest.param("true", marks=pytest.mark.law), "false"])
 def test_a_run_killed_in_every_phase_ends_as_if_it_never_was(shards: Path, tmp_path: Path, background: str) -> None:
     killed, log = tmp_path / "killed", tmp_path / "log"
     before, num_killed, chosen = 0, 0, faults(seed=int(background == "true"))

@@ -332,6 +332,7 @@ def test_a_stopped_rank_is_named_and_the_whole_job_is_gone_in_the_stated_time(sh
 
 @pytest.mark.slow
 @pytest.mark.ranks
+@pytest.mark.law
 def test_a_killed_rank_ends_the_others_with_86_and_one_message_that_names_it(shards: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     flags = run_flags(shards, output, timeout_s=600, data_timeout_s=600, num_workers=2)

@@ -119,6 +119,7 @@ def ledger(folder: Path) -> dict[str, list[str]]:
     return {path.name: path.read_text().splitlines() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.law
 def test_a_run_killed_mid_epoch_goes_on_bitwise(shards: Path, tmp_path: Path) -> None:
     validation = write_tar(tmp_path / "val" / "h.tar", members_of(range(100, 107)))
     common = {"val_data": str(validation), "val_every": 5, "picture_every": 10, "save_every": 3, "epochs": 3}
@@ -191,6 +192,7 @@ def _check_what_is_on_disk(output: Path) -> None:
         assert np.asarray(picture).std() > 10
 
 
+@pytest.mark.law
 def test_sigterm_saves_and_asks_to_be_queued_again(shards: Path, tmp_path: Path) -> None:
     words = flags(shards, tmp_path / "out", epochs=200, save_every=100000)
     run = forks().start(ROOT / "launch" / "pretrain.py", argv_of(words), tmp_path / "log")
@@ -204,6 +206,7 @@ def test_sigterm_saves_and_asks_to_be_queued_again(shards: Path, tmp_path: Path)
     assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
 
 
+@pytest.mark.law
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(shards: Path, tmp_path: Path) -> None:
     words = flags(shards, tmp_path / "out", save_every=2)
     assert launch(words | {"stop_at_step": "4"}).returncode == 0
@@ -253,6 +256,7 @@ def with_bad_images(folder: Path, bad: set[int]) -> Path:
     return folder
 
 
+@pytest.mark.law
 def test_a_bad_image_is_counted_alike_on_every_world_size(tmp_path: Path) -> None:
     shards = with_bad_images(tmp_path / "shards", {5})
     counts = []

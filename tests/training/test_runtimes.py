@@ -131,7 +131,7 @@ def losses(output: Path) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", KINDS)
+@pytest.mark.parametrize("script", [pytest.param("pretrain", marks=pytest.mark.law), "finetune"])
 def test_any_two_runtimes_give_the_same_losses(script: str, train: Path, tmp_path: Path) -> None:
     runtime, recipe = KINDS[script]
     base = COMMON | recipe | {"data": "TRAIN/*.tar", "output_dir": "OUT/base"}

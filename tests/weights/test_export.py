@@ -165,6 +165,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.ranks
+@pytest.mark.law
 def test_a_run_at_zero_3_on_two_ranks_goes_out_and_comes_back_bitwise(shards: Path, tmp_path: Path) -> None:
     config = json.loads((ROOT / "ds_configs" / "cpu_fp32.json").read_text())
     config["zero_optimization"] = {"stage": 3}

@@ -402,6 +402,22 @@ def _create(model_name: str, *, image_size: int, **options: float | str | None) 
     return vit
 
 
+def build_peer(model_name: str) -> nn.Module:
+    """Build any classifier of timm for two classes, with random weights, to compare detectors with.
+
+    Raises:
+        ConfigError: timm has no such model, or cannot build it.
+    """
+    if not timm.is_model(model_name):
+        near = difflib.get_close_matches(model_name, timm.list_models(), n=3, cutoff=0.4) or ["resnet10t"]
+        raise ConfigError(f"peer is {model_name!r}, which timm {timm.__version__} does not know: try {', '.join(near)}")
+    try:
+        model: nn.Module = timm.create_model(model_name, pretrained=False, num_classes=2)
+    except (TypeError, AssertionError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        raise ConfigError(f"timm cannot build peer {model_name!r} ({error}): try resnet10t") from error
+    return model
+
+
 def _refuse_other_models(model_name: str) -> None:
     """Raise `ConfigError` for a name that timm does not know, or a model that would compute something else here."""
     if not timm.is_model(model_name):

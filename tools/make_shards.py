@@ -11,6 +11,9 @@ with a plain suffix is kept, or the one that --image_member names.
 --folder_labels makes classes of the first folders: bonafide is 0, morph (or attack) is 1, and --label_map maps other
 names. The mapping is always printed.
 
+--layout reads published data sets as they are on disk: label, both identities, morphing tool
+and source of each image come from its folder and name.
+
 --max_side and --encode write images again: upright, in sRGB, without metadata. That destroys traces which a morph
 detector may need (compression history, sensor noise, fine seams), so use them for pre-training sets only. A JPEG that
 would be larger than the raw pixels is stored as PNG instead. Untouched images keep their colour profile.
@@ -54,6 +57,7 @@ from trainer.data.shards.members import LANDMARKS, NO_LABEL, Sample, Tally, samp
 from trainer.data.shards.tar import BLOCK_BYTES, MAX_MEMBER_BYTES, RECORD_BYTES, Member, walk_tar
 from trainer.data.transforms.decode import MIN_SIDE, colour_profile, suffix_of
 from trainer.data.writing.image_files import DAMAGE, Storing, describe_damage, stored_bytes_bound, stored_image
+from trainer.data.writing.layouts import read_layout
 from trainer.data.writing.source_images import (
     Entry,
     Source,
@@ -92,6 +96,10 @@ class Settings:
     """Make classes of the folders of the first level: bonafide 0, morph or attack 1, others as label_map says."""
     label_map: str | None = None
     """Numbers of classes, as 'real=0,fake=1'; or sorted, for numbers in the order of the names."""
+    layout: Literal["none", "smdd", "frll", "frgc_feret", "mad22", "mordiff", "lma", "folders"] = "none"
+    """Published data set that source is, as it is on disk; folders: raw, and one folder for each morphing tool."""
+    split: str | None = None
+    """With layout lma: the value of the CSV's column split whose rows are packed."""
     image_member: str | None = None
     """Suffix of the image to keep, such as left.jpg, where the samples of tars hold several."""
     skip_bad: bool = False
@@ -125,6 +133,13 @@ class Settings:
             raise ConfigError(
                 f"landmarks is {self.landmarks!r}, but source names tars, which keep their own: leave it away"
             )
+        if self.layout != "none" and (self.folder_labels or self.image_member or names_tars(self.source)):
+            raise ConfigError(
+                f"layout is {self.layout}, which reads a data set as published: take no tars, folder_labels or "
+                "image_member with it"
+            )
+        if self.split and self.layout == "none":
+            raise ConfigError(f"split is {self.split!r}, which needs a layout with a column split: --layout lma")
         if not 1 <= self.jpeg_quality <= 100:
             raise ConfigError(f"jpeg_quality is {self.jpeg_quality}, but must be from 1 to 100 (try 95)")
 
@@ -207,12 +222,7 @@ def make_shards(settings: Settings) -> list[Path]:
     import webdataset  # noqa: F401  (it imports torch, which forked workers then need not)
 
     output = Path(settings.output_dir)
-    source = read_source(
-        settings.source,
-        folder_labels=settings.folder_labels,
-        label_map=settings.label_map,
-        image_member=settings.image_member,
-    )
+    source = _listed(settings)
     print(source.describe())
     entries = _with_landmarks(with_distinct_keys(source.entries), settings.landmarks)
     entries, sizes, lost = _with_sizes(entries, settings)
@@ -233,6 +243,17 @@ def make_shards(settings: Settings) -> list[Path]:
     print(f"{found.tally.num_samples} images in {len(written)} shards: {output / 'shard-*.tar'}")
     print(_describe(found, bad, output))
     return written
+
+
+def _listed(settings: Settings) -> Source:
+    if settings.layout != "none":
+        return read_layout(settings.layout, settings.source, label_map=settings.label_map, split=settings.split)
+    return read_source(
+        settings.source,
+        folder_labels=settings.folder_labels,
+        label_map=settings.label_map,
+        image_member=settings.image_member,
+    )
 
 
 def _with_landmarks(entries: list[Entry], landmarks: str | None) -> list[Entry]:
@@ -528,6 +549,7 @@ def _report(settings: Settings, source: Source, bad: list[Bad], found: Found) ->
     tally = source.tally
     return {
         "source": settings.source,
+        "layout": settings.layout,
         "found": tally.num_members,
         "used": tally.num_used,
         "left_out": dict(tally.left_out),
@@ -537,7 +559,7 @@ def _report(settings: Settings, source: Source, bad: list[Bad], found: Found) ->
         "damaged": len(bad),
         "classes": source.classes,
         "labels": {_label_name(label): count for label, count in sorted(found.tally.labels.items())},
-        "unusable": dict(found.tally.unusable),
+        "unusable": dict(tally.unusable + found.tally.unusable),
         "formats": dict(found.formats),
         "colour_profiles": dict(found.profiles),
     }

@@ -81,12 +81,15 @@ class Source:
     """Files or members found, read and left out."""
     classes: dict[str, int] = field(default_factory=dict)
     """Name -> class number."""
+    notes: tuple[str, ...] = ()
+    """What else to print of it."""
 
     def describe(self) -> str:
         """Describe the number of images, what is left out, and which names became which classes."""
         among = f" among {self.tally.num_members} files" if self.tally.left_out else ""
         first = "; ".join([f"source {self.location}: {len(self.entries)} images{among}", *_left_out(self.tally)])
-        return first + (f"\nclasses: {describe_classes(self.classes)}" if self.classes else "")
+        classes = [f"classes: {describe_classes(self.classes)}"] if self.classes else []
+        return "\n".join([first, *self.notes, *classes])
 
 
 def _left_out(tally: Tally) -> list[str]:

@@ -63,6 +63,7 @@ from trainer.data.writing.source_images import (
     Source,
     group_values,
     names_tars,
+    of_class,
     plain_text,
     read_source,
     with_distinct_keys,
@@ -100,6 +101,8 @@ class Settings:
     """Published data set that source is, as it is on disk; folders: raw, and one folder for each morphing tool."""
     split: str | None = None
     """With layout lma: the value of the CSV's column split whose rows are packed."""
+    only: Literal["both", "bonafide", "morph"] = "both"
+    """Pack the images of one class only, as for the recipe selfmad, which trains on bona fides."""
     image_member: str | None = None
     """Suffix of the image to keep, such as left.jpg, where the samples of tars hold several."""
     skip_bad: bool = False
@@ -222,7 +225,7 @@ def make_shards(settings: Settings) -> list[Path]:
     import webdataset  # noqa: F401  (it imports torch, which forked workers then need not)
 
     output = Path(settings.output_dir)
-    source = _listed(settings)
+    source = of_class(_listed(settings), settings.only)
     print(source.describe())
     entries = _with_landmarks(with_distinct_keys(source.entries), settings.landmarks)
     entries, sizes, lost = _with_sizes(entries, settings)

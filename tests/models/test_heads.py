@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import CosFaceLoss
 from scipy.stats import beta, chisquare, kstest
+from torch import nn
 from torch.nn import functional as F
 
 from trainer.config.settings import DetectorRecipe
@@ -278,3 +279,11 @@ def test_fine_tuning_spares_positions_and_tokens_from_weight_decay_as_timm_does(
     spared = decaying() - decaying(decay_embeddings=False)
     assert spared == {f"encoder.vit.{name}" for name in model.encoder.vit.no_weight_decay()} & set(named.values())
     assert {"encoder.vit.pos_embed", "encoder.vit.cls_token"} <= spared
+
+
+def test_the_head_has_its_own_learning_rate() -> None:
+    model = nn.ModuleDict({"head": nn.Linear(4, 2), "encoder": nn.Linear(4, 4)})
+    groups = parameter_groups(model, 0.05, head_lr_scale=10.0)
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert {scales[id(p)] for p in model["head"].parameters()} == {10.0}
+    assert {scales[id(p)] for p in model["encoder"].parameters()} == {1.0}

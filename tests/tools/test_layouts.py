@@ -227,3 +227,16 @@ def test_settings_that_say_the_same_twice_are_refused(changes: dict[str, Any]) -
 )
 def test_people_are_read_from_file_names(stem: str, expected: People | None) -> None:
     assert people_of(stem) == expected
+
+
+def test_only_bona_fides_are_packed_and_the_morphs_are_counted(tmp_path: Path) -> None:
+    root = grow(tmp_path / "SMDD", "os25k_bf_t/img1.png", "os25k_bf_t/img2.png", "m15k_t/morphed_img1_img2.png")
+    same = {"num_processes": 1, "progress_bar": False, "output_dir": str(tmp_path / "out")}
+    make_shards(Settings(**same | {"source": str(root), "layout": "smdd", "only": "bonafide"}))
+    report = json.loads((tmp_path / "out" / "make_shards.json").read_text())["report"]
+    assert report["labels"] == {"0": 2}
+    assert report["left_out"] == {"files of other classes than bonafide": 1}
+    assert report["found"] == report["used"] + 1 == 3
+    again = same | {"source": str(tmp_path / "out" / "*.tar"), "output_dir": str(tmp_path / "again"), "only": "morph"}
+    with pytest.raises(ConfigError, match=r"only is 'morph', but .* no image of that class"):
+        make_shards(Settings(**again))

@@ -159,6 +159,66 @@ def full() -> tuple[DetectorRecipe, DetectorRuntime]:
     return _detector(base_learning_rate=5e-4, layer_decay=0.65, drop_path=0.1), _detecting()
 
 
+def selfmad() -> tuple[DetectorRecipe, DetectorRuntime]:
+    """SelfMAD's training on a ViT: bona fides only, half of which become attacks in training (blended with themselves).
+
+    Source: Ivanovska et al. 2025, arXiv 2504.05504, and its repository: 384 pixels, 32 images a step (16 bona fides, 16
+    self-morphs), 100 passes in pairs, which are 200 here. It differs in five ways: a ViT-B/16 instead of HRNet-W18,
+    whose input is normalised; AdamW at 5e-5 with half a cosine instead of SAM over SGD at 5e-4; regions from landmarks
+    or ellipses instead of parsed faces; a bona fide and its self-morph are not in one batch; JPEG, brightness and
+    contrast, but no shift of colours and no frequency noise. SAM needs a second backward pass at weights moved along
+    the whole gradient, which DeepSpeed's ZeRO has only in parts. Pack bona fides alone (make_shards.py --only
+    bonafide); --val_data needs both classes. Hardware: 1 GPU of 24 GB.
+    Cost: 333 GFLOP an image and step.
+    Expected: published HRNet-W18, trained on SMDD: D-EER 2.96 % on FRLL-Morphs; not measured by us.
+    """
+    recipe = _detector(
+        image_size=384,
+        self_morph_share=0.5,
+        global_batch=32,
+        epochs=200,
+        warmup_epochs=2,
+        learning_rate=5e-5,
+        weight_decay=0.05,
+    )
+    return recipe, dataclasses.replace(_detecting(), output_dir="runs/selfmad", micro_batch=16)
+
+
+def madation() -> tuple[DetectorRecipe, DetectorRuntime]:
+    """MADation: LoRA of rank 2 on query and value of OpenAI's CLIP ViT-B/16, with a linear head.
+
+    Source: Caldeira et al. 2025, arXiv 2501.03800, and its repository: alpha 4 by rsLoRA, dropout 0.4, AdamW with
+    weight decay 0.05 at a constant 1e-5 and 1e-4 for the head, gradients clipped to 5, 256 images a step, 40 epochs,
+    224 pixels scaled to [-1, 1], no class balance. For ViT-L/14: --model vit_large_patch14_clip_quickgelu_224
+    --lora_alpha 8 --lora_dropout 0.2. It differs in four ways: the head sees the normed class token, not its projection
+    scaled to length 1; softmax instead of two sigmoids; RGB instead of BGR; brightness, contrast and JPEG change a
+    little beside the mirror. All ranks train one adapter, as the paper says; in its repository each trained its own.
+    Weights: --init vit_base_patch16_clip_quickgelu_224.openai --pretrained true. Hardware: 1 GPU of 24 GB.
+    Cost: 70 GFLOP an image and step.
+    Expected: published, trained on SMDD: D-EER 5.76 % on FRLL-Morphs, 14.05 % on MAD22; not measured by us.
+    """
+    recipe = _detector(
+        model="vit_base_patch16_clip_quickgelu_224",
+        normalisation="half",
+        pooling="cls",
+        use_lora=True,
+        lora_r=2,
+        lora_alpha=4,
+        lora_dropout=0.4,
+        use_rslora=True,
+        lora_target_modules=("query", "value"),
+        epochs=40,
+        warmup_epochs=0,
+        learning_rate=1e-5,
+        min_learning_rate=1e-5,
+        head_lr_scale=10,
+        weight_decay=0.05,
+        clip_grad_norm=5.0,
+        crop_scale_min=1.0,
+    )
+    return recipe, dataclasses.replace(_detecting(), output_dir="runs/madation")
+
+
 def detector_demo() -> tuple[DetectorRecipe, DetectorRuntime]:
     """A small detector on the demo's faces and encoder.
 
@@ -186,7 +246,7 @@ def detector_demo() -> tuple[DetectorRecipe, DetectorRuntime]:
     return recipe, runtime
 
 
-DETECTOR_RECIPES = {function.__name__: function for function in (lora, probe, full, detector_demo)}
+DETECTOR_RECIPES = {function.__name__: function for function in (lora, probe, full, selfmad, madation, detector_demo)}
 FINETUNING = Recipes("finetune", DETECTOR_RECIPES, "lora")
 TRAININGS: tuple[Recipes[Recipe, Runtime], ...] = (PRETRAINING, FINETUNING)
 

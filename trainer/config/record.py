@@ -23,6 +23,7 @@ LEGACY_VALUES: dict[str, Any] = {
     "view_resize": "former",
     "colours": "stored",
     "decay_embeddings": True,
+    "head_lr_scale": 1.0,
 }
 """Recipe field -> the value, as JSON gives it, under which a run begun before the field existed behaved, or a run begun
 before its default changed. Whoever adds a field, or changes a default that changes numbers, adds a line: without it no

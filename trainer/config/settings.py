@@ -236,6 +236,8 @@ class DetectorRecipe(Recipe):
     # Optimizer
     layer_decay: float = 1.0
     """Each block's learning rate is this times that of the block above it; 1 for all alike (0.75 in the MAE paper)."""
+    head_lr_scale: float = 1.0
+    """The head's learning rate is so many times that of the encoder (10 in MADation: 1e-4 beside 1e-5)."""
     decay_embeddings: bool = False
     """Let weight_decay reach the encoder's positions, class and register tokens as well; in timm's and the published
     fine-tuning it does not."""
@@ -307,7 +309,7 @@ class DetectorRecipe(Recipe):
             _require(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         for name in ("mixstyle_p", "passport_p", "self_morph_share"):
             _require(self, name, 0 <= getattr(self, name) <= 1, "must be from 0 to 1")
-        for name in ("lora_alpha", "margin_scale", "mixstyle_alpha"):
+        for name in ("lora_alpha", "margin_scale", "mixstyle_alpha", "head_lr_scale"):
             _require(self, name, getattr(self, name) > 0, "must be above 0")
         _require(self, "layer_decay", 0 < self.layer_decay <= 1, "must be above 0 and at most 1 (try 0.75)")
         _require(self, "margin", 0 <= self.margin < 2, "must be in [0, 2): cosines lie between -1 and 1 (try 0.3)")

@@ -88,6 +88,7 @@ def finetune(
         weight_decay=recipe.weight_decay,
         layer_decay=recipe.layer_decay,
         decay_embeddings=recipe.decay_embeddings,
+        head_lr_scale=recipe.head_lr_scale,
         world=world,
         save_frozen=not recipe.backbone_is_frozen,
     )

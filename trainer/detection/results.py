@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from trainer.detection.figures import ScoredSet
+from trainer.detection.published import field_tables
 from trainer.detection.scoring import SUCCESS
 from trainer.errors import ConfigError, DataError
 from trainer.files import write_together
@@ -100,7 +101,7 @@ def score_rows(scored: ScoredSet, code_N: Sequence[str]) -> list[tuple[Any, ...]
 
 
 def terminal_table(evaluation: Mapping[str, Any]) -> str:
-    """Write the main figures for a terminal."""
+    """Write the main figures for a terminal, and the field's table of each test set that several tools made."""
     rows = [("model", "test set", "D-EER [95 % interval]", "BSCER@MACER=0.10", "AUC", "worst tool")]
     for name, result in _results_of(evaluation):
         pooled, worst = result["summary"]["pooled"], result["summary"]["worst"]
@@ -115,9 +116,9 @@ def terminal_table(evaluation: Mapping[str, Any]) -> str:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    tables = field_tables(evaluation)
+    return "\n".join(lines + (["", tables] if tables else []))
 
 
 def markdown_table(evaluation: Mapping[str, Any]) -> str:

@@ -99,6 +99,7 @@ class Engine:
         world: World,
         layer_decay: float = 1.0,
         decay_embeddings: bool = True,
+        head_lr_scale: float = 1.0,
         save_frozen: bool = True,
     ) -> None:
         """Wrap the model. Only what requires a gradient reaches the optimizer; the rest is saved if ``save_frozen``.
@@ -109,7 +110,13 @@ class Engine:
         self.world, self._save_frozen = world, save_frozen
         self.accumulation: int = ds_config["gradient_accumulation_steps"]
         """Micro batches of this rank in one step."""
-        groups = parameter_groups(model, weight_decay, layer_decay=layer_decay, decay_embeddings=decay_embeddings)
+        groups = parameter_groups(
+            model,
+            weight_decay,
+            layer_decay=layer_decay,
+            decay_embeddings=decay_embeddings,
+            head_lr_scale=head_lr_scale,
+        )
         self._lr_scales = [group["lr_scale"] for group in groups]
         self._engine = _initialize(model, groups, ds_config, is_main=world.is_main)
         self.zero_stage = int(self._engine.zero_optimization_stage())

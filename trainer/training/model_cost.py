@@ -65,7 +65,7 @@ def count_model(recipe: Recipe, build: BuildModel, precision: str) -> ModelCost:
         tokens = (encoder.num_patches + encoder.num_prefix) * encoder.width
     how: dict[str, Any] = {}
     if isinstance(recipe, DetectorRecipe):
-        how = {"layer_decay": recipe.layer_decay, "decay_embeddings": recipe.decay_embeddings}
+        how = {name: getattr(recipe, name) for name in ("layer_decay", "decay_embeddings", "head_lr_scale")}
     groups = parameter_groups(plain, recipe.weight_decay, **how)
     weights = Weights(
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from trainer.data.labels import class_of
 from trainer.data.shards.index import list_shards
 from trainer.data.shards.members import (
     GROUP_FIELDS,
@@ -122,6 +123,31 @@ def read_source(
     if label_map and not folder_labels:
         raise ConfigError(f"label_map is {label_map!r}, but folder_labels is false: set it, or leave both away")
     return walk_folder(path, folder_labels=folder_labels, label_map=label_map)
+
+
+def of_class(source: Source, only: str) -> Source:
+    """Keep the images of one class, and count the others as left out.
+
+    Args:
+        source: with labels.
+        only: ``both`` keeps all, ``bonafide`` class 0, ``morph`` class 1.
+
+    Raises:
+        ConfigError: no image is of that class.
+    """
+    if only == "both":
+        return source
+    kept, tally = [entry for entry in source.entries if entry.label == class_of(only)], source.tally
+    for entry in source.entries:
+        if entry.label != class_of(only):
+            # A sample of a tar is its image and its other members.
+            num_members = 1 + (len(entry.packed.others) if entry.packed else 0)
+            tally.num_used -= num_members
+            for _ in range(num_members):
+                tally.leave_out(f"files of other classes than {only}", plain_text(entry.name))
+    if not kept:
+        raise ConfigError(f"only is {only!r}, but source {source.location} holds no image of that class: check labels")
+    return replace(source, entries=kept)
 
 
 def names_tars(source: str) -> bool:

@@ -229,6 +229,27 @@ def judged(place: Path, out: str) -> None:
     assert "<html" in report.read_text()
 
 
+def photo(place: Path) -> None:
+    """A photograph, and no output of another set under the default name."""
+    _photograph(place / "photo.jpg", 7, 7)
+    for path in place.glob("scores.csv*"):
+        path.unlink()
+
+
+def scored(output: str, images: int | None = None) -> Callable[[Path, str], None]:
+    """A score for each photograph, in the order of their paths."""
+
+    def look(place: Path, out: str) -> None:
+        rows = list(csv.DictReader((place / output).read_text().splitlines()))
+        assert images in (None, len(rows))
+        assert len({row["path"] for row in rows}) == len(rows) > 0
+        assert [row["path"] for row in rows] == sorted(row["path"] for row in rows)
+        assert all(row["returnCode"] == "Success" and 0 <= float(row["score"]) <= 1 for row in rows)
+        assert f"of {len(rows)} images are morphs" in out
+
+    return look
+
+
 def morphed(folder: str) -> Callable[[Path, str], None]:
     def look(place: Path, out: str) -> None:
         with (place / folder / "morphs.csv").open() as file:
@@ -327,6 +348,14 @@ EXPECTED: dict[str, Expected] = {
     "--output_dir results/strict --threshold bscer_0.01": Expected(holds("results/strict/*_eval.json")),
     "python launch/evaluate.py --models 'lora=runs/detector' --test_sets 'test=detect/test/*.tar' "
     "--output_dir results/compared --baselines baselines.json": Expected(holds("results/compared/*_report.html")),
+    "python launch/detect.py --model runs/detector --images faces --output scores.csv": Expected(
+        scored("scores.csv", PEOPLE * PHOTOGRAPHS)
+    ),
+    "python launch/detect.py --model runs/detector --images photo.jpg": Expected(scored("scores.csv", 1), before=photo),
+    "python launch/detect.py --model runs/detector --images faces --output scores.jsonl "
+    "--threshold bscer_0.10": Expected(holds("scores.jsonl", "scores.jsonl.json")),
+    "deepspeed --num_gpus 2 launch/detect.py --model runs/detector --images 'detect/test/*.tar' "
+    "--output test.csv": Expected(scored("test.csv")),
     "python tools/export.py --source runs/detector --format merged --output exported/merged": Expected(
         holds("exported/merged/model.safetensors", "exported/merged/README.md")
     ),

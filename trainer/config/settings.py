@@ -547,6 +547,46 @@ class EvaluationSettings:
                 )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectionSettings:
+    """What the scoring of photographs may set."""
+
+    model: str = ""
+    """The detector: an output_dir of launch/finetune.py or its detector folder."""
+    images: str = ""
+    """A photograph, a folder of them, a CSV with a column path, or shards, as what --data takes."""
+    output: str = "scores.csv"
+    """The file of scores: .csv, or .jsonl for one JSON object a line."""
+    threshold: str = "d_eer"
+    """Which of the detector's thresholds decides isMorph: d_eer, macer_0.01 ... 0.20, bscer_0.01, bscer_0.10."""
+    label: Literal["non-scanned", "scanned", "unknown"] = "unknown"
+    """What is known of the photographs; copied into each row and without influence on the score."""
+    init: str | None = None
+    """Where the frozen encoder's weights are now, if not where training found them; they are checked."""
+    micro_batch: int = 64
+    """Images in one forward pass [images]."""
+    num_workers: int = 2
+    """Loader processes of each rank; 0 loads in this one."""
+    index_dir: str | None = None
+    """Where shard indices are kept; none keeps them beside the shards."""
+    image_member: str | None = None
+    """Suffix of the image to read where samples of shards hold several, as left.jpg; none: the only one."""
+    num_threads: int | None = None
+    """CPU threads of each rank; none leaves torch's choice, or divides the cores among ranks."""
+    progress_bar: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("micro_batch", "num_threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, but must be at least 1")
+        _require(self, "num_workers", self.num_workers >= 0, "must not be negative")
+        suffix = Path(self.output).suffix
+        _require(self, "output", suffix in (".csv", ".jsonl"), "must end in .csv or .jsonl: name such a file")
+        _require(self, "output", not Path(self.output).is_dir(), "is a folder: name a file in it")
+
+
 _AT_LEAST_ONE = {
     *("image_size", "patch_size", "encoder_depth", "mask_block", "decoder_width", "decoder_depth", "decoder_heads"),
     "aug_repeats",

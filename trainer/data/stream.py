@@ -9,7 +9,7 @@ Shapes: B samples of a micro batch, R views of one of them, S image side [pixels
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -153,7 +153,7 @@ def _slice_of_worker() -> tuple[int, int | None, int]:
 class Stream(torch.utils.data.IterableDataset[Batch]):
     """Requests and their loading; knows the positions that must arrive, so that the receiver can compare."""
 
-    def __init__(self, requests: PlannedRequests | ChosenRequests, load: "BatchLoader") -> None:
+    def __init__(self, requests: PlannedRequests | ChosenRequests, load: Callable[[Request], Batch]) -> None:
         self._requests, self._pipeline = requests, wds.DataPipeline(requests, wds.map(load))
 
     def __iter__(self) -> Iterator[Batch]:

@@ -1,11 +1,13 @@
 """Evaluation of detectors on test sets: scores, error rates, report."""
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,26 +17,33 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.config.provenance import versions
-from trainer.config.settings import DetectorRecipe, EvaluationSettings
+from trainer.config.settings import EvaluationSettings
 from trainer.data.labels import CLASSES
 from trainer.data.loader import Loader
 from trainer.data.shards.index import ShardIndex, describe_index, list_shards, open_index
-from trainer.data.sources import pixels_of
 from trainer.data.stream import fixed_stream
-from trainer.data.transforms.views import CenterView
-from trainer.detection.build import preprocessing_of, rebuild, recipe_of
+from trainer.detection.detector import Detector
 from trainer.detection.error_rates import FEW_IDENTITIES, json_threshold, summarise
 from trainer.detection.figures import ScoredSet
 from trainer.detection.leakage import fingerprints_of
 from trainer.detection.report import HardSample, report_html
 from trainer.detection.results import Results, markdown_table, terminal_table
-from trainer.detection.saved_detector import SavedDetector, load_detector
-from trainer.detection.scoring import SUCCESS, Scores, Truth, check_labels, score, truth_of
+from trainer.detection.scoring import (
+    SUCCESS,
+    Scores,
+    Truth,
+    check_labels,
+    over_ranks,
+    score,
+    share_of,
+    truth_of,
+)
 from trainer.distributed.devices import default_device, refuse_unusable_gpus
+from trainer.distributed.ranks import join_ranks, leave_ranks
+from trainer.distributed.world import World
 from trainer.errors import ConfigError, DataError, without_secrets
 from trainer.files import readable
-from trainer.models.detector import MorphDetector
-from trainer.progress import Progress
+from trainer.progress import Progress, is_main
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,45 +55,67 @@ class TestSet:
     truth: Truth
 
 
-@dataclass(frozen=True, slots=True)
-class Detector:
-    """A named detector, ready to score."""
+@dataclass(slots=True)
+class Measured:
+    """What the main rank collects, pair by pair of model and test set."""
 
-    name: str
-    saved: SavedDetector
-    recipe: DetectorRecipe
-    model: MorphDetector
+    scored: list[ScoredSet] = field(default_factory=list)
+    hardest: list[HardSample] = field(default_factory=list)
+    codes: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    """(model, test set) -> the return code of each image."""
+
+    def add(
+        self, detector: Detector, test_set: TestSet, scores: Scores, results: Results, settings: EvaluationSettings
+    ) -> None:
+        """Write the scores of a pair and compute its figures."""
+        self.codes[detector.name, test_set.name] = scores.code_N
+        found = scored_set(detector, test_set, scores, settings)
+        results.add(found, scores.code_N)
+        found = dataclasses.replace(found, summary=summary_of(found, test_set, settings))
+        self.scored.append(found)
+        self.hardest += hardest_of(detector, test_set, found, settings)
 
 
 def evaluate(settings: EvaluationSettings) -> Path:
-    """Measure every model on every test set; returns the path of the report.
+    """Measure every model on every test set; returns the path of the report. All ranks call.
+
+    Under a launcher the ranks share the forward passes, and rank 0 computes the figures from the gathered scores.
 
     Raises:
         ConfigError: before any work, about settings; DataError: about test sets. What was scored before stays on disk.
     """
     refuse_unusable_gpus()
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
-    detectors = [open_detector(name, Path(path), settings) for name, path in named_values(settings.models, "models")]
-    sets = [open_test_set(name, shards, settings) for name, shards in named_values(settings.test_sets, "test_sets")]
-    baselines = read_baselines(Path(settings.baselines), sets) if settings.baselines else []
-    warnings = [warning for d in detectors for s in sets for warning in overlaps(d, s, settings)]
-    scored, hardest = [], []
-    codes: dict[tuple[str, str], list[str]] = {}
-    with Results(Path(settings.output_dir)) as results:
+    world = join_ranks(settings.num_threads)
+    named = named_values(settings.models, "models")
+    detectors = [world.together(functools.partial(open_detector, name, path, settings)) for name, path in named]
+    named = named_values(settings.test_sets, "test_sets")
+    sets = [open_on_ranks(name, shards, settings, world) for name, shards in named]
+    baselines = world.on_main(lambda: read_baselines(Path(settings.baselines), sets) if settings.baselines else [])
+    warnings = world.on_main(lambda: [w for d in detectors for s in sets for w in overlaps(d, s, settings)])
+    measured = Measured()
+    with contextlib.ExitStack() as stack:
+        opened: list[Results] = []
+        world.on_main(lambda: opened.append(stack.enter_context(Results(Path(settings.output_dir)))))
         for detector, test_set in itertools.product(detectors, sets):
-            scores = score_set(detector, test_set, settings)
-            codes[detector.name, test_set.name] = scores.code_N
-            found = scored_set(detector, test_set, scores, settings)
-            results.add(found, scores.code_N)
-            found = dataclasses.replace(found, summary=summary_of(found, test_set, settings))
-            scored.append(found)
-            hardest += hardest_of(detector, test_set, found, settings)
-        evaluation = describe(detectors, sets, scored, codes, warnings, baselines, settings)
-        others = {Path(settings.markdown): markdown_table(evaluation)} if settings.markdown else {}
-        evaluation = json.loads(without_secrets(json.dumps(evaluation)))  # it quotes commands and addresses
-        text = json.dumps(evaluation, indent=1, allow_nan=False) + "\n"
-        results.commit(text, report_html(evaluation, scored, hardest), others)
+            scores = score_set(detector, test_set, settings, world)
+            add = functools.partial(measured.add, detector, test_set, scores)
+            world.on_main(lambda add=add: add(opened[0], settings))  # type: ignore[misc]
+
+        def finish() -> str:
+            evaluation = describe(detectors, sets, measured.scored, measured.codes, warnings, baselines, settings)
+            return str(commit(evaluation, opened[0], measured, settings))
+
+        report = Path(world.on_main(finish))
+    leave_ranks(world)
+    return report
+
+
+def commit(evaluation: dict[str, Any], results: Results, measured: Measured, settings: EvaluationSettings) -> Path:
+    """Write the files of an evaluation together, and print its table; returns the path of the report."""
+    others = {Path(settings.markdown): markdown_table(evaluation)} if settings.markdown else {}
+    evaluation = json.loads(without_secrets(json.dumps(evaluation)))  # it quotes commands and addresses
+    text = json.dumps(evaluation, indent=1, allow_nan=False) + "\n"
+    results.commit(text, report_html(evaluation, measured.scored, measured.hardest), others)
     print(terminal_table(evaluation) + "\n")
     for warning in evaluation["warnings"]:
         print(f"  note: {warning}")
@@ -93,30 +124,11 @@ def evaluate(settings: EvaluationSettings) -> Path:
     return results.path("report.html")
 
 
-def open_detector(name: str, path: Path, settings: EvaluationSettings) -> Detector:
-    """Load a detector and the encoder that it stands on.
-
-    Raises:
-        CheckpointError: it is damaged, or its encoder's weights are missing or different.
-        ConfigError: its preprocessing or its thresholds are not those asked for.
-    """
-    saved = load_detector(path)
-    recipe = recipe_of(saved)
-    expected, recorded = preprocessing_of(recipe), saved.description["preprocessing"]
-    wanted = settings.image_size
-    for field_name, value in (expected | ({"image_size": wanted} if wanted else {})).items():
-        if recorded.get(field_name) != value:
-            raise ConfigError(
-                f"{name} was trained with {field_name} {recorded.get(field_name)!r}, but would be tested with "
-                f"{value!r}: scores would mean nothing; test as it was trained, or train again"
-            )
-    if settings.threshold not in saved.decision.thresholds:
-        raise ConfigError(
-            f"threshold is {settings.threshold!r}, but {name} has {', '.join(saved.decision.thresholds)}"
-            + ("" if "val.npz" in saved.description["files"] else " (it was trained without --val_data)")
-        )
-    model = rebuild(saved, recipe, name=name, init=settings.init)
-    return Detector(name, saved, recipe, model.eval().to(default_device()))
+def open_detector(name: str, path: str, settings: EvaluationSettings) -> Detector:
+    """Load a detector; raises as `Detector.load` and `Detector.check_threshold`."""
+    detector = Detector.load(path, init=settings.init, name=name, image_size=settings.image_size)
+    detector.check_threshold(settings.threshold)
+    return detector
 
 
 def open_test_set(name: str, shards: str, settings: EvaluationSettings) -> TestSet:
@@ -128,9 +140,17 @@ def open_test_set(name: str, shards: str, settings: EvaluationSettings) -> TestS
     setting = f"--test_sets {name}"
     index_dir = Path(settings.index_dir) if settings.index_dir else None
     index = open_index(list_shards(shards, setting=setting), index_dir=index_dir, image_member=settings.image_member)
-    print(f"test set {name}: {describe_index(index)}")
+    if is_main():
+        print(f"test set {name}: {describe_index(index)}")
     check_labels(index, setting=setting)
     return TestSet(name, index, truth_of(index, np.arange(len(index))))
+
+
+def open_on_ranks(name: str, shards: str, settings: EvaluationSettings, world: World) -> TestSet:
+    """Open a test set on rank 0, which writes the index, and then on the others; all ranks call."""
+    found: list[TestSet] = []
+    world.on_main(lambda: found.append(open_test_set(name, shards, settings)))
+    return world.together(lambda: found[0] if found else open_test_set(name, shards, settings))
 
 
 def overlaps(detector: Detector, test_set: TestSet, settings: EvaluationSettings) -> list[str]:
@@ -179,36 +199,25 @@ def read_baselines(path: Path, sets: Sequence[TestSet]) -> list[dict[str, Any]]:
     return rows
 
 
-def score_set(detector: Detector, test_set: TestSet, settings: EvaluationSettings) -> Scores:
-    """Score every image of a test set; one that cannot be read has a reason instead.
+def score_set(detector: Detector, test_set: TestSet, settings: EvaluationSettings, world: World) -> Scores:
+    """Score every image of a test set; one that cannot be read has a reason instead. All ranks call.
 
     Raises:
         DataError: none can be read, or the storage failed.
     """
-    index = test_set.index
-    batches = Loader(
-        fixed_stream(
-            index,
-            list(range(len(index))),
-            CenterView(size=detector.recipe.image_size, pixels=pixels_of(detector.recipe)),
-            batch=min(settings.micro_batch, len(index)),
-            noise_per_sample=1,
-            substitute=False,
-        ),
-        num_workers=settings.num_workers,
-    )
-    what = f"{detector.name} on {test_set.name}"
-    with (
-        Progress(len(index), what=what, unit="image", shown=settings.progress_bar) as bar,
-        torch.inference_mode(),
-    ):
+    index, batch = test_set.index, min(settings.micro_batch, len(test_set.index))
+    mine = share_of(len(index), batch, world)
+    stream = fixed_stream(index, mine, detector.view, batch=batch, noise_per_sample=1, substitute=False)
+    what = f"{detector.name} on {test_set.name}" + (f", rank 0 of {world.size}" if world.size > 1 else "")
+    shown = settings.progress_bar and world.is_main
+    with Progress(len(mine), what=what, unit="image", shown=shown) as bar, torch.inference_mode():
 
         def forward(images_BCHW: torch.Tensor) -> torch.Tensor:
             bar.update(len(images_BCHW))
-            logits_BC: torch.Tensor = detector.model(images_BCHW, want="logits")
-            return logits_BC
+            return detector.logits(images_BCHW)
 
-        scores = score(forward, batches, default_device())
+        batches = Loader(stream, num_workers=settings.num_workers)
+        scores = over_ranks(world.together(lambda: score(forward, batches, default_device())), world)
     if np.isnan(scores.logit_N).all():
         raise DataError(f"test set {test_set.name}: none of {len(index)} images can be read ({scores.code_N[0]})")
     return scores
@@ -261,8 +270,10 @@ def hardest_of(
         mine_N = np.flatnonzero((found.label_N == label) & ~np.isnan(found.score_N))
         surest_N = np.argsort(found.score_N[mine_N] * (1 if label else -1), kind="stable")
         worst += mine_N[surest_N[: settings.num_hardest]].tolist()
-    view, hardest = CenterView(size=detector.recipe.image_size, pixels=pixels_of(detector.recipe)), []
-    stream = fixed_stream(test_set.index, worst, view, batch=settings.micro_batch, noise_per_sample=1, substitute=False)
+    hardest = []
+    stream = fixed_stream(
+        test_set.index, worst, detector.view, batch=settings.micro_batch, noise_per_sample=1, substitute=False
+    )
     for batch in Loader(stream):
         with torch.inference_mode():
             maps_BRC = detector.model(batch.images_BCHW.to(default_device()), want="attention").cpu().numpy()

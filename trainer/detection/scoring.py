@@ -6,7 +6,7 @@ and its thresholds, is fitted on validation data once and stored with it; test d
 Shapes: N samples, B of a batch.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ from trainer.detection.error_rates import (
 from trainer.distributed.world import World
 from trainer.errors import DataError
 
-SUCCESS, UNREADABLE = "Success", "unreadable"
+SUCCESS = "Success"
 RULE = "expected error on new images at most the limit, if they come from where the validation data came from"
 """The promise of the thresholds that `fit_decision` makes; recorded in every detector."""
 
@@ -100,11 +100,36 @@ def score(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], device:
     return Scores(np.array(samples, dtype=np.int64), np.concatenate(logits) if logits else np.empty(0), codes)
 
 
-def over_ranks(local: Scores, world: World) -> Scores:
-    """Gather the ranks' scores; a sample that several ranks measured counts once. All ranks call.
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Join scores of different samples, in ascending order of the samples."""
+    sample_N = np.concatenate([part.sample_N for part in parts])
+    logit_N, codes = np.concatenate([part.logit_N for part in parts]), [c for part in parts for c in part.code_N]
+    order_N = np.argsort(sample_N, kind="stable")
+    return Scores(sample_N[order_N], logit_N[order_N], [codes[i] for i in order_N.tolist()])
 
-    The codes are not gathered: an unreadable image gets `UNREADABLE`, whatever the reason was on its rank.
+
+def share_of(num_samples: int, batch: int, world: World, *, done: Collection[int] = ()) -> list[int]:
+    """Return the samples of this rank: whole batches in turn, so that they are those of a single process.
+
+    The result of a matrix product can depend in its last bits on the number of rows, that is on the batch::
+
+        8 samples in batches of 3 on two ranks    rank 0    0 1 2   6 7
+                                                  rank 1    3 4 5
+
+    Args:
+        num_samples: of the whole set.
+        batch: samples of a batch; the last one may have fewer.
+        world: this rank among its ranks.
+        done: numbers of batches that nobody needs to compute.
     """
+    finished = set(done)
+    left = [k for k in range(-(-num_samples // batch)) if k not in finished]
+    mine = left[world.rank :: world.size]
+    return [i for k in mine for i in range(k * batch, min((k + 1) * batch, num_samples))]
+
+
+def over_ranks(local: Scores, world: World) -> Scores:
+    """Gather the ranks' scores; a sample that several ranks measured counts once. All ranks call."""
     if world.size == 1:
         return local
     from trainer.detection.torch_metrics import GatheredScores  # imports torchmetrics, which takes seconds
@@ -112,7 +137,9 @@ def over_ranks(local: Scores, world: World) -> Scores:
     gathered = GatheredScores(process_group=world.decisions)
     gathered.update(torch.from_numpy(local.logit_N), torch.from_numpy(local.sample_N))
     sample_N, logit_N = gathered.compute()
-    return Scores(sample_N, logit_N, [UNREADABLE if np.isnan(logit) else SUCCESS for logit in logit_N.tolist()])
+    failed = [(i, code) for i, code in zip(local.sample_N.tolist(), local.code_N, strict=True) if code != SUCCESS]
+    reasons = dict(pair for pairs in world.gather_over_ranks(failed) for pair in pairs)
+    return Scores(sample_N, logit_N, [reasons.get(sample, SUCCESS) for sample in sample_N.tolist()])
 
 
 def truth_of(index: ShardIndex, sample_N: NDArray[np.int64]) -> Truth:

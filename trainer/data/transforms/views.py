@@ -293,9 +293,13 @@ class CenterView:
 
     def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> list[int]:
         """Decode one image and write its centre."""
-        image_HWC = decode_image(photo.payload, srgb=self._srgb)
-        out_RSSC[...] = self._former(image=image_HWC)["image"] if self._former else self._centre(image_HWC)
+        out_RSSC[...] = self.of_pixels(decode_image(photo.payload, srgb=self._srgb))
         return [photo.label] * len(draws_RK)
+
+    def of_pixels(self, image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the view (S, S, 3) of an image that is decoded already."""
+        seen_SSC = self._former(image=image_HWC)["image"] if self._former else self._centre(image_HWC)
+        return np.asarray(seen_SSC, dtype=np.uint8)
 
     def _centre(self, image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
         shorter = min(image_HWC.shape[:2])

@@ -1,0 +1,55 @@
+r"""Score photographs with a morph detector: P(morph), the decision at a threshold, and a return code for each.
+
+Photographs need no label. What Pillow reads safely is read, JPEG 2000 included, and seen as evaluation sees test sets.
+Writes OUTPUT, in the order of the images, with the columns of NIST's FATE MORPH:
+
+    path         of the file, or SHARD/KEY
+    imageLabel   what --label says
+    score        calibrated P(morph), 0 to 1
+    isMorph      whether the score is at least the detector's threshold
+    returnCode   Success, ParseError (damaged), RefuseInput (too large or small), InputLocationError (no file) ...
+    reason       why there is no score
+    faceBox      empty: the whole photograph is scored
+
+A photograph that cannot be read is a row. After a kill, the same command goes on and writes the same file. OUTPUT.json
+says what the scores depend on. Start it with deepspeed to score on several ranks.
+
+Usage: python launch/detect.py --model runs/detector --images photo.jpg|FOLDER|list.csv|'shards/*.tar'
+
+Examples:
+    python launch/detect.py --model runs/detector --images photo.jpg
+    python launch/detect.py --model runs/detector --images faces --output scores.jsonl --threshold bscer_0.10
+    deepspeed --num_gpus 2 launch/detect.py --model runs/detector --images 'detect/test/*.tar' --output test.csv
+"""
+
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = __file__.rpartition("/")[0] + "/.."
+    from trainer.startup import guard_imports
+
+    guard_imports()
+
+from trainer.config.command_line import CommandLine
+from trainer.config.settings import DetectionSettings
+from trainer.fault_tolerance.exit_codes import run
+from trainer.startup import loading
+
+CLI = CommandLine(DetectionSettings, __doc__, required=("model", "images", "output"))
+
+
+def main(settings: DetectionSettings) -> int:
+    """Return the exit code."""
+    with loading("torch and the model library"):
+        from trainer.detection.detecting import detect
+    detect(settings)
+    return 0
+
+
+def command() -> None:
+    """Start the command: as a script, or by the name it is installed under."""
+    run(main, CLI)
+
+
+if __name__ == "__main__":
+    command()

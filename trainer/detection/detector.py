@@ -1,0 +1,127 @@
+"""A trained detector, ready to score: for evaluation, for photographs, and for other programs.
+
+from trainer.detection import Detector
+detector = Detector.load("runs/detector")
+print(detector.score("photo.jpg"), detector.thresholds["d_eer"])
+"""
+
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from trainer.config.settings import DetectorRecipe
+from trainer.data.photographs import read_photograph
+from trainer.data.sources import pixels_of
+from trainer.data.transforms.decode import MIN_SIDE, to_rgb
+from trainer.data.transforms.views import CenterView, Photo
+from trainer.detection.build import preprocessing_of, rebuild, recipe_of
+from trainer.detection.saved_detector import SavedDetector, load_detector
+from trainer.distributed.devices import default_device
+from trainer.errors import ConfigError, DataError
+from trainer.models.detector import MorphDetector
+
+Photograph: TypeAlias = str | PathLike[str] | Image.Image | NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Detector:
+    """A named detector, ready to score."""
+
+    name: str
+    saved: SavedDetector
+    recipe: DetectorRecipe
+    model: MorphDetector
+
+    @classmethod
+    def load(
+        cls, path: str | PathLike[str], *, init: str | None = None, name: str = "", image_size: int | None = None
+    ) -> "Detector":
+        """Load a detector and the encoder that it stands on, to this process's GPU where there is one.
+
+        Args:
+            path: an output_dir of launch/finetune.py, or its detector folder.
+            init: where the frozen encoder's weights are now, if not where training found them.
+            name: for messages; the path if empty.
+            image_size: refuse a detector of another image size [pixels].
+
+        Raises:
+            CheckpointError: it is damaged, or its encoder's weights are missing or different.
+            ConfigError: its preprocessing is not what this version would do.
+        """
+        saved, name = load_detector(Path(path)), name or fspath(path)
+        recipe = recipe_of(saved)
+        expected, recorded = preprocessing_of(recipe), saved.description["preprocessing"]
+        for field_name, value in (expected | ({"image_size": image_size} if image_size else {})).items():
+            if recorded.get(field_name) != value:
+                raise ConfigError(
+                    f"{name} was trained with {field_name} {recorded.get(field_name)!r}, but would be tested with "
+                    f"{value!r}: scores would mean nothing; test as it was trained, or train again"
+                )
+        model = rebuild(saved, recipe, name=name, init=init)
+        return cls(name, saved, recipe, model.eval().to(default_device()))
+
+    @property
+    def view(self) -> CenterView:
+        """How it sees a test image."""
+        return CenterView(size=self.recipe.image_size, pixels=pixels_of(self.recipe))
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Name -> threshold: an image is a morph where its score is >= the threshold."""
+        return self.saved.decision.thresholds
+
+    def check_threshold(self, threshold: str) -> None:
+        """Refuse the name of a threshold that it does not have.
+
+        Raises:
+            ConfigError: as said.
+        """
+        if threshold not in self.thresholds:
+            raise ConfigError(
+                f"threshold is {threshold!r}, but {self.name} has {', '.join(self.thresholds)}"
+                + ("" if "val.npz" in self.saved.description["files"] else " (it was trained without --val_data)")
+            )
+
+    def logits(self, images_BCHW: Tensor) -> Tensor:
+        """Return the logits (B, 2) of uint8 views."""
+        logits_BC: Tensor = self.model(images_BCHW, want="logits")
+        return logits_BC
+
+    def score(self, image: Photograph) -> float:
+        """Return the calibrated P(morph) of one photograph, as evaluation computes it.
+
+        Args:
+            image: a path, an image of Pillow, or uint8 RGB pixels (H, W, 3).
+
+        Raises:
+            SampleError: the photograph cannot be read, or is damaged, too large or too small.
+            DataError: the pixels have another type or shape.
+        """
+        view_HWC = self._seen(image)
+        images_BCHW = torch.from_numpy(view_HWC.copy())[None].permute(0, 3, 1, 2).to(default_device())
+        with torch.inference_mode():
+            logits_BC = self.logits(images_BCHW).double().cpu()
+        return float(self.saved.decision.probability((logits_BC[:, 1] - logits_BC[:, 0]).numpy())[0])
+
+    def _seen(self, image: Photograph) -> NDArray[np.uint8]:
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < MIN_SIDE:
+                raise DataError(
+                    f"image has type {image.dtype} and shape {image.shape}: give uint8 RGB pixels (H, W, 3) with "
+                    f"sides of at least {MIN_SIDE}"
+                )
+            return self.view.of_pixels(np.ascontiguousarray(image))
+        if isinstance(image, Image.Image):
+            upright = to_rgb(ImageOps.exif_transpose(image), srgb=pixels_of(self.recipe).srgb)
+            return self._seen(np.asarray(upright))
+        view, size = self.view, self.recipe.image_size
+        out_BSSC = np.empty((1, size, size, 3), dtype=np.uint8)
+        view(Photo(read_photograph(Path(image))), view.draw(0), out_BSSC)
+        return np.asarray(out_BSSC[0], dtype=np.uint8)

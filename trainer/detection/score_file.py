@@ -16,6 +16,7 @@ import csv
 import fcntl
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ RETURN_CODES = {
     "too_small": "RefuseInput",
 }
 """Reason -> NIST's return code; any other reason is an ExtractError."""
+logger = logging.getLogger(__name__)
+
 _NAMES = {"images": "other images, or changed ones", "detector": "another detector"}
 
 
@@ -143,13 +146,17 @@ class PartialFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"output is {job.output}, but another command writes it now: wait for its end") from error
         except OSError as error:
             raise ConfigError(
                 f"output is {job.output}, but {path} cannot be written ({error.strerror}): name another file"
             ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise ConfigError(f"output is {job.output}, but another command writes it now: wait for its end") from error
+        except OSError as error:  # Lustre without -o flock, for example: it works as well without the lock
+            logger.warning("%s cannot be locked (%s): start no second command for it", path, error.strerror)
         self._job = job
 
     def begin(self) -> None:

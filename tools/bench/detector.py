@@ -289,8 +289,9 @@ def train_ours(settings: Settings, folder: Path, seed: int) -> float:
 def score_ours(folder: Path, test_set: "TestSet", how: EvaluationSettings) -> Floats:
     """Return log P(morph) - log P(bona fide) of each image, as launch/evaluate.py computes it."""
     from trainer.detection.evaluation import open_detector, score_set
+    from trainer.distributed.world import World
 
-    return score_set(open_detector(_OURS, folder, how), test_set, how).logit_N
+    return score_set(open_detector(_OURS, str(folder), how), test_set, how, World()).logit_N
 
 
 def add_shortcuts(settings: Settings, logits: dict[str, dict[str, list[Floats]]]) -> None:

@@ -156,7 +156,7 @@ def samples_of(
 def key_of(name: str) -> tuple[str, str] | None:
     """Split the name of a member into key and suffix (lower case); None if it is no part of a sample.
 
-    Example: a key ends at the first dot of the file name, so ``v1.2/anna.left.JPG`` is ``v1.2/anna`` and ``left.jpg``.
+    Example: the key ends at the first dot of the file name: ``v1.2/anna.left.JPG`` is ``v1.2/anna`` and ``left.jpg``.
     """
     match = _KEY_AND_SUFFIX.fullmatch(name)
     return None if match is None or _CONTAINERS_OWN.match(name) else (match[1], match[2].lower())

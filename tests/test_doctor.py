@@ -37,7 +37,8 @@ def facts() -> list[dict[str, Any]]:
             {"versions": {"torch": "1.0"}},
             "FAIL  versions      hosta has .*, but hostb has torch 1.0: use",
         ),
-        ({"devices": 1, "device": "H100"}, "warn  devices       hosta: .*, hostb: 1 x H100"),
+        ({"devices": 999}, "warn  devices       hosta: .*, hostb: 999 x CPU"),
+        ({"devices": 1, "device": "H100"}, "FAIL  devices       hosta: .*, hostb: 1 x H100; some hosts have no GPU"),
         ({"time": 0.0}, "warn  clocks        differ by .* hostb is behind"),
         ({"compiles": "Lion", "compiler": []}, "FAIL  compiler      hostb: DeepSpeed compiles the optimizer Lion"),
         (

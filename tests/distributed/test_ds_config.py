@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from trainer.distributed.ds_config import (
     owned_by_recipe,
     read_ds_config,
 )
-from trainer.distributed.engine import Engine, connect, disconnect
+from trainer.distributed.engine import Engine
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
 
@@ -147,16 +145,6 @@ def test_every_name_of_deepspeeds_own_blocks_is_honoured_or_refused(block: str, 
     refused = {name.removeprefix(f"{block}.") for name in REFUSED if name.startswith(f"{block}.")}
     assert fields - HONOURED[block] - refused == set()
     assert HONOURED[block] <= fields, "DeepSpeed does not know these"
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    before = os.environ.get("LOCAL_RANK")
-    yield connect(World(), timeout_s=30)
-    disconnect()
-    if before is None:
-        os.environ.pop("LOCAL_RANK", None)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 class Squares(nn.Module):

@@ -453,6 +453,8 @@ class PretrainRuntime(Runtime):
         _require(self, "init_encoder_only", has_one, "says something of --init only: name one")
         inside = self.val_mask_ratio is None or 0 < self.val_mask_ratio < 1
         _require(self, "val_mask_ratio", inside, "must lie strictly between 0 and 1 (try 0.75)")
+        patient = self.compile_mode == "off" or not 0 < self.timeout_s < _MIN_COMPILE_S
+        _require(self, "timeout_s", patient, f"must be at least {_MIN_COMPILE_S}: compile_mode makes step 1 slow")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -586,6 +588,9 @@ class DetectionSettings:
         _require(self, "output", suffix in (".csv", ".jsonl"), "must end in .csv or .jsonl: name such a file")
         _require(self, "output", not Path(self.output).is_dir(), "is a folder: name a file in it")
 
+
+_MIN_COMPILE_S = 600
+"""torch.compile of a large model takes minutes in its first step, when its cache is cold."""
 
 _AT_LEAST_ONE = {
     *("image_size", "patch_size", "encoder_depth", "mask_block", "decoder_width", "decoder_depth", "decoder_heads"),

@@ -162,10 +162,19 @@ def _unpack(batch: Batch, memory: Any, image_shape: tuple[int, ...], noise_shape
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Start to copy the tensors of a batch to the device; from pinned memory the copy overlaps with computation."""
+    """Start to copy the tensors of a batch to the device.
+
+    From pinned memory the host does not wait. The copy is queued on the stream that computes, in front of the batch's
+    own kernels: 64 images of 224 pixels are 9.6 MB, which take 0.4 ms at 25 GB/s.
+    """
     batch.images_BCHW = batch.images_BCHW.to(device, non_blocking=True)
     batch.noise_BN = batch.noise_BN.to(device, non_blocking=True)
     return batch
+
+
+def numbers_on(numbers: list[int], device: torch.device) -> Tensor:
+    """Copy integers to the device as int64, through pinned memory where the device is a GPU: the host does not wait."""
+    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _prepare_worker(worker: int) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from trainer.config.provenance import versions
 from trainer.config.record import to_dict
 from trainer.config.settings import DetectorRecipe, DetectorRuntime
-from trainer.data.loader import Loader
+from trainer.data.loader import Loader, numbers_on
 from trainer.data.shards.index import ShardIndex
 from trainer.data.sources import byte_range_reader, find_sources, order_of, pixels_of
 from trainer.data.stream import Batch, fixed_stream
@@ -305,7 +305,7 @@ class DetectionTask:
 
     def loss_inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         """Return images, classes, and the numbers that mixing and dropout draw from."""
-        labels_B = torch.tensor(batch.labels, device=batch.images_BCHW.device)
+        labels_B = numbers_on(batch.labels, batch.images_BCHW.device)
         return batch.images_BCHW, labels_B, batch.noise_BN
 
     def validate(self, step: int, monitor: Monitor) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from pathlib import Path
 
 import torch
@@ -13,6 +14,9 @@ from trainer.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+_NO_GPU = ("", "-1", "NoDevFiles")
+"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs; SLURM writes the last one."""
+
 
 def check_devices(world: World, num_devices: int, kind: str, *, oversubscribe: bool) -> None:
     """Raise `ConfigError` if this host has fewer devices than ranks.
@@ -22,8 +26,10 @@ def check_devices(world: World, num_devices: int, kind: str, *, oversubscribe: b
         num_devices: GPUs, or CPU cores where there is no GPU.
         kind: "cuda" or "cpu".
         oversubscribe: let CPU ranks share cores (slow, for tests).
+
+    One GPU for several ranks is no error here: a scheduler may show each rank its own (`refuse_shared_gpus` tells).
     """
-    if world.local_size <= num_devices or (kind == "cpu" and oversubscribe):
+    if world.local_size <= num_devices or (kind == "cpu" and oversubscribe) or (kind == "cuda" and num_devices == 1):
         return
     if num_devices == 0:
         raise ConfigError(
@@ -59,6 +65,27 @@ def use_devices(world: World, runtime: Runtime, *, refuse_unusable: bool = True)
     torch.set_num_threads(runtime.num_threads or max(1, cores // world.local_size))
 
 
+def refuse_shared_gpus(world: World) -> None:
+    """Refuse ranks that compute on the same GPU; all ranks call, and all raise the same error.
+
+    Raises:
+        ConfigError: two ranks of a host have one GPU, where NCCL would stop with "Duplicate GPU detected".
+    """
+    found = [tuple(place) for place in world.gather_over_ranks([socket.gethostname(), _gpu_id()])]
+    for rank, place in enumerate(found):
+        first = found.index(place)
+        if first != rank:
+            raise ConfigError(
+                f"ranks {first} and {rank} on {place[0]} compute on the same GPU ({place[1]}): start one rank for each "
+                f"GPU (--num_gpus), or let the scheduler give each rank its own (--gpus-per-task 1)"
+            )
+
+
+def _gpu_id() -> str:
+    properties = torch.cuda.get_device_properties(default_device())
+    return str(getattr(properties, "uuid", f"{properties.name} {torch.cuda.current_device()}"))
+
+
 def refuse_unusable_gpus() -> None:
     """Raise `ConfigError` if this host has GPUs that CUDA cannot use: the run would compute on the CPU unnoticed."""
     if problem := unusable_gpus():
@@ -68,12 +95,18 @@ def refuse_unusable_gpus() -> None:
 def unusable_gpus(devices: Path = Path("/dev")) -> str:
     """Return why CUDA cannot use this host's NVIDIA GPUs; empty if it can, there are none, or they are not wanted.
 
+    GPUs are there if the host has device files, or if the job was given some: a container that is started without its
+    NVIDIA runtime has CUDA_VISIBLE_DEVICES or SLURM_GPUS_ON_NODE, and no file.
+
     Args:
         devices: folder of the device files.
     """
-    hidden = "CUDA_VISIBLE_DEVICES" in os.environ and os.environ["CUDA_VISIBLE_DEVICES"].strip() in ("", "-1")
+    hidden = "CUDA_VISIBLE_DEVICES" in os.environ and os.environ["CUDA_VISIBLE_DEVICES"].strip() in _NO_GPU
     files = sorted(path.name for path in devices.glob("nvidia[0-9]*"))
-    if not files or hidden or os.environ.get("DS_ACCELERATOR") or torch.cuda.is_available():
+    given = "CUDA_VISIBLE_DEVICES" if os.environ.get("CUDA_VISIBLE_DEVICES") else ""
+    given = given or ("SLURM_GPUS_ON_NODE" if os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0" else "")
+    wanted = (files or given) and not hidden and not os.environ.get("DS_ACCELERATOR")
+    if not wanted or torch.cuda.is_available():
         return ""
     reason = "this torch was built without CUDA: install one with it"
     if torch.version.cuda:
@@ -82,11 +115,20 @@ def unusable_gpus(devices: Path = Path("/dev")) -> str:
             reason = "torch finds no device: check the driver with nvidia-smi, and which devices this job may use"
         except (RuntimeError, AssertionError) as error:
             reason = " ".join(str(error).split())
-    return f"this host has {len(files)} NVIDIA GPUs ({', '.join(files[:8])}), but CUDA cannot use them ({reason})"
+    built = f"torch {torch.__version__} was built for CUDA {torch.version.cuda}"
+    have = f"this host has {len(files)} NVIDIA GPUs ({', '.join(files[:8])})"
+    if not files:
+        have = f"{given} is {os.environ[given]!r}"
+    return f"{have}, but CUDA cannot use them ({reason}; {built})"
 
 
 def default_device() -> torch.device:
-    """Return this rank's device: its GPU where there is one, else the CPU."""
+    """Return this rank's device: its GPU where there is one, else the CPU.
+
+    With 8 GPUs a host, rank 3 of the host takes cuda:3. With one visible GPU for each rank (srun --gpus-per-task,
+    Kubernetes, MIG), every rank takes cuda:0, which is another GPU in each.
+    """
     if get_accelerator().device_name() == "cpu":
         return torch.device("cpu")
-    return torch.device(get_accelerator().device_name(), int(os.environ.get("LOCAL_RANK", "0")))
+    index = 0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device(get_accelerator().device_name(), index)

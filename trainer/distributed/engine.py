@@ -4,10 +4,13 @@ DeepSpeed owns memory, communication and precision (``ds_configs/``); the recipe
 mathematics. A value that both could set is "auto" in the JSON and filled in by `ds_config`; a contradiction is refused.
 """
 
+import contextlib
 import logging
 import math
 import os
 import shutil
+import sys
+import sysconfig
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from trainer.distributed import zero_state as zero_files
-from trainer.distributed.devices import default_device
+from trainer.distributed.devices import default_device, refuse_shared_gpus
 from trainer.distributed.ds_config import compiled_optimizer, one_line_reason
 from trainer.distributed.rendezvous import add_decision_groups, rendezvous
 from trainer.distributed.world import World
@@ -52,11 +55,13 @@ def connect(world: World, *, timeout_s: int, start_timeout_s: int = 600) -> Worl
     deepspeed_logger.setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls names that torch 2.14 is about to rename; delete with the next DeepSpeed.
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
-    # DeepSpeed compiles a shared-memory all-reduce at the first start on a CPU, which takes minutes. gloo needs none.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = default_device()
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        use_gpu(device)
+    else:
+        # DeepSpeed compiles a shared-memory all-reduce at the first start on a CPU, for minutes. gloo needs none. On a
+        # GPU the line would have DeepSpeed probe all its operators, each with the compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = rendezvous(world, timeout_s=start_timeout_s)
     dist.init_process_group(
@@ -64,7 +69,24 @@ def connect(world: World, *, timeout_s: int, start_timeout_s: int = 600) -> Worl
     )
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it, whatever it is given
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), auto_mpi_discovery=False)
-    return add_decision_groups(world)
+    world = add_decision_groups(world)
+    if device.type == "cuda":
+        refuse_shared_gpus(world)
+    return world
+
+
+def use_gpu(device: torch.device) -> None:
+    """Make a GPU the current device of this process, for torch and for DeepSpeed."""
+    torch.cuda.set_device(device)
+    os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed computes on this index, whatever it is given
+
+    def free_bytes(device_index: int | None = None) -> int:
+        free, _ = torch.cuda.mem_get_info(device_index)
+        return free
+
+    # DeepSpeed 0.19.8 asks NVML for the memory, which knows no UUIDs in CUDA_VISIBLE_DEVICES (MIG, Kubernetes):
+    # ValueError at ZeRO 2. Delete when its available_memory parses them.
+    get_accelerator().available_memory = free_bytes
 
 
 def disconnect() -> None:
@@ -127,6 +149,12 @@ class Engine:
         # Steps are skipped at stage 0 by dropping the gradients, and DeepSpeed's clipping fails where there are none.
         clip, module = self._engine.clip_fp32_gradients, self._engine.module
         self._engine.clip_fp32_gradients = lambda: clip() if any(True for _ in _gradients(module)) else None
+        optimizer = self._engine.optimizer
+        if hasattr(optimizer, "check_overflow") and self.zero_stage in (1, 2) and not fp16:
+            # DeepSpeed scans every gradient for inf and NaN, 13 kernels each and a wait, and then checks the norm of
+            # all gradients, which is not finite if one of them is. ViT-L at stage 2: 5,995 kernels a step without this
+            # line and 843 with it. In fp16 the scan comes before the norm, so that the loss scale falls.
+            optimizer.check_overflow = lambda **options: None
         self.device = torch.device(self._engine.device)
         self._basic_grad_norm: Tensor | None = None
         self._replays_graphs = False
@@ -140,13 +168,27 @@ class Engine:
         Raises:
             ConfigError: there is nothing to compile with, or graphs cannot hold what this stage moves.
         """
-        if self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-            raise ConfigError(f"compile_mode is {mode!r}, but there is no C++ compiler: install g++, or use off")
-        if mode == "reduce-overhead" and (self.device.type != "cuda" or self.zero_stage == 3):
-            where = f"here are {self.device.type} and stage {self.zero_stage}"
-            raise ConfigError(f"compile_mode is {mode!r}, which needs a GPU and ZeRO stage 0 to 2, but {where}")
+        if self.zero_stage == 3:
+            raise ConfigError(
+                f"compile_mode is {mode!r}, but ZeRO stage 3 gathers weights in hooks, which compiled code does not "
+                "call: use off, or a ds_config of stage 1 or 2"
+            )
+        if missing := missing_compiler(self.device.type):
+            raise ConfigError(f"compile_mode is {mode!r}, but {missing}, or use off")
+        if mode == "reduce-overhead" and self.device.type != "cuda":
+            raise ConfigError(f"compile_mode is {mode!r}, which needs a GPU, but here is a CPU: use default")
+        # A replayed graph writes gradients into its own memory, so they must be added up elsewhere before the next one.
+        if mode == "reduce-overhead" and self.accumulation > 1 and not self._accumulates_at_once():
+            raise ConfigError(
+                f"compile_mode is {mode!r} with {self.accumulation} accumulated micro batches: write "
+                '{"bf16": {"enabled": true, "immediate_grad_update": true}} into a ds_config of stage 1, raise '
+                "micro_batch, or use default"
+            )
         self._replays_graphs = mode == "reduce-overhead"
         self._engine.compile(compile_kwargs={"mode": mode})
+
+    def _accumulates_at_once(self) -> bool:
+        return bool(getattr(self._engine.optimizer, "immediate_grad_update", False))
 
     def step(
         self, micro_batches: Iterable[tuple[Tensor, ...]], *, learning_rate: float, seed: int, stop: bool = False
@@ -159,8 +201,9 @@ class Engine:
         Accumulation: the loss is not divided here, because DeepSpeed divides it by the accumulation steps. Dividing
         twice is a known bug of other trainers.
 
-        Agreement: before the optimizer moves, the ranks agree on three numbers in one all-reduce (`_agree`). It is the
-        one time in a step that the host waits for the device, and ZeRO waits for the gradients' norm there anyway.
+        Agreement: before the optimizer moves, the ranks agree on three numbers in one all-reduce (`_agree`). The
+        host waits for the device there, and again for one to three numbers of ZeRO (the gradients' norm, overflow): all
+        at the end of a step, none in a micro batch (tests/distributed/test_engine_waits.py counts them).
         Whether the step is applied depends on the gradients alone: a loss that is not finite makes all gradients of
         its rank NaN (`_spread_nonfinite`), and the sum over the ranks makes them NaN everywhere. At stage 0 in fp32 the
         check is made here, otherwise it is DeepSpeed's own check of the global norm.
@@ -204,7 +247,7 @@ class Engine:
             self._basic_grad_norm = nn.utils.get_total_norm(_gradients(self._engine.module))
             bad = (~self._basic_grad_norm.isfinite()).float()
         payload = torch.stack([loss.div_(self.accumulation), bad, torch.full_like(bad, float(stop))])
-        verdict: list[float] = self.mean_over_ranks(payload).tolist()  # the one wait for the device in a step
+        verdict: list[float] = self.mean_over_ranks(payload).tolist()  # waits for the device
         if verdict[1]:
             self._engine.zero_grad()
         return verdict
@@ -333,6 +376,19 @@ class Engine:
         return state
 
 
+def missing_compiler(device_type: str) -> str:
+    """Say what torch.compile needs and this host lacks, with the remedy; empty if nothing is missing.
+
+    On a CPU it compiles C++. On a GPU Triton builds the launcher of its kernels in C, with Python's header.
+    """
+    if device_type == "cpu":
+        return "" if shutil.which(os.environ.get("CXX", "g++")) else "there is no C++ compiler: install g++"
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
+        return "Triton needs a C compiler and there is none: install gcc"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return "" if header.exists() else f"Triton needs {header}, which is missing: install python3-dev"
+
+
 def _initialize(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[str, Any], *, is_main: bool) -> Any:
     """Build DeepSpeed's engine; the log names what it compiles before it does, because that takes minutes."""
     compiled = compiled_optimizer(ds_config)
@@ -343,7 +399,8 @@ def _initialize(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[
             *(compiled, remedy),
         )
     try:
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
+        with contextlib.redirect_stdout(sys.stderr):  # BF16_Optimizer prints its memory; stdout is the command's
+            engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)
     except (deepspeed.DeepSpeedConfigError, AssertionError, NotImplementedError, ValueError) as error:
         raise ConfigError(
             f"DeepSpeed refuses the ds_config: {one_line_reason(error)}; compare it with ds_configs/"

@@ -1,19 +1,44 @@
 """GPUs by their data sheets (NVIDIA's): what they compute, hold and send."""
 
+import re
 from dataclasses import dataclass
 
 GB = 1e9
 
 DENSE_BF16_PEAK = {
-    # FLOP/s without sparsity; the first name that is part of the device's name counts.
+    # FLOP/s without sparsity; the first name that stands in the device's name as whole words counts.
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 836e12,
     "H200": 989e12,
+    "H100 NVL": 836e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
+    "H800 PCIe": 756e12,
+    "H800": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
     "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
     "RTX 4090": 165e12,
-    "V100": 125e12,
+    "V100": 125e12,  # in fp16; it has no bf16
+    "MI300X": 1307e12,
+    "MI250X": 191e12,  # one of its two dies, which are devices of their own
+    "MI250": 181e12,
 }
+
+
+def dense_bf16_peak(device_name: str) -> float | None:
+    """Return FLOP/s of a device by its name as CUDA gives it, such as "NVIDIA A100-SXM4-80GB"; None if unknown."""
+    known = (peak for name, peak in DENSE_BF16_PEAK.items() if re.search(rf"\b{name}\b", device_name))
+    return next(known, None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +22,7 @@ from trainer.models.losses import margin_loss, weighted_cross_entropy
 from trainer.models.mask_utils import patchify
 from trainer.models.mixstyle import NUM_DRAWS as DRAWS_A_MIX
 from trainer.models.mixstyle import MixStyle, beta_quantiles, partners, quantile
-from trainer.models.pixel_statistics import STATISTICS
+from trainer.models.pixel_statistics import statistics_on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +71,9 @@ class MorphDetector(nn.Module):
         self.encoder, self.options = encoder, head
         self.head = build_head(encoder.width, head)
         self.mixstyle = nn.ModuleList(mixstyle or [])
-        self._statistics = STATISTICS[normalisation]
-        self._mixup = beta_quantiles(head.mixup_alpha) if head.mixup_alpha else None
+        self._normalisation = normalisation
+        self._mixup: Tensor | None
+        self.register_buffer("_mixup", beta_quantiles(head.mixup_alpha) if head.mixup_alpha else None, persistent=False)
         self._keys = key_dropouts(self)
 
     @property
@@ -166,7 +166,7 @@ class MorphDetector(nn.Module):
         return patchify(pixels_BCHW, self.encoder.patch).to(self.encoder.vit.patch_embed.proj.weight.dtype)
 
     def _normalise(self, images_BCHW: Tensor) -> Tensor:
-        mean_C11, std_C11 = (torch.tensor(v, device=images_BCHW.device)[:, None, None] for v in self._statistics)
+        mean_C11, std_C11 = statistics_on(images_BCHW.device, self._normalisation)
         return (images_BCHW.float() / 255 - mean_C11) / std_C11
 
     def _mix_up(self, pixels_BCHW: Tensor, labels_B: Tensor, draws_BK: Tensor) -> tuple[Tensor, Tensor]:

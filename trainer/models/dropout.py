@@ -42,7 +42,8 @@ class SampleKeys:
         """Hash the draws of new samples, once for all layers."""
         # Two draws of 24 bits make one key of 48 bits. Example: 0.5 and 0.25 are 8388608 and 4194304, so the key is
         # 8388608 * 2**24 + 4194304. Each layer adds its own multiple of the golden ratio before mixing (SplitMix64).
-        words_B = ((draws_B2 * 2.0**24).long() << torch.tensor([24, 0], device=draws_B2.device)).sum(dim=1)
+        high_B, low_B = (draws_B2 * 2.0**24).long().unbind(dim=1)
+        words_B = (high_B << 24) + low_B
         layers_L = torch.arange(1, self._num_layers + 1, device=draws_B2.device) * _GOLDEN
         mixed_LB = _mix(words_B + layers_L[:, None])
         # An odd multiplier maps the table one to one.

@@ -3,9 +3,10 @@
 Shapes: B images, M masked patches, P values of a patch, C = 2 classes [bonafide, morph].
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from trainer.models.pixel_statistics import constant
 
 
 def normalise_patches(patches_BMP: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def weighted_cross_entropy(
         class_weights: of [bonafide, morph].
         label_smoothing: share of the target spread over both classes (Szegedy et al. 2015, arXiv 1512.00567).
     """
-    weight_C = torch.tensor(class_weights, dtype=torch.float32, device=logits_BC.device)
+    weight_C = constant(class_weights, logits_BC.device)
     loss_B = F.cross_entropy(
         logits_BC.float(), target, weight=weight_C, label_smoothing=label_smoothing, reduction="none"
     )

@@ -39,7 +39,7 @@ from trainer.models.encoder import (
 )
 from trainer.models.losses import masked_pixel_error, normalise_patches, patch_statistics
 from trainer.models.mask_utils import gather_tokens, patchify, unpatchify
-from trainer.models.pixel_statistics import STATISTICS
+from trainer.models.pixel_statistics import statistics_on
 
 _HIDDEN_GREY = 0.5
 
@@ -81,7 +81,6 @@ class MaskedAutoencoder(nn.Module):
             self.decoder_blocks = make_blocks(depth, width=width, heads=heads)
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_pred = nn.Linear(width, 3 * encoder.patch**2)
-        self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
         initialise(
             self, use_learned_mask_token=decoder.use_learned_mask_token, learned_positions=not decoder.fixed_pos_embed
         )
@@ -228,16 +227,8 @@ class MaskedAutoencoder(nn.Module):
 
     def _normalise(self, images_BCHW: Tensor) -> Tensor:
         """Convert uint8 to float32, normalised by ImageNet's statistics, on the device of the images."""
-        mean_C11, std_C11 = self._device_statistics(images_BCHW.device)
+        mean_C11, std_C11 = statistics_on(images_BCHW.device, "imagenet")
         return (images_BCHW.float() / 255 - mean_C11) / std_C11
-
-    def _device_statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return mean and deviation. They are no buffers of the module, which an engine in bf16 would round."""
-        if torch.compiler.is_compiling():  # the compiler makes constants of them
-            return _statistics_on(device)
-        if device not in self._statistics:
-            self._statistics[device] = _statistics_on(device)
-        return self._statistics[device]
 
     def _pictures(self, patches_BNP: Tensor, predicted_BMP: Tensor, masked_BM: Tensor) -> Tensor:
         if self.norm_pix_loss:  # the decoder predicts normalised patches: take mean and deviation from the image
@@ -252,14 +243,9 @@ class MaskedAutoencoder(nn.Module):
         return torch.stack(rows)
 
     def _to_uint8(self, patches_BNP: Tensor) -> Tensor:
-        mean_C11, std_C11 = self._device_statistics(patches_BNP.device)
+        mean_C11, std_C11 = statistics_on(patches_BNP.device, "imagenet")
         image_BCHW = unpatchify(patches_BNP, self.encoder.patch, self.encoder.grid)
         return ((image_BCHW * std_C11 + mean_C11) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def _statistics_on(device: torch.device) -> tuple[Tensor, Tensor]:
-    mean_C11, std_C11 = (torch.tensor(values, device=device)[:, None, None] for values in STATISTICS["imagenet"])
-    return mean_C11, std_C11
 
 
 def _pick(table_1ND: Tensor, index_BK: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class MixStyle(nn.Module):
     ) -> None:
         super().__init__()
         self._num_prefix, self._group, self._p, self._same_label = num_prefix, group, p, same_label
-        self._quantiles = beta_quantiles(alpha)
+        self._quantiles: Tensor
+        self.register_buffer("_quantiles", beta_quantiles(alpha), persistent=False)  # moves with the module
 
     def forward(self, tokens_BTD: Tensor, draws_BK: Tensor, labels_B: Tensor) -> Tensor:
         """Mix in training; in evaluation return the tokens. Statistics are float32 and have no gradient."""
@@ -65,7 +66,7 @@ def beta_quantiles(alpha: float) -> Tensor:
 
 def quantile(table: Tensor, uniform_B: Tensor) -> Tensor:
     """Turn uniform numbers in [0, 1) into draws of the tabulated distribution."""
-    return table.to(uniform_B.device)[(uniform_B * len(table)).long()]
+    return table[(uniform_B * len(table)).long()]
 
 
 def partners(order_B: Tensor, group: int, labels_B: Tensor | None = None) -> Tensor:

@@ -79,7 +79,8 @@ def examine(recipe: Recipe, runtime: Runtime) -> int:
     began = time.monotonic()
     use_devices(world, runtime, refuse_unusable=False)
     engine_settings(recipe, world, runtime.micro_batch, runtime.ds_config)  # refuses what contradicts the recipe
-    world = connect(world, timeout_s=START_TIMEOUT_S, start_timeout_s=START_TIMEOUT_S)
+    patience_s = max(START_TIMEOUT_S, runtime.start_timeout_s)  # imports on a cold file system take minutes
+    world = connect(world, timeout_s=patience_s, start_timeout_s=patience_s)
     rendezvous_s = time.monotonic() - began
     shards = world.on_main(lambda: _sample(runtime, 4 * world.size))
     local = [shard for place, shard in enumerate(shards) if place % world.size == world.rank] or shards[:1]
@@ -172,7 +173,10 @@ def judge_facts(known: Sequence[Facts], shards: Sequence[str]) -> Iterator[Findi
     devices = {host: f"{facts['devices']} x {facts['device']}" for host, facts in hosts.items()}
     alike = len(set(devices.values())) == 1
     listed = devices[first["host"]] if alike else ", ".join(f"{host}: {what}" for host, what in devices.items())
-    yield Finding("ok" if alike else "warn", "devices", f"{listed}; ranks a host: {first['local_size']}")
+    if len({facts["device"] == "CPU" for facts in hosts.values()}) == 2:  # gloo there, NCCL here: they wait for ever
+        yield Finding("FAIL", "devices", f"{listed}; some hosts have no GPU that CUDA can use: leave them out")
+    else:
+        yield Finding("ok" if alike else "warn", "devices", f"{listed}; ranks a host: {first['local_size']}")
     skew = max(facts["time"] for facts in known) - min(facts["time"] for facts in known)
     late = min(known, key=lambda facts: facts["time"])["host"]
     yield (

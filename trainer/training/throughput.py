@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.distributed.hardware import DENSE_BF16_PEAK
+from trainer.distributed.hardware import dense_bf16_peak
 
 _LONG_STEP_S, _STEPS_TO_FORECAST = 60.0, 6
 
@@ -99,7 +99,4 @@ def forget_peak() -> float:
 
 def peak_flops() -> float | None:
     """Return the dense bf16 peak of this GPU [FLOP/s]; None without a GPU that is known."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for key, peak in DENSE_BF16_PEAK.items() if key in name), None)
+    return dense_bf16_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None

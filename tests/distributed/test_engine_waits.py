@@ -1,0 +1,105 @@
+"""How often the host waits for the device in a step, and what cannot be compiled. Counted here, timed on a GPU."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.helpers.runs import ROOT
+from trainer.distributed import engine as engines
+from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
+from trainer.distributed.engine import Engine
+from trainer.distributed.world import World
+from trainer.errors import ConfigError
+from trainer.models.encoder import PatchEncoder
+from trainer.models.mae import DecoderOptions, MaskedAutoencoder
+from trainer.models.mask_utils import draw_mask
+
+MICRO_BATCH, ACCUMULATION = 2, 3
+
+
+def engine_of(name: str, world: World, **changes: Any) -> Engine:
+    owned = owned_by_recipe(
+        global_batch=MICRO_BATCH * ACCUMULATION, micro_batch=MICRO_BATCH, num_ranks=1,
+        learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.05, clip_grad_norm=1.0,
+    )  # fmt: skip
+    config = fill_ds_config(read_ds_config(ROOT / "ds_configs" / f"{name}.json"), owned)
+    for block, values in changes.items():
+        config[block] |= values
+    torch.manual_seed(0)
+    encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2, fixed_positions=True)
+    model = MaskedAutoencoder(encoder, DecoderOptions(decoder_width=32, decoder_depth=2, decoder_heads=4))
+    return Engine(model, ds_config=config, weight_decay=0.05, world=world)
+
+
+def micro_batches() -> Iterator[tuple[torch.Tensor, ...]]:
+    for _ in range(ACCUMULATION):
+        images = torch.randint(0, 256, (MICRO_BATCH, 3, 32, 32), dtype=torch.uint8)
+        yield images, *draw_mask(torch.rand(MICRO_BATCH, 16), mask_ratio=0.75, grid=(4, 4))
+
+
+class Reads(TorchDispatchMode):
+    """Counts values of the device that the host reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+@pytest.mark.parametrize(("name", "reads"), [("zero1_bf16", 2), ("zero2_bf16", 3), ("zero3_bf16", 1), ("cpu_fp32", 3)])
+def test_the_host_reads_a_few_numbers_at_the_end_of_a_step_and_none_in_a_micro_batch(
+    world: World, monkeypatch: pytest.MonkeyPatch, name: str, reads: int
+) -> None:
+    """Beside these, ZeRO's norm and overflow, the host reads the verdict of the ranks, one copy of three numbers."""
+    engine = engine_of(name, world)
+    engine.step(micro_batches(), learning_rate=1e-3, seed=0)
+    waits: list[str] = []
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *device: waits.append("synchronize"))
+    with Reads() as seen:
+        engine.step(micro_batches(), learning_rate=1e-3, seed=1)
+    assert waits == [], "the host waits for all that the device was given"
+    assert seen.calls["_local_scalar_dense"] == reads
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_what_compiled_code_would_do_wrong_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="ZeRO stage 3 gathers weights in hooks"):
+        engine_of("zero3_bf16", world).compile("default")
+    engine = engine_of("zero1_bf16", world)
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        engine.compile("reduce-overhead")
+    compiled: list[str] = []
+    monkeypatch.setattr(engines, "missing_compiler", lambda device_type: "")
+    for accumulates_at_once in (False, True):
+        engine = engine_of("zero1_bf16", world, bf16={"immediate_grad_update": accumulates_at_once})
+        engine.device = torch.device("cuda")
+        monkeypatch.setattr(engine._engine, "compile", lambda **how: compiled.append(how["compile_kwargs"]["mode"]))
+        if accumulates_at_once:
+            engine.compile("reduce-overhead")
+        else:
+            with pytest.raises(ConfigError, match=r"with 3 accumulated micro batches: write .*immediate_grad_update"):
+                engine.compile("reduce-overhead")
+    assert compiled == ["reduce-overhead"]
+
+
+def test_a_compiler_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    assert "install g++" in engines.missing_compiler("cpu")
+    assert "Triton needs a C compiler" in engines.missing_compiler("cuda")
+    (tmp_path / "gcc").touch(mode=0o755)
+    monkeypatch.setattr(engines.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "python3-dev" in engines.missing_compiler("cuda")
+    (tmp_path / "Python.h").touch()
+    assert engines.missing_compiler("cuda") == ""

@@ -1,6 +1,6 @@
 # demo: train on real faces in minutes.  test: the quick tests and one real run for each law, in minutes.
 # test-all: every test.  cluster: tests on a real SLURM and sshd (root, Debian).  bench: paired timings.  faults: 100 kills.
-# docs: the settings reference.  curves: the fast recipe beside the published form, each on a core for 20 minutes.
+# gpu: the laws on a GPU.  docs: the settings reference.  curves: the fast recipe beside the published form, each on a core for 20 minutes.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -15,7 +15,7 @@ ALONE = OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/python
 LAUNCH = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/deepspeed --quiet --num_gpus 2
 TWO_AT_A_TIME = $(MAKE) --no-print-directory --output-sync -j2
 
-.PHONY: install demo docs test test-all cluster lint bench curves faults
+.PHONY: install demo docs test test-all cluster lint bench curves faults gpu
 
 install: $(INSTALLED)
 	@echo 'Installed into .venv; next: source .venv/bin/activate'
@@ -77,6 +77,9 @@ test-all: test
 
 cluster: $(INSTALLED)
 	TRAINER_CLUSTER=1 $(BIN)/python -m pytest tests/cluster
+
+gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 docs: $(INSTALLED)
 	$(BIN)/python -m trainer.config.reference launch/SETTINGS.md

@@ -71,6 +71,18 @@ def read(folder: Path, config: Any, *, prefix: bytes = b"") -> dict[str, Any]:
         ({"checkpoint": {"load_universal": True}}, "resumes without load_universal"),
         ({"optimizer": {"type": "SGD", "params": {}}}, 'optimizer.type to "SGD", but .* of AdamW'),
         ({"optimizer": {"type": 3}}, "optimizer.type to 3"),
+        *(
+            ({"optimizer": {"type": name}}, f'optimizer.type to "{name}", but .* of AdamW')
+            for name in ("Lion", "Muon", "OneBitAdam", "ZeroOneAdam", "Lamb", "Adagrad", "FusedAdam", "CPUAdam")
+        ),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "other numbers of ranks; remove it"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "changes the numbers"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "changes the numbers"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/local"}}},
+            "NVMe is not used here",
+        ),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, "reduce_bucket_size .*remove the line"),
         ({"optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}}, "weight_decay is that of AdamW"),
         (
             {"optimizer": {"type": "AdamW", "params": {"eps": "auto"}}},

@@ -66,13 +66,15 @@ def main(ds_config: str, micro_batch: str, output: str, stage: str, compile_mode
     for step in range(STEPS):
         mine = list(range(step * GLOBAL_BATCH + world.rank, (step + 1) * GLOBAL_BATCH, world.size))
         parts = [mine[i : i + int(micro_batch)] for i in range(0, len(mine), int(micro_batch))]
-        result = engine.step((inputs(part) for part in parts), learning_rate=LR * min(1, (step + 1) / 5), seed=step)
+        result = engine.step(
+            (inputs(part, engine.device) for part in parts), learning_rate=LR * min(1, (step + 1) / 5), seed=step
+        )
         losses.append(result.loss)
         norms.append(engine.grad_norm())
-    errors = engine.evaluate(*inputs(list(range(4))), want="error")
+    errors = engine.evaluate(*inputs(list(range(4)), engine.device), want="error")
     digest = hashlib.sha256()
     for parameter in model.parameters():
-        digest.update(parameter.detach().float().numpy().tobytes())
+        digest.update(parameter.detach().float().cpu().numpy().tobytes())
     engine.capture(copy=False)(Path(output, "saved"))
     Path(output, "copied").mkdir(exist_ok=True)
     engine.capture(copy=True)(Path(output, "copied"))
@@ -93,9 +95,9 @@ def main(ds_config: str, micro_batch: str, output: str, stage: str, compile_mode
     disconnect()
 
 
-def inputs(positions: list[int]) -> tuple[torch.Tensor, ...]:
-    noise = torch.from_numpy(uniforms(5, Purpose.MASK, positions, 16))
-    return images_at(positions), *draw_mask(noise, mask_ratio=0.75, grid=(4, 4))
+def inputs(positions: list[int], device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
+    noise = torch.from_numpy(uniforms(5, Purpose.MASK, positions, 16)).to(device)
+    return images_at(positions).to(device), *draw_mask(noise, mask_ratio=0.75, grid=(4, 4))
 
 
 if __name__ == "__main__":

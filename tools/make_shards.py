@@ -18,12 +18,18 @@ and source of each image come from its folder and name.
 detector may need (compression history, sensor noise, fine seams), so use them for pre-training sets only. A JPEG that
 would be larger than the raw pixels is stored as PNG instead. Untouched images keep their colour profile.
 
+--face_crop 1.3 finds the face of each photograph and stores the square around it, 1.3 times as long as the face, with
+landmarks for self-morphs in its json. The pixels are those of the photograph, upright and in sRGB, as PNG. Photographs
+without a usable face (none, several of about one size, tiny, turned away) are left out, counted, and listed in
+OUTPUT/bad_images.csv. A detector that is trained on such shards crops in the same way when it is tested.
+
 Usage: python tools/make_shards.py --source FOLDER_OR_CSV_OR_TARS --output_dir FOLDER [--name value]
 
 Examples:
     python tools/make_shards.py --source faces --output_dir shards/train
     python tools/make_shards.py --source splits/train.csv --output_dir detect/train
     python tools/make_shards.py --source faces --output_dir shards/small --max_side 64 --encode jpeg
+    python tools/make_shards.py --source portraits.csv --output_dir shards/cropped --face_crop 1.3
 """
 
 import sys
@@ -53,9 +59,18 @@ from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
 from trainer.data.byte_ranges import ByteRangeReader
 from trainer.data.landmarks import landmarks_of, read_landmarks
-from trainer.data.shards.members import LANDMARKS, NO_LABEL, Sample, Tally, samples_of
+from trainer.data.shards.members import FACE_CROP, LANDMARKS, NO_LABEL, Sample, Tally, samples_of
 from trainer.data.shards.tar import BLOCK_BYTES, MAX_MEMBER_BYTES, RECORD_BYTES, Member, walk_tar
 from trainer.data.transforms.decode import MIN_SIDE, colour_profile, suffix_of
+from trainer.data.transforms.faces import FaceCropping
+from trainer.data.writing.face_crops import (
+    JSON_BYTES,
+    count_refusals,
+    cropped_image,
+    is_refusal,
+    with_crop,
+    with_fields,
+)
 from trainer.data.writing.image_files import DAMAGE, Storing, describe_damage, stored_bytes_bound, stored_image
 from trainer.data.writing.layouts import read_layout
 from trainer.data.writing.source_images import (
@@ -113,6 +128,8 @@ class Settings:
     """Keep the bytes of images that are not shrunk; or, for pre-training sets, encode all images again."""
     jpeg_quality: int = 95
     """Quality of JPEGs that are encoded again, from 1 to 100; their colours keep full resolution (4:4:4)."""
+    face_crop: float | None = None
+    """Crop to the face: side of the square as a multiple of the face's longer side (1.3); none keeps the image."""
     landmarks: str | None = None
     """An .npz with names and points in pixels, as make_morphs takes; self-morphs find them in the samples' json."""
     verify: bool = True
@@ -132,6 +149,8 @@ class Settings:
             raise ConfigError(f"max_side is {self.max_side}, but must be at least {MIN_SIDE}: smaller is refused later")
         if self.landmarks and self.max_side is not None:
             raise ConfigError("landmarks and max_side are both set, but shrinking would move the landmarks: keep one")
+        if self.landmarks and self.face_crop is not None:
+            raise ConfigError("landmarks and face_crop are both set, but cropping finds its own landmarks: keep one")
         if self.landmarks and names_tars(self.source):
             raise ConfigError(
                 f"landmarks is {self.landmarks!r}, but source names tars, which keep their own: leave it away"
@@ -143,21 +162,24 @@ class Settings:
             )
         if self.split and self.layout == "none":
             raise ConfigError(f"split is {self.split!r}, which needs a layout with a column split: --layout lma")
+        self.storing  # noqa: B018  (checks face_crop)
         if not 1 <= self.jpeg_quality <= 100:
             raise ConfigError(f"jpeg_quality is {self.jpeg_quality}, but must be from 1 to 100 (try 95)")
 
     @property
     def rewriting(self) -> dict[str, Any]:
         """The settings that change the bytes of images; empty if JPEG, PNG and WebP files stay as they are."""
-        if self.encode == "keep" and self.max_side is None:
+        cropping = {} if self.storing.crop is None else {FACE_CROP: str(self.storing.crop)}
+        if self.encode == "keep" and self.max_side is None and not cropping:
             return {}
-        return {name: getattr(self, name) for name in ("max_side", "encode", "jpeg_quality")} | {"srgb": True}
+        names = ("max_side", "encode", "jpeg_quality")
+        return {name: getattr(self, name) for name in names} | {"srgb": True} | cropping
 
     @property
     def storing(self) -> Storing:
         """How images are stored."""
         how = {name: getattr(self, name) for name in ("max_side", "encode", "jpeg_quality", "verify")}
-        return Storing(**how)
+        return Storing(**how, crop=None if self.face_crop is None else FaceCropping(self.face_crop))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +190,11 @@ class Bad:
     key: str
     reason: str
     shard: str
+
+    @property
+    def has_no_face(self) -> bool:
+        """Whether it is readable, but has no usable face: such images are left out without being asked."""
+        return is_refusal(self.reason)
 
 
 @dataclass(slots=True)
@@ -228,6 +255,7 @@ def make_shards(settings: Settings) -> list[Path]:
     source = of_class(_listed(settings), settings.only)
     print(source.describe())
     entries = _with_landmarks(with_distinct_keys(source.entries), settings.landmarks)
+    entries = with_crop(entries, settings.storing)
     entries, sizes, lost = _with_sizes(entries, settings)
     groups = list(_groups(entries, sizes, settings.max_shard_bytes, settings.max_shard_samples))
     output.mkdir(parents=True, exist_ok=True)
@@ -237,7 +265,7 @@ def make_shards(settings: Settings) -> list[Path]:
     bad, found = _write_all(jobs, lost, output, settings)
     if found.tally.num_samples + len(bad) != len(source.entries):
         raise DataError(
-            f"output_dir {output}: {found.tally.num_samples} samples and {len(bad)} damaged images do not add up to "
+            f"output_dir {output}: {found.tally.num_samples} samples and {len(bad)} images left out do not add up to "
             f"{len(source.entries)}: write into a new folder"
         )
     report = _report(settings, source, bad, found)
@@ -320,7 +348,7 @@ def _groups(entries: list[Entry], sizes: list[int], max_bytes: int, max_samples:
     filled = RECORD_BYTES
     for entry, size in zip(entries, sizes, strict=True):
         long_name = 4 * BLOCK_BYTES if len(entry.key.encode()) > 90 else 0
-        members = [size, *_text_sizes(entry)]
+        members = [size, *_text_sizes(entry), *([JSON_BYTES] if FACE_CROP in entry.metadata else [])]
         needed = sum(BLOCK_BYTES + long_name + -(-member // BLOCK_BYTES) * BLOCK_BYTES for member in members)
         if group and (len(group) == max_samples or filled + needed > max_bytes):
             yield group
@@ -388,8 +416,9 @@ def _write_all(jobs: list[_Job], lost: list[Bad], output: Path, settings: Settin
             for result in results:
                 bar.update(len(result.job.entries))
                 found.add(result.found)
-                if result.bad and not settings.skip_bad:
-                    failed += result.bad
+                damaged = [each for each in result.bad if not each.has_no_face]
+                if damaged and not settings.skip_bad:
+                    failed += damaged
                     continue
                 if result.bad:
                     bad += result.bad
@@ -400,6 +429,11 @@ def _write_all(jobs: list[_Job], lost: list[Bad], output: Path, settings: Settin
         results.close()  # first, so that no process still writes
         _remove_drafts(output)
     _write_bad(output / _BAD_NAME, bad + failed)
+    if not failed and bad and not found.tally.num_samples and all(each.has_no_face for each in bad):
+        raise DataError(
+            f"none of {len(bad)} images has a usable face, the first is {bad[0].path} ({bad[0].reason}); "
+            f"{output / _BAD_NAME} lists all: leave face_crop away if these are no photographs of faces"
+        )
     if failed or not found.tally.num_samples:
         first = (failed or bad)[0]
         raise DataError(
@@ -444,7 +478,7 @@ def _write_shard(job: _Job) -> _Result:
     draft = draft_of(job.path)
     try:
         stored, bad, written = _write_draft(draft, job)
-        if not stored or (bad and not job.settings.skip_bad):
+        if not stored or (not all(each.has_no_face for each in bad) and not job.settings.skip_bad):
             draft.unlink()
             return _Result(job, None, bad, Found())
         return _Result(job, draft, bad, _read_back(job.path, draft, stored, written))
@@ -491,7 +525,11 @@ def _members_of(entry: Entry, how: Storing, reader: ByteRangeReader) -> dict[str
         others = dict(zip(suffixes, texts, strict=True))
         if tuple(map(zlib.crc32, (payload, *texts))) != entry.packed.crc32:
             raise SampleError("checksum", "the tar has changed while it was read")
-    suffix, payload = stored_image(payload, how)
+    if how.crop is None:
+        suffix, payload = stored_image(payload, how)
+    else:
+        suffix, payload, fields = cropped_image(payload, how)
+        others["json"] = with_fields(others.get("json"), fields)
     if len(payload) > MAX_MEMBER_BYTES:
         raise SampleError("too_large", f"stored it has {len(payload)} bytes, more than {MAX_MEMBER_BYTES}")
     return {suffix: payload} | others
@@ -540,7 +578,8 @@ def _read_back(name: Path, path: Path, entries: list[Entry], written: Counter[tu
 
 def _is_as_stored(sample: Sample, entry: Entry) -> bool:
     label = NO_LABEL if entry.label is None else entry.label
-    has_landmarks = entry.packed is not None or bool(sample.landmarks_span[1]) == bool(entry.metadata.get(LANDMARKS))
+    expected = bool(entry.metadata.get(LANDMARKS)) or FACE_CROP in entry.metadata
+    has_landmarks = entry.packed is not None or bool(sample.landmarks_span[1]) == expected
     return sample.label == label and sample.groups == group_values(entry) and has_landmarks
 
 
@@ -559,7 +598,8 @@ def _report(settings: Settings, source: Source, bad: list[Bad], found: Found) ->
         "examples": tally.examples,
         "images": len(source.entries),
         "samples": found.tally.num_samples,
-        "damaged": len(bad),
+        "damaged": sum(not each.has_no_face for each in bad),
+        "without_face": count_refusals(each.reason for each in bad),
         "classes": source.classes,
         "labels": {_label_name(label): count for label, count in sorted(found.tally.labels.items())},
         "unusable": dict(tally.unusable + found.tally.unusable),
@@ -577,10 +617,16 @@ def _describe(found: Found, bad: list[Bad], output: Path) -> str:
     if found.profiles:
         profiles = ", ".join(f"{name}: {count}" for name, count in found.profiles.most_common())
         lines.append(f"colour profiles, whose numbers are kept: {profiles}")
-    if bad:
-        lines.append(
-            f"{len(bad)} damaged images are left out, such as {bad[0].path} ({bad[0].reason}): {output / _BAD_NAME}"
-        )
+    for what, some in (
+        ("damaged images", [each for each in bad if not each.has_no_face]),
+        ("images without a usable face", [each for each in bad if each.has_no_face]),
+    ):
+        if some:
+            by_reason = ", ".join(
+                f"{count} {reason}" for reason, count in count_refusals(e.reason for e in some).items()
+            )
+            example = f"such as {some[0].path} ({some[0].reason}): {output / _BAD_NAME}"
+            lines.append(f"{len(some)} {what} are left out{f' ({by_reason})' if by_reason else ''}, {example}")
     return "\n".join(lines)
 
 

@@ -27,7 +27,9 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
 NO_LABEL = -1
 IDENTITY_FIELDS = ("identity", "identity_2")
 """Fields of a sample's json that name the person in the image; a morph has both parents."""
-GROUP_FIELDS = ("source", "attack", *IDENTITY_FIELDS)
+FACE_CROP = "face_crop"
+"""Field of a sample's json: how the image was cropped to its face, see `trainer.data.transforms.faces`."""
+GROUP_FIELDS = ("source", "attack", *IDENTITY_FIELDS, FACE_CROP)
 """Fields of a sample's json that the index keeps, if they are short texts or integers."""
 CLASS_FIELD = "class"
 """Field of a sample's json: the name of its class, if folders made the labels."""

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainer.data.transforms.decode import MAX_PIXELS, PILLOW_ERRORS, decode_image, suffix_of
+from trainer.data.transforms.faces import FaceCropping
 from trainer.data.transforms.icc import lab_to_srgb, to_srgb
 from trainer.errors import SampleError
 
@@ -80,15 +81,23 @@ class Storing:
     jpeg_quality: int = 95
     verify: bool = True
     """Decode untouched images too, so that damage shows."""
+    crop: FaceCropping | None = None
+    """Crop to the face before anything else."""
 
     @property
     def max_pixels(self) -> int:
         """Largest image that is decoded [pixels]; an image that is shrunk afterwards may be larger."""
         return MAX_PIXELS if self.max_side is None else MAX_SHRUNK_PIXELS
 
+    @property
+    def crop_text(self) -> str:
+        """How faces are cropped, for the samples' json; shrinking and JPEG are part of it."""
+        rewritten = f", max_side {self.max_side}" if self.max_side else ""
+        return f"{self.crop}{rewritten}" + (f", JPEG {self.jpeg_quality}" if self.encode == "jpeg" else "")
+
     def leaves(self, suffix: str | None, size: Callable[[], tuple[int, int]]) -> bool:
         """Whether a file of this kind and size stays as it is."""
-        if suffix is None or self.encode != "keep":
+        if suffix is None or self.encode != "keep" or self.crop is not None:
             return False
         return self.max_side is None or min(size()) <= self.max_side
 
@@ -107,11 +116,25 @@ def stored_image(payload: bytes, how: Storing) -> tuple[str, bytes]:
         return suffix, payload
     shrink = _reduction(payload, how) if suffix == "jpg" else 1
     image_HWC = decode_image(payload, shrink=shrink, srgb=True, max_pixels=how.max_pixels * shrink**2)
+    return rewritten(image_HWC, suffix, how)[:2]
+
+
+def rewritten(image_HWC: NDArray[np.uint8], suffix: str, how: Storing) -> tuple[str, bytes, int]:
+    """Shrink and encode an image; returns suffix, bytes and the shorter side of the result [pixels].
+
+    Args:
+        image_HWC: in sRGB.
+        suffix: of the file that it comes from, which ``encode keep`` keeps; anything but jpg becomes png.
+        how: the way of storing.
+
+    Raises:
+        SampleError: it is too large even after shrinking.
+    """
     image_HWC = _shrunk(image_HWC, how.max_side)
     if image_HWC.shape[0] * image_HWC.shape[1] > MAX_PIXELS:
         raise SampleError("too_large", f"shrunk to {how.max_side} it has more than {MAX_PIXELS} pixels")
     wanted = {"keep": "jpg" if suffix == "jpg" else "png", "jpeg": "jpg", "png": "png"}[how.encode]
-    return _encoded(image_HWC, wanted, how.jpeg_quality)
+    return *_encoded(image_HWC, wanted, how.jpeg_quality), min(image_HWC.shape[:2])
 
 
 def stored_bytes_bound(head: bytes, num_bytes: int, image_file: Callable[[], Path | io.BytesIO], how: Storing) -> int:
@@ -129,6 +152,8 @@ def stored_bytes_bound(head: bytes, num_bytes: int, image_file: Callable[[], Pat
         size, num_channels, profile_bytes = size_of(image_file())
     except SampleError:
         return num_bytes  # never stored: the writer lists it with the other damaged images
+    if how.crop is not None:
+        size = min(size), min(size)  # a crop is square
     return _png_bound(_shrunk_size(size, how.max_side), num_channels=max(3, num_channels)) + profile_bytes
 
 

@@ -9,9 +9,10 @@ Writes OUTPUT, in the order of the images, with the columns of NIST's FATE MORPH
     isMorph      whether the score is at least the detector's threshold
     returnCode   Success, ParseError (damaged), RefuseInput (too large or small), InputLocationError (no file) ...
     reason       why there is no score
-    faceBox      empty: the whole photograph is scored
+    faceBox      empty
 
-A photograph that cannot be read is a row. After a kill, the same command goes on and writes the same file. OUTPUT.json
+A detector that was trained on cropped faces (tools/make_shards.py --face_crop) crops each photograph in the same way.
+A photograph that cannot be read, or has no usable face then, is a row. After a kill, the same command goes on and writes the same file. OUTPUT.json
 says what the scores depend on. Start it with deepspeed to score on several ranks.
 
 Usage: python launch/detect.py --model runs/detector --images photo.jpg|FOLDER|list.csv|'shards/*.tar'

@@ -62,6 +62,12 @@ class Images:
             for ref in self.source.samples(np.arange(len(self.source))):
                 yield f"{ref.shard}/{ref.key}"
 
+    def view(self, detector: Detector) -> CenterView:
+        """Return how a detector sees them; raises as `Detector.view` and `Detector.view_of`."""
+        if isinstance(self.source, Photographs):
+            return detector.view
+        return detector.view_of(self.source, setting="--images")
+
     def stream(self, samples: list[int], view: CenterView, *, batch: int) -> Stream:
         """Build one pass over some of them."""
         if isinstance(self.source, Photographs):
@@ -80,6 +86,7 @@ def detect(settings: DetectionSettings) -> Path:
     images = open_images(settings, world)
     detector = world.together(lambda: Detector.load(settings.model, init=settings.init))
     world.together(lambda: detector.check_threshold(settings.threshold))
+    world.together(lambda: images.view(detector))  # refuses images that were cropped otherwise
     fingerprint = world.on_main(lambda: images.fingerprint)
     job = Job(Path(settings.output), describe_job(detector, fingerprint, len(images), settings))
     if world.on_main(job.is_finished):
@@ -141,7 +148,7 @@ def score_images(detector: Detector, images: Images, job: Job, settings: Detecti
             print(f"going on: {sum(len(line['codes']) for line in done.values())} images are scored already")
         mine = share_of(len(images), batch, world, done=done_batches)
         parts = [scores_of(done, batch)]
-        loader = Loader(images.stream(mine, detector.view, batch=batch), num_workers=settings.num_workers)
+        loader = Loader(images.stream(mine, images.view(detector), batch=batch), num_workers=settings.num_workers)
         what = f"rank 0 of {world.size}" if world.size > 1 else ""
         shown = settings.progress_bar and world.is_main
         with Progress(len(mine), what=what, unit="image", shown=shown) as bar, torch.inference_mode():

@@ -18,10 +18,13 @@ from torch import Tensor
 
 from trainer.config.settings import DetectorRecipe
 from trainer.data.photographs import read_photograph
+from trainer.data.shards.index import ShardIndex
 from trainer.data.sources import pixels_of
 from trainer.data.transforms.decode import MIN_SIDE, to_rgb
+from trainer.data.transforms.faces import FaceCropping
 from trainer.data.transforms.views import CenterView, Photo
 from trainer.detection.build import preprocessing_of, rebuild, recipe_of
+from trainer.detection.cropping import cropping_for, recorded_cropping
 from trainer.detection.saved_detector import SavedDetector, load_detector
 from trainer.distributed.devices import default_device
 from trainer.errors import ConfigError, DataError
@@ -69,8 +72,20 @@ class Detector:
 
     @property
     def view(self) -> CenterView:
-        """How it sees a test image."""
-        return CenterView(size=self.recipe.image_size, pixels=pixels_of(self.recipe))
+        """How it sees a whole photograph; raises as `recorded_cropping`."""
+        return self._view(recorded_cropping(self.saved.description["preprocessing"]))
+
+    def view_of(self, index: ShardIndex, *, setting: str) -> CenterView:
+        """Return how it sees the images of shards, which may be cropped already; raises as `cropping_for`.
+
+        Args:
+            index: of the shards.
+            setting: the flag that named them, for messages.
+        """
+        return self._view(cropping_for(self.saved.description["preprocessing"], index, name=self.name, setting=setting))
+
+    def _view(self, crop: FaceCropping | None) -> CenterView:
+        return CenterView(size=self.recipe.image_size, pixels=pixels_of(self.recipe), crop=crop)
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -119,7 +134,7 @@ class Detector:
                 )
             return self.view.of_pixels(np.ascontiguousarray(image))
         if isinstance(image, Image.Image):
-            upright = to_rgb(ImageOps.exif_transpose(image), srgb=pixels_of(self.recipe).srgb)
+            upright = to_rgb(ImageOps.exif_transpose(image), srgb=self.view.srgb)
             return self._seen(np.asarray(upright))
         view, size = self.view, self.recipe.image_size
         out_BSSC = np.empty((1, size, size, 3), dtype=np.uint8)

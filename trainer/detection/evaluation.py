@@ -22,6 +22,7 @@ from trainer.data.labels import CLASSES
 from trainer.data.loader import Loader
 from trainer.data.shards.index import ShardIndex, describe_index, list_shards, open_index
 from trainer.data.stream import fixed_stream
+from trainer.data.transforms.views import CenterView
 from trainer.detection.detector import Detector
 from trainer.detection.error_rates import FEW_IDENTITIES, json_threshold, summarise
 from trainer.detection.figures import ScoredSet
@@ -90,6 +91,7 @@ def evaluate(settings: EvaluationSettings) -> Path:
     detectors = [world.together(functools.partial(open_detector, name, path, settings)) for name, path in named]
     named = named_values(settings.test_sets, "test_sets")
     sets = [open_on_ranks(name, shards, settings, world) for name, shards in named]
+    world.together(lambda: [view_of(*pair) for pair in itertools.product(detectors, sets)])  # refuses other crops
     baselines = world.on_main(lambda: read_baselines(Path(settings.baselines), sets) if settings.baselines else [])
     warnings = world.on_main(lambda: [w for d in detectors for s in sets for w in overlaps(d, s, settings)])
     measured = Measured()
@@ -199,6 +201,11 @@ def read_baselines(path: Path, sets: Sequence[TestSet]) -> list[dict[str, Any]]:
     return rows
 
 
+def view_of(detector: Detector, test_set: TestSet) -> CenterView:
+    """Return how a detector sees the images of a test set; raises as `Detector.view_of`."""
+    return detector.view_of(test_set.index, setting=f"--test_sets {test_set.name}")
+
+
 def score_set(detector: Detector, test_set: TestSet, settings: EvaluationSettings, world: World) -> Scores:
     """Score every image of a test set; one that cannot be read has a reason instead. All ranks call.
 
@@ -207,7 +214,7 @@ def score_set(detector: Detector, test_set: TestSet, settings: EvaluationSetting
     """
     index, batch = test_set.index, min(settings.micro_batch, len(test_set.index))
     mine = share_of(len(index), batch, world)
-    stream = fixed_stream(index, mine, detector.view, batch=batch, noise_per_sample=1, substitute=False)
+    stream = fixed_stream(index, mine, view_of(detector, test_set), batch=batch, noise_per_sample=1, substitute=False)
     what = f"{detector.name} on {test_set.name}" + (f", rank 0 of {world.size}" if world.size > 1 else "")
     shown = settings.progress_bar and world.is_main
     with Progress(len(mine), what=what, unit="image", shown=shown) as bar, torch.inference_mode():
@@ -272,7 +279,12 @@ def hardest_of(
         worst += mine_N[surest_N[: settings.num_hardest]].tolist()
     hardest = []
     stream = fixed_stream(
-        test_set.index, worst, detector.view, batch=settings.micro_batch, noise_per_sample=1, substitute=False
+        test_set.index,
+        worst,
+        view_of(detector, test_set),
+        batch=settings.micro_batch,
+        noise_per_sample=1,
+        substitute=False,
     )
     for batch in Loader(stream):
         with torch.inference_mode():

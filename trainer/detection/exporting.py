@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.config.record import from_dict
 from trainer.config.settings import PretrainRecipe
+from trainer.data.shards.members import FACE_CROP
 from trainer.detection.build import preprocessing, rebuild, recipe_of
 from trainer.detection.saved_detector import load_detector
 from trainer.errors import ConfigError
@@ -44,7 +45,7 @@ def open_detector(source: str, init: str | None) -> tuple[Subject, dict[str, Any
         encoder=detector.encoder,
         mean=mean,
         std=std,
-        view=description["preprocessing"]["view"],
+        view=_view_of(description["preprocessing"]),
         colours=description["preprocessing"].get("colours", ""),
         detector=detector,
         calibration=(calibration.slope, calibration.offset),
@@ -157,6 +158,11 @@ def _facts(init: Init) -> dict[str, Any]:
         "Data": {"fingerprint": identity["data_fingerprint"], "shares": identity["data_shares"]},
         "Metrics": measured[-1] if measured else _UNKNOWN,
     }
+
+
+def _view_of(preprocessing: dict[str, Any]) -> str:
+    crop = preprocessing.get(FACE_CROP, "")
+    return (f"the square around the face ({crop}); " if crop else "") + str(preprocessing["view"])
 
 
 def _thresholds(thresholds: dict[str, float]) -> str:

@@ -19,6 +19,7 @@ from trainer.data.sources import byte_range_reader, find_sources, order_of, pixe
 from trainer.data.stream import Batch, fixed_stream
 from trainer.data.transforms.views import CenterView
 from trainer.detection.build import assemble_detector, build_detector, preprocessing_of, training_view
+from trainer.detection.cropping import check_same_crop, described_crop
 from trainer.detection.leakage import fingerprints_of
 from trainer.detection.saved_detector import restore, save_detector
 from trainer.detection.scoring import (
@@ -138,13 +139,15 @@ def check_sets(index: dict[str, ShardIndex], recipe: DetectorRecipe, runtime: De
         overlap: what the sets share although the user allowed it; empty where nothing.
 
     Raises:
-        DataError: labels are wrong or missing.
+        DataError: labels are wrong or missing, or images are cropped to faces in different ways.
         ConfigError: the sets overlap.
     """
     check_labels(index["data"], setting="--data", both=recipe.self_morph_share == 0)
+    described_crop(index["data"], setting="--data")  # refuses a mixture
     if "val_data" not in index:
         return ""
     check_labels(index["val_data"], setting="--val_data")
+    check_same_crop(index["data"], index["val_data"])
     shared = fingerprints_of(index["data"]).shared_with(fingerprints_of(index["val_data"]))
     if shared and not runtime.allow_overlap:
         raise ConfigError(
@@ -226,7 +229,7 @@ class BestDetector:
             description = self._origin | {
                 "step": step,
                 "recipe": to_dict(self._recipe),
-                "preprocessing": preprocessing_of(self._recipe),
+                "preprocessing": preprocessing_of(self._recipe) | described_crop(self._index["data"], setting="--data"),
                 "selection": {"data": self._runtime.val_data, "figures": figures} | self._chosen_by(),
                 "versions": versions(),
             }

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.transforms.faces import NO_FACE, SEVERAL_FACES, SMALL_FACE, TURNED_FACE
 from trainer.detection.scoring import SUCCESS, Scores
 from trainer.errors import ConfigError, DataError
 from trainer.files import read_json, readable, write_together
@@ -39,6 +40,8 @@ RETURN_CODES = {
     "unknown_range": "ParseError",
     "too_large": "RefuseInput",
     "too_small": "RefuseInput",
+    NO_FACE: "FaceDetectionError",
+    **dict.fromkeys((SEVERAL_FACES, SMALL_FACE, TURNED_FACE), "RefuseInput"),
 }
 """Reason -> NIST's return code; any other reason is an ExtractError."""
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from trainer.data.transforms import selfmorph
 from trainer.data.transforms.decode import Scratch, decode_image, upright_jpeg_size
+from trainer.data.transforms.faces import FaceCropping, crop_face
 from trainer.data.transforms.resize import Resize, resize_into, resized
 from trainer.seeds import Purpose, uniforms
 
@@ -268,7 +269,13 @@ class DetectorView:
 
 
 class CenterView:
-    """Resize the shorter side and cut the centre: the same view of an image every time, fully decoded."""
+    """Resize the shorter side and cut the centre: the same view of an image every time, fully decoded.
+
+    Args:
+        size: side of the view [pixels].
+        pixels: how images are decoded and scaled.
+        crop: crop each photograph to its face first; None for whole ones, and for shards that are cropped already.
+    """
 
     descriptions: typing.ClassVar[dict[Resize, str]] = {
         "antialias": "shorter side to the size, antialiased bicubic as Pillow's, then the centre; RGB; decoded in full",
@@ -276,8 +283,9 @@ class CenterView:
     }
     """What a detector records of its view of test images."""
 
-    def __init__(self, *, size: int, pixels: Pixels = AS_STORED) -> None:
-        self.size, self._srgb = size, pixels.srgb
+    def __init__(self, *, size: int, pixels: Pixels = AS_STORED, crop: FaceCropping | None = None) -> None:
+        self.size, self._crop = size, crop
+        self.srgb = pixels.srgb or crop is not None  # crops are stored in sRGB
         self._former: A.Compose | None = None
         if pixels.resize == "former":
             scale = A.SmallestMaxSize(max_size=size, interpolation=cv2.INTER_AREA)
@@ -293,11 +301,17 @@ class CenterView:
 
     def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> list[int]:
         """Decode one image and write its centre."""
-        out_RSSC[...] = self.of_pixels(decode_image(photo.payload, srgb=self._srgb))
+        out_RSSC[...] = self.of_pixels(decode_image(photo.payload, srgb=self.srgb))
         return [photo.label] * len(draws_RK)
 
     def of_pixels(self, image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the view (S, S, 3) of an image that is decoded already."""
+        """Return the view (S, S, 3) of an image that is decoded already, upright.
+
+        Raises:
+            SampleError: it is to be cropped, but has no usable face.
+        """
+        if self._crop is not None:
+            image_HWC = crop_face(image_HWC, self._crop.margin).image_HWC
         seen_SSC = self._former(image=image_HWC)["image"] if self._former else self._centre(image_HWC)
         return np.asarray(seen_SSC, dtype=np.uint8)
 

@@ -12,8 +12,8 @@ Writes OUTPUT, in the order of the images, with the columns of NIST's FATE MORPH
     faceBox      empty
 
 A detector that was trained on cropped faces (tools/make_shards.py --face_crop) crops each photograph in the same way.
-A photograph that cannot be read, or has no usable face then, is a row. After a kill, the same command goes on and writes the same file. OUTPUT.json
-says what the scores depend on. Start it with deepspeed to score on several ranks.
+A photograph that cannot be read, or has no usable face then, is a row. After a kill, the same command goes on and
+writes the same file. OUTPUT.json says what the scores depend on. Start it with deepspeed to score on several ranks.
 
 Usage: python launch/detect.py --model runs/detector --images photo.jpg|FOLDER|list.csv|'shards/*.tar'
 

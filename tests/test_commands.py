@@ -278,6 +278,35 @@ def settings_file(place: Path) -> None:
     (place / "base.yaml").write_text(textwrap.dedent(shown))
 
 
+def published_sets(place: Path) -> None:
+    """Data sets as published, few images of each: 40 people of SMDD, and 6 of FRLL."""
+    if (place / "sets").exists():
+        return
+    for person in range(40):
+        _photograph(place / f"sets/SMDD/os25k_bf_t/img{person:06d}.png", 2000 + person, 0)
+        _photograph(place / f"sets/SMDD/m15k_t/morphed_img{person:06d}_img{(person + 1) % 40:06d}.png", person, 7)
+    frll = place / "sets/FRLL-Morphs/facelab_london"
+    tools = [f"morph_{tool}" for tool in ("amsl", "facemorpher", "opencv", "stylegan", "webmorph")]
+    mad22 = [place / "sets/MAD22" / tool for tool in ("FaceMorpher", "MIPGAN_I", "MIPGAN_II", "OpenCV", "Webmorph")]
+    mordiff = [place / "sets/MorDIFF" / name for name in ("morphs_neutral", "morphs_smiling")]
+    for person in range(1, 7):
+        for folder, shot in ((frll / "raw", "03"), (frll / "raw", "08"), (place / "sets/MAD22/BonaFide", "08")):
+            _photograph(folder / f"{person:03d}_{shot}.jpg", 3000 + person, int(shot))
+        other = person % 6 + 1
+        for number, folder in enumerate(frll / tool for tool in tools):
+            _photograph(folder / f"{person:03d}_{other:03d}.jpg", person, 20 + number)
+        for number, folder in enumerate([*mad22, *mordiff]):
+            _photograph(folder / f"{person:03d}_08-vs-{other:03d}_08.jpg", person, 30 + number)
+
+
+def compared_with_papers(place: Path, out: str) -> None:
+    """The field's table: each tool, worst and mean, and rows of papers with their source."""
+    for tool in ("amsl", "mipgan_ii", "mordiff", "worst", "mean", "BSCER@MACER=0.01", "BSCER@MACER=0.20"):
+        assert tool in out, out[-3000:]
+    assert len(re.findall(r"^MADation ViT-B/16 .* 5\.76 .*arXiv 2501\.03800$", out, re.MULTILINE)) == 1
+    holds("results/protocol/*_report.html")(place, out)
+
+
 STARTED = re.compile(r"\d+ steps of [\d,]+ images").pattern
 ALONE = Expected()
 PLANNED = Expected(planned)
@@ -382,6 +411,34 @@ EXPECTED: dict[str, Expected] = {
     "python tools/plan_run.py --recipe mae_vit_large --nodes 8 --gpus 8 --hardware h100 --images 300000000": Expected(
         says("ZeRO", "images/s")
     ),
+    "python tools/splits.py --source sets/SMDD --layout smdd --shares 0.9,0.1,0 --output_dir splits-smdd": Expected(
+        holds("splits-smdd/train.csv", "splits-smdd/dev.csv"), before=published_sets
+    ),
+    "python tools/make_shards.py --source splits-smdd/train.csv --output_dir detect/smdd-train": Expected(
+        packed("detect/smdd-train")
+    ),
+    "python tools/make_shards.py --source splits-smdd/dev.csv --output_dir detect/smdd-dev": Expected(
+        packed("detect/smdd-dev")
+    ),
+    "python tools/make_shards.py --source sets/FRLL-Morphs/facelab_london --layout frll "
+    "--output_dir detect/frll": Expected(packed("detect/frll", 12 + 5 * 6), before=published_sets),
+    "python tools/make_shards.py --source sets/MAD22 --layout mad22 --output_dir detect/mad22": Expected(
+        packed("detect/mad22", 6 + 5 * 6), before=published_sets
+    ),
+    "python tools/make_shards.py --source sets/MorDIFF --layout mordiff --output_dir detect/mordiff": Expected(
+        packed("detect/mordiff", 2 * 6), before=published_sets
+    ),
+    "deepspeed launch/finetune.py --recipe lora --init runs/base --data 'detect/smdd-train/*.tar' "
+    "--val_data 'detect/smdd-dev/*.tar' --output_dir runs/smdd": Expected(
+        holds("runs/smdd/detector/detector.json"), before=pretrained
+    ),
+    "python launch/evaluate.py --models 'lora=runs/smdd' "
+    "--test_sets 'frll=detect/frll/*.tar;mad22=detect/mad22/*.tar,detect/mordiff/*.tar' "
+    "--output_dir results/protocol": Expected(compared_with_papers),
+    "python tools/make_shards.py --source splits-smdd/train.csv --only bonafide "
+    "--output_dir detect/smdd-bonafide": Expected(packed("detect/smdd-bonafide")),
+    "deepspeed launch/finetune.py --recipe selfmad --init runs/base --data 'detect/smdd-bonafide/*.tar' "
+    "--val_data 'detect/smdd-dev/*.tar'": Expected(holds("runs/selfmad/detector/detector.json"), before=pretrained),
     "python tools/demo/orl_faces.py demo/orl": Expected(holds("demo/orl/train.csv", "demo/orl/val.csv")),
     "python tools/submit.py --nodes 8 --gpus 8 --time 48:00:00 --recipe mae_vit_large --micro_batch 64 "
     "--data shards/train --output_dir runs/large --dry_run": DRY,
@@ -417,6 +474,7 @@ ELSEWHERE = {
     "python tools/demo/picture.py demo": "tests/tools/test_picture.py, and the end of make demo",
     "make curves": "twenty minutes of training",
     "python tools/demo/orl_morphs.py demo/detect": "tests/tools/test_make_morphs.py, and a minute of blending",
+    "deepspeed launch/finetune.py --recipe madation": "needs a network; tests/detection/test_published_recipes.py",
     "sbatch ": "tests/cluster/test_slurm.py",
     "deepspeed --hostfile": "tests/cluster/test_hosts.py",
     "python launch/doctor.py --hostfile ": "tests/cluster/test_hosts.py",

@@ -11,7 +11,7 @@ with a plain suffix is kept, or the one that --image_member names.
 --folder_labels makes classes of the first folders: bonafide is 0, morph (or attack) is 1, and --label_map maps other
 names. The mapping is always printed.
 
---layout reads published data sets as they are on disk: label, both identities, morphing tool
+--layout reads published data sets as they are on disk (tools/PROTOCOLS.md): label, both identities, morphing tool
 and source of each image come from its folder and name.
 
 --max_side and --encode write images again: upright, in sRGB, without metadata. That destroys traces which a morph

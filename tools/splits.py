@@ -4,9 +4,10 @@ People are assigned to splits, and an image goes to the split of the people in i
 are in different splits, the morph is dropped and listed in OUTPUT/dropped.csv. The assignment depends only on the seed,
 the shares and the set of people, not on the order of rows or files.
 
-The people of an image come from one of: columns identity and identity_2 of the manifest; --identities, a CSV with
-columns path, identity and optional identity_2; or --identity_pattern on each path. Paths are those of the manifest, or
-relative to the source folder. Use the same names in all sets that you join: '1' and '001' are two people here.
+The people of an image come from one of: --layout, for a published data set as it is on disk (tools/PROTOCOLS.md);
+columns identity and identity_2 of the manifest; --identities, a CSV with columns path, identity and optional
+identity_2; or --identity_pattern on each path. Paths are those of the manifest, or relative to the source folder. Use
+the same names in all sets that you join: '1' and '001' are two people here.
 
 Usage: python tools/splits.py --source FOLDER_OR_CSV --output_dir FOLDER [--name value]
 
@@ -32,9 +33,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from trainer.config.command_line import CommandLine
 from trainer.config.settings import check_types
+from trainer.data.writing.layouts import read_layout
 from trainer.data.writing.manifest import read_table
 from trainer.data.writing.source_images import Entry, names_tars, plain_text, read_source
 from trainer.errors import ConfigError
@@ -74,6 +77,8 @@ class Settings:
     """Keep people together who are linked through morphs, so that nothing is dropped; refused where too many are."""
     folder_labels: bool = False
     """Make classes of the folders of the first level: bonafide 0, morph or attack 1, others as label_map says."""
+    layout: Literal["none", "smdd", "frll", "frgc_feret", "mad22", "mordiff", "lma", "folders"] = "none"
+    """Published data set that source is, as make_shards takes it: people, labels and tools come from its file names."""
     label_map: str | None = None
     """Numbers of classes, as 'real=0,fake=1'; or sorted, for numbers in the order of the names."""
 
@@ -82,6 +87,11 @@ class Settings:
         parse_shares(self.shares)
         if self.identity_pattern is not None:
             compile_pattern(self.identity_pattern)
+        if self.layout != "none" and (self.folder_labels or self.identities or self.identity_pattern):
+            raise ConfigError(
+                f"layout is {self.layout}, which names people and labels: take no folder_labels, identities or "
+                "identity_pattern with it"
+            )
         if self.identities is not None and self.identity_pattern is not None:
             raise ConfigError(f"identities is {self.identities!r}, but identity_pattern is set too: keep one of them")
 
@@ -214,7 +224,7 @@ def read_photos(settings: Settings) -> list[Photo]:
     for one, two in itertools.pairwise(entries):
         if one.path == two.path:
             raise ConfigError(f"source {source} lists {one.path} more than once: keep one of the rows")
-    identities_of, remedy = _identities_by(settings, has_column="identity" in entries[0].metadata)
+    identities_of, remedy = _identities_by(settings, has_column=any("identity" in entry.metadata for entry in entries))
     root = source.parent if source.is_file() else source
     photos = [Photo(entry, identities_of(_name_below(root, entry.path), entry)) for entry in entries]
     _report_unused(settings, {_name_below(root, entry.path) for entry in entries})
@@ -228,7 +238,10 @@ def _entries_of(settings: Settings) -> list[Entry]:
     """Read the source and print what is left out of it."""
     if names_tars(settings.source):
         raise ConfigError(f"source is {settings.source!r}, but tars cannot be split: name a folder or a CSV file")
-    source = read_source(settings.source, folder_labels=settings.folder_labels, label_map=settings.label_map)
+    if settings.layout != "none":
+        source = read_layout(settings.layout, settings.source, label_map=settings.label_map)
+    else:
+        source = read_source(settings.source, folder_labels=settings.folder_labels, label_map=settings.label_map)
     print(source.describe())
     for entry in source.entries:
         if plain_text(str(entry.path)) != str(entry.path):
@@ -256,7 +269,8 @@ def _identities_by(settings: Settings, *, has_column: bool) -> tuple[IdentitiesO
     if has_column and flag is not None:
         raise ConfigError(f"{flag} is set, but source {settings.source} has a column identity: keep one of them")
     if has_column:
-        return lambda _, entry: _people(entry.metadata), "fill its column identity"
+        remedy = "name it as published, or move it away" if settings.layout != "none" else "fill its column identity"
+        return lambda _, entry: _people(entry.metadata), remedy
     if settings.identities is not None:
         known = read_identities(Path(settings.identities))
         return lambda name, _: known.get(name, ()), f"add its path to {settings.identities}"
@@ -351,7 +365,7 @@ def _row(photo: Photo) -> dict[str, str]:
     label = "" if photo.entry.label is None else str(photo.entry.label)
     first, second = (*photo.identities, "")[:2]
     own = {"path": str(photo.entry.path.absolute()), "key": photo.entry.key, "label": label}
-    others = {name: value for name, value in photo.entry.metadata.items() if name != "path"}
+    others = {name: value for name, value in photo.entry.metadata.items() if name != "path" and isinstance(value, str)}
     return own | others | {"identity": first, "identity_2": second}
 
 
@@ -361,7 +375,8 @@ def _splits_of(photo: Photo, split_of: dict[str, str]) -> dict[str, str]:
 
 def _write_csv(path: Path, rows: list[dict[str, str]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["path", "key", "label", "identity", "identity_2"])
+        columns = dict.fromkeys(name for row in rows for name in row)  # only morphs of a layout have a tool
+        writer = csv.DictWriter(file, list(columns) or ["path", "key", "label", "identity", "identity_2"])
         writer.writeheader()
         writer.writerows(rows)
 

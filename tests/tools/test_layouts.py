@@ -10,8 +10,11 @@ import pytest
 
 from tests.helpers.shards import jpeg
 from tools.make_shards import Settings, make_shards
+from tools.splits import Settings as SplitSettings
+from tools.splits import make_splits
 from trainer.data.shards.index import list_shards, open_index
 from trainer.data.writing.layouts import People, people_of, read_layout
+from trainer.data.writing.source_images import read_manifest
 from trainer.detection.scoring import truth_of
 from trainer.errors import ConfigError
 
@@ -222,7 +225,9 @@ def test_settings_that_say_the_same_twice_are_refused(changes: dict[str, Any]) -
         ("04424d82-vs-04559d102", People("frgc", "frgc/04424", "frgc/04559")),
         ("00002_930831_fa_00029_930831_fb", People("feret", "feret/00002", "feret/00029")),
         ("portrait", None),
-        ("001_04", None),
+        ("001_0", None),
+        ("001_03_morph_045_02", People("frll", "frll/001", "frll/045")),
+        ("02463d252.png_vs_04494d50", People("frgc", "frgc/02463", "frgc/04494")),
     ],
 )
 def test_people_are_read_from_file_names(stem: str, expected: People | None) -> None:
@@ -240,3 +245,17 @@ def test_only_bona_fides_are_packed_and_the_morphs_are_counted(tmp_path: Path) -
     again = same | {"source": str(tmp_path / "out" / "*.tar"), "output_dir": str(tmp_path / "again"), "only": "morph"}
     with pytest.raises(ConfigError, match=r"only is 'morph', but .* no image of that class"):
         make_shards(Settings(**again))
+
+
+def test_a_layout_is_split_by_people_and_its_parts_are_packed_with_their_tools(tmp_path: Path) -> None:
+    bona_fides = [f"os25k_bf_t/img{n:06d}.png" for n in range(40)]
+    morphs = [f"m15k_t/morphed_img{n:06d}_img{n + 1:06d}.png" for n in range(39)]
+    root = grow(tmp_path / "SMDD", *bona_fides, *morphs)
+    make_splits(SplitSettings(source=str(root), layout="smdd", shares="0.5,0.5,0", output_dir=str(tmp_path / "parts")))
+    people = {}
+    for part in ("train", "dev"):
+        entries = read_manifest(tmp_path / "parts" / f"{part}.csv").entries
+        assert {entry.metadata["attack"] for entry in entries if entry.label == 1} == {"opencv"}
+        people[part] = {entry.metadata[name] for entry in entries for name in ("identity", "identity_2")} - {""}
+    assert len(people["train"] | people["dev"]) == 40
+    assert not people["train"] & people["dev"]

@@ -67,9 +67,9 @@ _PHOTOGRAPHS: dict[str, str] = {
     "smdd": r"(img\d+)",
     "frgc": r"(\d{4,6})d\d+",
     "feret": r"(\d{5})(?:[a-z]{2}\d{3}[a-z]?)?_\d{6}(?:_[a-z]{2})?(?:_[a-z])?",
-    "frll": r"(\d{3})(?:_(?:03|08))?",
+    "frll": r"(\d{3})(?:_\d{2})?",
 }
-_BETWEEN = r"(?:-vs-|_vs_|_and_|-|_)"
+_BETWEEN = r"(?:\.\w+)?(?:-vs-|_vs_|_and_|_morph_|-|_)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -438,7 +438,7 @@ EXPECTED: dict[str, Expected] = {
     "python tools/make_shards.py --source splits-smdd/train.csv --only bonafide "
     "--output_dir detect/smdd-bonafide": Expected(packed("detect/smdd-bonafide")),
     "deepspeed launch/finetune.py --recipe selfmad --init runs/base --data 'detect/smdd-bonafide/*.tar' "
-    "--val_data 'detect/smdd-dev/*.tar'": Expected(holds("runs/selfmad/detector/detector.json"), before=pretrained),
+    "--val_data 'detect/smdd-dev/*.tar'": Expected(stop_after=STARTED, before=pretrained),  # 200 epochs
     "python tools/demo/orl_faces.py demo/orl": Expected(holds("demo/orl/train.csv", "demo/orl/val.csv")),
     "python tools/submit.py --nodes 8 --gpus 8 --time 48:00:00 --recipe mae_vit_large --micro_batch 64 "
     "--data shards/train --output_dir runs/large --dry_run": DRY,

@@ -138,7 +138,7 @@ def detector(folder: Path, init: Path, *, decision: Decision = UNCALIBRATED, dat
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
     torch.manual_seed(0)  # of the adapters' dropout
     for _ in range(3):
-        model.train()(IMAGES, torch.tensor([0, 1, 1]), torch.zeros(3, 1)).backward()
+        model.train()(IMAGES, torch.tensor([0, 1, 1]), torch.zeros(3, model.num_draws)).backward()
         optimizer.step()
     description = {
         "recipe": to_dict(recipe),

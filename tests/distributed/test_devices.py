@@ -89,3 +89,16 @@ def test_a_job_that_was_given_gpus_does_not_compute_on_the_cpu(
 )
 def test_a_gpu_gets_the_peak_of_its_own_data_sheet(name: str, peak: float | None) -> None:
     assert dense_bf16_peak(name) == peak
+
+
+def test_numbers_that_deepspeeds_launcher_gives_its_ranks_are_no_gpus(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("CUDA_VISIBLE_DEVICES", "0"), ("CROSS_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    for name in ("DS_ACCELERATOR", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.unusable_gpus(tmp_path) == ""
+    monkeypatch.delenv("CROSS_RANK")
+    assert "CUDA_VISIBLE_DEVICES is '0'" in devices.unusable_gpus(tmp_path)

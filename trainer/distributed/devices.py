@@ -103,7 +103,9 @@ def unusable_gpus(devices: Path = Path("/dev")) -> str:
     """
     hidden = "CUDA_VISIBLE_DEVICES" in os.environ and os.environ["CUDA_VISIBLE_DEVICES"].strip() in _NO_GPU
     files = sorted(path.name for path in devices.glob("nvidia[0-9]*"))
-    given = "CUDA_VISIBLE_DEVICES" if os.environ.get("CUDA_VISIBLE_DEVICES") else ""
+    # DeepSpeed's launcher numbers its ranks in CUDA_VISIBLE_DEVICES on hosts without GPUs as well (launcher/launch.py).
+    from_job = os.environ.get("CUDA_VISIBLE_DEVICES") and "CROSS_RANK" not in os.environ
+    given = "CUDA_VISIBLE_DEVICES" if from_job else ""
     given = given or ("SLURM_GPUS_ON_NODE" if os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0" else "")
     wanted = (files or given) and not hidden and not os.environ.get("DS_ACCELERATOR")
     if not wanted or torch.cuda.is_available():

@@ -282,7 +282,7 @@ def test_two_ranks_with_uneven_shares_measure_what_one_does(tmp_path: Path) -> N
     expected = d_eer(error_curve(scores, labels)).value
     assert ranks[0][:2] == ranks[1][:2] == pytest.approx([expected, expected])
     logits = np.where(np.arange(25) == 6, np.nan, scores)  # sample 3 came twice: the first rank's score counts
-    codes = ["unreadable" if i == 6 else "Success" for i in range(25)]
+    codes = ["corrupt" if i == 6 else "Success" for i in range(25)]
     assert ranks[0][2] == ranks[1][2] == [list(range(25)), [x.hex() for x in logits.tolist()], codes]
 
 

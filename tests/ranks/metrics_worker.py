@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.detection.scoring import Scores, over_ranks
+from trainer.detection.scoring import SUCCESS, Scores, over_ranks
 from trainer.detection.torch_metrics import DEER
 from trainer.distributed.world import World
 
@@ -27,7 +27,8 @@ for shares in (([*range(10), 24, 3], list(range(8, 25))), (list(range(25)), []))
     found.append(metric.compute().item())
 logits = np.where(np.arange(25) == 6, np.nan, scores)
 mine = np.array([[*range(10), 24], [*range(10, 25), 3]][rank])
-joined = over_ranks(Scores(mine, logits[mine] + rank * (mine == 3), [""] * len(mine)), World(rank, 2))
+codes = ["corrupt" if i == 6 else SUCCESS for i in mine.tolist()]
+joined = over_ranks(Scores(mine, logits[mine] + rank * (mine == 3), codes), World(rank, 2))
 found.append([joined.sample_N.tolist(), [x.hex() for x in joined.logit_N.tolist()], joined.code_N])
 Path(sys.argv[1], f"rank-{rank}.json").write_text(json.dumps(found))
 dist.destroy_process_group()

@@ -66,14 +66,14 @@ demo: $(INSTALLED)
 		--baselines demo/detect/baselines.json
 	$(BIN)/python tools/demo/picture.py demo
 
-# Two files at a time, in their order: tests/cluster comes first and mostly waits.
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two files at a time, in their order. tests/cluster comes first and mostly waits, so there is a third file beside it.
+PYTEST = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED)
-	$(PYTEST) -m "law or not slow"
+	$(PYTEST) -n 2 -m "law or not slow"
 
 test-all: test
-	$(PYTEST) -m "slow and not law"
+	$(PYTEST) -n $(if $(TRAINER_CLUSTER),3,2) -m "slow and not law"
 
 cluster: $(INSTALLED)
 	TRAINER_CLUSTER=1 $(BIN)/python -m pytest tests/cluster

@@ -287,3 +287,11 @@ def test_the_head_has_its_own_learning_rate() -> None:
     scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert {scales[id(p)] for p in model["head"].parameters()} == {10.0}
     assert {scales[id(p)] for p in model["encoder"].parameters()} == {1.0}
+
+
+def test_an_engine_in_bf16_rounds_no_table_of_mixing_weights() -> None:
+    layer, uniform_N = MixStyle(num_prefix=1, group=2), torch.linspace(0, 0.999, 500)
+    expected_N = layer.weights(uniform_N)
+    rounded_N = layer.bfloat16().weights(uniform_N)
+    assert rounded_N.dtype == torch.float32
+    assert torch.equal(rounded_N, expected_N)

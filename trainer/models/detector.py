@@ -21,7 +21,7 @@ from trainer.models.heads import CosineLayer, ProjectionHead
 from trainer.models.losses import margin_loss, weighted_cross_entropy
 from trainer.models.mask_utils import patchify
 from trainer.models.mixstyle import NUM_DRAWS as DRAWS_A_MIX
-from trainer.models.mixstyle import MixStyle, beta_quantiles, partners, quantile
+from trainer.models.mixstyle import BetaDraws, MixStyle, partners
 from trainer.models.pixel_statistics import statistics_on
 
 
@@ -72,8 +72,7 @@ class MorphDetector(nn.Module):
         self.head = build_head(encoder.width, head)
         self.mixstyle = nn.ModuleList(mixstyle or [])
         self._normalisation = normalisation
-        self._mixup: Tensor | None
-        self.register_buffer("_mixup", beta_quantiles(head.mixup_alpha) if head.mixup_alpha else None, persistent=False)
+        self._mixup = BetaDraws(head.mixup_alpha) if head.mixup_alpha else None
         self._keys = key_dropouts(self)
 
     @property
@@ -172,7 +171,7 @@ class MorphDetector(nn.Module):
     def _mix_up(self, pixels_BCHW: Tensor, labels_B: Tensor, draws_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Blend each image and its label with another's (Zhang et al. 2018, arXiv 1710.09412)."""
         assert self._mixup is not None
-        weight_B, partner_B = quantile(self._mixup, draws_BK[:, 2]), partners(draws_BK[:, 1], self.options.mix_group)
+        weight_B, partner_B = self._mixup(draws_BK[:, 2]), partners(draws_BK[:, 1], self.options.mix_group)
         truth_BC = F.one_hot(labels_B, 2).float()
         blended_BC = weight_B[:, None] * truth_BC + (1 - weight_B[:, None]) * truth_BC[partner_B]
         weight_B111 = weight_B[:, None, None, None]

@@ -38,15 +38,14 @@ class MixStyle(nn.Module):
     ) -> None:
         super().__init__()
         self._num_prefix, self._group, self._p, self._same_label = num_prefix, group, p, same_label
-        self._quantiles: Tensor
-        self.register_buffer("_quantiles", beta_quantiles(alpha), persistent=False)  # moves with the module
+        self.weights = BetaDraws(alpha)
 
     def forward(self, tokens_BTD: Tensor, draws_BK: Tensor, labels_B: Tensor) -> Tensor:
         """Mix in training; in evaluation return the tokens. Statistics are float32 and have no gradient."""
         if not self.training:
             return tokens_BTD
         prefix_BPD, patches_BND = tokens_BTD[:, : self._num_prefix], tokens_BTD[:, self._num_prefix :].float()
-        weight_B = torch.where(draws_BK[:, 0] < self._p, quantile(self._quantiles, draws_BK[:, 2]), 1.0)
+        weight_B = torch.where(draws_BK[:, 0] < self._p, self.weights(draws_BK[:, 2]), 1.0)
         partner_B = partners(draws_BK[:, 1], self._group, labels_B if self._same_label else None)
         with torch.no_grad():
             mean_B1D = patches_BND.mean(dim=1, keepdim=True)
@@ -57,6 +56,20 @@ class MixStyle(nn.Module):
         mixed_BND = (patches_BND - mean_B1D) / scale_B1D * new_scale_B1D + new_mean_B1D
         chosen_BND = torch.where(weight_B11 < 1, mixed_BND, patches_BND)  # an unmixed sample keeps its bits
         return torch.cat([prefix_BPD, chosen_BND.to(tokens_BTD.dtype)], dim=1)
+
+
+class BetaDraws(nn.Module):
+    """Draws of Beta(alpha, alpha) from uniform numbers; the table moves with the module, without a copy a step."""
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        # An engine in bf16 or fp16 casts buffers of floats, which would round the weights; it leaves integers alone.
+        self._bits: Tensor
+        self.register_buffer("_bits", beta_quantiles(alpha).view(torch.int32), persistent=False)
+
+    def forward(self, uniform_B: Tensor) -> Tensor:
+        """Return one float32 draw for each uniform number in [0, 1)."""
+        return quantile(self._bits.view(torch.float32), uniform_B)
 
 
 def beta_quantiles(alpha: float) -> Tensor:

@@ -62,6 +62,7 @@ setup(
         "pillow>=11",
         "numpy>=2.0",
         "scipy>=1.12",
+        "scikit-learn>=1.7",  # probes of features
         "peft>=0.21.2",
         "safetensors>=0.5",
         "matplotlib>=3.9",  # the report's DET curves
@@ -81,7 +82,7 @@ setup(
         "test": [
             *("pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "transformers>=5.23", "pyeer==0.5.6"),
             "pytorch-metric-learning>=2.9",
-            *("scikit-learn>=1.5", "onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2"),
+            *("onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2"),
             *("s3fs>=2024.6", "aiohttp>=3.9", "boto3", "moto>=5", "flask", "flask-cors", "rangehttpserver"),
         ],
         "dev": ["ruff", "mypy", "pre-commit", "codespell"],

@@ -1,0 +1,1 @@
+"""What a frozen encoder's features tell apart: kNN and linear probes, effective rank, verification."""

@@ -8,7 +8,7 @@ Shapes: B photographs of a batch, S image side [pixels].
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,6 +34,8 @@ class Photographs:
     """As the user wrote them, for the output."""
     note: str
     """How many there are, and what was left out."""
+    rows: list[dict[str, str]] = field(default_factory=list)
+    """Of a list, column -> text of each photograph; empty for a file or a folder."""
 
     def fingerprint(self) -> str:
         """Return a sha256 over names, sizes and times of change, so that another set is noticed."""
@@ -62,7 +64,7 @@ def find_photographs(images: str) -> Photographs:
     if path.is_file():
         rows = read_table(path, setting="images").rows
         paths = [path.parent / row["path"] for row in rows]
-        return Photographs(paths, [plain_text(row["path"]) for row in rows], f"{images}: {len(rows)} photographs")
+        return Photographs(paths, [plain_text(row["path"]) for row in rows], f"{images}: {len(rows)} photographs", rows)
     if not path.is_dir():
         raise ConfigError(
             f"images is {images!r}, but no such file or folder exists: name a photograph, a folder, a CSV with a "

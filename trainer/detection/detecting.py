@@ -7,24 +7,18 @@ computes every R-th batch that is not done, so a score depends neither on the nu
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from trainer.config.provenance import versions
 from trainer.config.settings import DetectionSettings
+from trainer.data.images import Images, open_images
 from trainer.data.loader import Loader
-from trainer.data.photographs import Photographs, find_photographs, photo_stream
-from trainer.data.shards.index import ShardIndex, describe_index, list_shards, open_index
-from trainer.data.stream import Stream, fixed_stream
-from trainer.data.transforms.views import CenterView
-from trainer.data.writing.source_images import names_tars
 from trainer.detection.detector import Detector
 from trainer.detection.error_rates import json_threshold
 from trainer.detection.score_file import Job, PartialFile, return_code, scores_of
@@ -35,46 +29,6 @@ from trainer.distributed.world import World
 from trainer.progress import Progress
 
 
-@dataclass(frozen=True, slots=True)
-class Images:
-    """The images to score: files, or samples of shards."""
-
-    source: Photographs | ShardIndex
-
-    def __len__(self) -> int:
-        return len(self.source.paths) if isinstance(self.source, Photographs) else len(self.source)
-
-    @property
-    def note(self) -> str:
-        """How many there are, and what was left out."""
-        return self.source.note if isinstance(self.source, Photographs) else describe_index(self.source)
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the set of images and their content."""
-        return self.source.fingerprint() if isinstance(self.source, Photographs) else self.source.fingerprint
-
-    def names(self) -> Iterator[str]:
-        """Yield the name of each: the path of a file, or SHARD/KEY."""
-        if isinstance(self.source, Photographs):
-            yield from self.source.names
-        else:
-            for ref in self.source.samples(np.arange(len(self.source))):
-                yield f"{ref.shard}/{ref.key}"
-
-    def view(self, detector: Detector) -> CenterView:
-        """Return how a detector sees them; raises as `Detector.view` and `Detector.view_of`."""
-        if isinstance(self.source, Photographs):
-            return detector.view
-        return detector.view_of(self.source, setting="--images")
-
-    def stream(self, samples: list[int], view: CenterView, *, batch: int) -> Stream:
-        """Build one pass over some of them."""
-        if isinstance(self.source, Photographs):
-            return photo_stream(self.source, samples, view, batch=batch)
-        return fixed_stream(self.source, samples, view, batch=batch, noise_per_sample=0, substitute=False)
-
-
 def detect(settings: DetectionSettings) -> Path:
     """Score every image and write the file of scores; returns its path. All ranks call.
 
@@ -83,7 +37,9 @@ def detect(settings: DetectionSettings) -> Path:
     """
     refuse_unusable_gpus()
     world = join_ranks(settings.num_threads)
-    images = open_images(settings, world)
+    images = open_images(settings.images, world, index_dir=settings.index_dir, image_member=settings.image_member)
+    if world.is_main:
+        print(images.note)
     detector = world.together(lambda: Detector.load(settings.model, init=settings.init))
     world.together(lambda: detector.check_threshold(settings.threshold))
     world.together(lambda: images.view(detector))  # refuses images that were cropped otherwise
@@ -98,28 +54,6 @@ def detect(settings: DetectionSettings) -> Path:
         world.on_main(lambda: finish(detector, images, job, scores, settings))
     leave_ranks(world)
     return job.output
-
-
-def open_images(settings: DetectionSettings, world: World) -> Images:
-    """List the files, or open the shards, on rank 0 first.
-
-    Raises:
-        ConfigError: there is no image.
-    """
-
-    def find() -> Images:
-        if not names_tars(settings.images):
-            return Images(find_photographs(settings.images))
-        shards = list_shards(settings.images, setting="--images")
-        index_dir = Path(settings.index_dir) if settings.index_dir else None
-        return Images(open_index(shards, index_dir=index_dir, image_member=settings.image_member))
-
-    found: list[Images] = []
-    world.on_main(lambda: found.append(find()))
-    images = world.together(lambda: found[0] if found else find())
-    if world.is_main:
-        print(images.note)
-    return images
 
 
 def describe_job(detector: Detector, fingerprint: str, num_images: int, settings: DetectionSettings) -> dict[str, Any]:

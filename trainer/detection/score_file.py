@@ -13,10 +13,8 @@ Column names are those of NIST's FATE MORPH, API 2.1: imageLabel, isMorph, score
 """
 
 import csv
-import fcntl
 import io
 import json
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +25,8 @@ import numpy as np
 
 from trainer.data.transforms.faces import NO_FACE, SEVERAL_FACES, SMALL_FACE, TURNED_FACE
 from trainer.detection.scoring import SUCCESS, Scores
-from trainer.errors import ConfigError, DataError
+from trainer.errors import DataError
+from trainer.fault_tolerance.jobs import open_alone, refuse_other_job
 from trainer.files import read_json, readable, write_together
 
 COLUMNS = ("path", "imageLabel", "score", "isMorph", "returnCode", "reason", "faceBox")
@@ -44,9 +43,6 @@ RETURN_CODES = {
     **dict.fromkeys((SEVERAL_FACES, SMALL_FACE, TURNED_FACE), "RefuseInput"),
 }
 """Reason -> NIST's return code; any other reason is an ExtractError."""
-logger = logging.getLogger(__name__)
-
-_NAMES = {"images": "other images, or changed ones", "detector": "another detector"}
 
 
 def return_code(reason: str) -> str:
@@ -88,15 +84,7 @@ class Job:
         return True
 
     def _compare(self, found: Mapping[str, Any], path: Path) -> None:
-        differing = [name for name, value in self.description.items() if found.get(name) != value]
-        if not found or differing:
-            what = "is not of this command"
-            if found:
-                name = differing[0]
-                values = f"{name} {found.get(name)!r} instead of {self.description[name]!r}"
-                what = f"is of {_NAMES.get(name, values)}"
-            where = "it" if path == self.output else path.name
-            raise ConfigError(f"output is {self.output}, but {where} exists and {what}: name another, or remove it")
+        refuse_other_job(self.description, found, setting="output", output=self.output, path=path)
 
     def read_partials(self) -> dict[int, dict[str, Any]]:
         """Return batch -> its line of an earlier start, and drop lines that a kill has cut.
@@ -145,21 +133,7 @@ class PartialFile:
         Raises:
             ConfigError: the folder cannot be written, or another command writes the same output.
         """
-        path = job.partial(rank)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab")
-        except OSError as error:
-            raise ConfigError(
-                f"output is {job.output}, but {path} cannot be written ({error.strerror}): name another file"
-            ) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise ConfigError(f"output is {job.output}, but another command writes it now: wait for its end") from error
-        except OSError as error:  # Lustre without -o flock, for example: it works as well without the lock
-            logger.warning("%s cannot be locked (%s): start no second command for it", path, error.strerror)
+        self._file = open_alone(job.partial(rank), setting="output", output=job.output)
         self._job = job
 
     def begin(self) -> None:

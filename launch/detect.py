@@ -9,11 +9,14 @@ Writes OUTPUT, in the order of the images, with the columns of NIST's FATE MORPH
     isMorph      whether the score is at least the detector's threshold
     returnCode   Success, ParseError (damaged), RefuseInput (too large or small), InputLocationError (no file) ...
     reason       why there is no score
-    faceBox      empty
+    faceBox      left, top, right and bottom of the face that was cropped, in the upright photograph [pixels]
 
 A detector that was trained on cropped faces (tools/make_shards.py --face_crop) crops each photograph in the same way.
-A photograph that cannot be read, or has no usable face then, is a row. After a kill, the same command goes on and
-writes the same file. OUTPUT.json says what the scores depend on. Start it with deepspeed to score on several ranks.
+Then a photograph without a face (no_face), with several_faces, a small_face or a turned_face is a row without a score,
+as one that cannot be read is. Any other detector sees photographs whole, and faceBox stays empty.
+
+After a kill, the same command goes on and writes the same file. OUTPUT.json says what the scores depend on. Start it
+with deepspeed to score on several ranks.
 
 Usage: python launch/detect.py --model runs/detector --images photo.jpg|FOLDER|list.csv|'shards/*.tar'
 

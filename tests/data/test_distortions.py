@@ -271,9 +271,9 @@ def test_a_self_morph_without_displacement_is_an_altered_copy_and_the_field_move
 def test_the_view_turns_the_given_share_of_bona_fides_into_attacks() -> None:
     view = DetectorView(size=32, crop_scale=(0.8, 1.0), flip_probability=0.5, seed=0, self_morph_share=0.3)
     out, payload = np.empty((32, 32, 3), np.uint8), jpeg(3, 60, 50)
-    labels = [view(Photo(payload, 0), mine[None], out[None])[0] for mine in view.draw(range(400))]
+    labels = [view(Photo(payload, 0), mine[None], out[None]).labels[0] for mine in view.draw(range(400))]
     assert 0.22 < np.mean(labels) < 0.38
-    assert {view(Photo(payload, 1), mine[None], out[None])[0] for mine in view.draw(range(20))} == {1}
+    assert {view(Photo(payload, 1), mine[None], out[None]).labels[0] for mine in view.draw(range(20))} == {1}
     wanting = [view.wants_landmarks(0, mine) for mine in view.draw(range(400))]
     assert wanting == [bool(label) for label in labels]
 

@@ -132,6 +132,20 @@ def test_a_detector_of_crops_gives_whole_photographs_the_scores_of_their_crops(t
     with pytest.raises(SampleError, match="no_face"):
         detector.score(Image.new("RGB", (100, 100), (90, 80, 70)))
     assert return_code("no_face") == "FaceDetectionError"
+    command = {"model": str(tmp_path / "run"), "progress_bar": "false"}
+    for name, images in (("files", str(tmp_path / "test")), ("whole", whole), ("crops", crops["test"])):
+        output = {"images": images, "output": str(tmp_path / f"{name}.csv")}
+        done = launch(command | output, script="detect.py", ranks=2 if name == "whole" else 0)
+        assert done.returncode == 0, done.stderr[-3000:]
+    files, shards, cropped = (
+        list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
+        for name in ("files", "whole", "crops")
+    )
+    files = sorted(files, key=lambda row: Path(row["path"]).stem)
+    assert [row["score"] for row in sorted(shards, key=lambda row: row["path"])] == [row["score"] for row in files]
+    assert [row["faceBox"] for row in sorted(shards, key=lambda row: row["path"])] == [row["faceBox"] for row in files]
+    assert all(30 < float(row["faceBox"].split()[0]) < float(row["faceBox"].split()[2]) < 150 for row in files)
+    assert {row["faceBox"] for row in cropped} == {""}
     with pytest.raises(ConfigError, match=r"margin 1\.6"):
         evaluate(EvaluationSettings(**common, test_sets=f"t={wider}", output_dir=str(tmp_path / "never")))
     assert not (tmp_path / "never").exists()

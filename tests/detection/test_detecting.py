@@ -17,8 +17,10 @@ from PIL import Image
 
 from tests.helpers.runs import ROOT, argv_of, forks, launch
 from tests.helpers.shards import faces
+from tools.demo.orl_faces import find_faces
 from trainer.config.record import to_dict
 from trainer.config.settings import DetectionSettings, DetectorRecipe, EvaluationSettings
+from trainer.data.transforms.faces import FaceCropping, crop_face
 from trainer.detection import Detector
 from trainer.detection.build import build_detector, preprocessing_of
 from trainer.detection.detecting import detect
@@ -34,22 +36,26 @@ THRESHOLD = 0.5
 RECIPE = DetectorRecipe(model="vit_tiny_patch16_224", image_size=32, patch_size=8, encoder_depth=2)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def drawn_detector(output: Path, **preprocessing: str) -> Path:
     """A detector with drawn weights: its scores differ from image to image, and that is all that matters here."""
-    output = tmp_path_factory.mktemp("model") / "run"
     output.mkdir()
     model, _ = build_detector(RECIPE, None)
     torch.manual_seed(0)
     torch.nn.init.normal_(model.head.weight, std=2.0)
     description = {
-        "recipe": to_dict(RECIPE), "preprocessing": preprocessing_of(RECIPE), "step": 1, "data": "a.tar",
+        "recipe": to_dict(RECIPE), "preprocessing": preprocessing_of(RECIPE) | preprocessing,
+        "step": 1, "data": "a.tar",
         "init": {"source": "", "pretrained": False, "sha256": ""}, "selection": {"figures": None},
     }  # fmt: skip
     decision = Decision(Calibration(0.7, 0.1), {"d_eer": THRESHOLD, "macer_0.01": -np.inf})
     weights = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     save_detector(output / "detector", description, weights, decision, {}, lease=acquire(output, num_ranks=1))
     return output
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return drawn_detector(tmp_path_factory.mktemp("model") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +137,59 @@ def test_a_list_keeps_its_order_and_its_repeats_and_a_missing_file_is_a_row(
     assert [row["path"] for row in rows] == names
     assert [row["returnCode"] for row in rows] == ["Success", "InputLocationError", "Success", "Success"]
     assert rows[0]["score"] == rows[3]["score"] != rows[2]["score"]
+
+
+@pytest.fixture
+def portraits(tmp_path: Path) -> Path:
+    """Faces at known places of a wall: upright, turned by EXIF, on its side, two, none and tiny."""
+    folder, wall = tmp_path / "portraits", (110, 100, 90)
+    folder.mkdir()
+    one, two = (Image.open(find_faces() / f"s{person}" / "1.pgm").convert("RGB") for person in (1, 2))
+    alone = Image.new("RGB", (180, 200), wall)
+    alone.paste(one, (60, 50))
+    alone.save(folder / "a_upright.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    alone.rotate(90, expand=True).save(folder / "b_exif.png", exif=turned)  # stored on its side, and upright by EXIF
+    alone.rotate(90, expand=True).save(folder / "c_side.png")
+    couple = Image.new("RGB", (200, 112), wall)
+    couple.paste(one, (0, 0))
+    couple.paste(two, (100, 0))
+    couple.save(folder / "d_couple.png")
+    Image.new("RGB", (180, 200), wall).save(folder / "e_nobody.png")
+    tiny = Image.new("RGB", (180, 200), wall)
+    tiny.paste(one.resize((46, 56)), (60, 50))
+    tiny.save(folder / "f_tiny.png")
+    alone.save(folder / "g_upright.jp2", irreversible=False)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_detector_of_crops_tells_where_the_face_is_and_why_there_is_none(portraits: Path, tmp_path: Path) -> None:
+    model = drawn_detector(tmp_path / "run", face_crop=str(FaceCropping(1.3)))
+    detect(settings_of(model, portraits, tmp_path / "out.csv", num_workers=2, micro_batch=2))
+    detect(settings_of(model, portraits, tmp_path / "out.jsonl"))
+    rows = {Path(row["path"]).stem: row for row in rows_of(tmp_path / "out.csv")}
+    assert {name: (row["returnCode"], row["reason"]) for name, row in rows.items()} == {
+        "a_upright": ("Success", ""),
+        "b_exif": ("Success", ""),
+        "c_side": ("RefuseInput", "turned_face"),
+        "d_couple": ("RefuseInput", "several_faces"),
+        "e_nobody": ("FaceDetectionError", "no_face"),
+        "f_tiny": ("RefuseInput", "small_face"),
+        "g_upright": ("Success", ""),
+    }
+    left, top, right, bottom = box = [float(edge) for edge in rows["a_upright"]["faceBox"].split()]
+    assert 60 < left < 90 < 120 < right < 152, "the face lies inside the 92 x 112 pixels pasted at (60, 50)"
+    assert 50 < top < 95 < 130 < bottom < 163
+    assert box == [
+        round(edge, 1) for edge in crop_face(np.array(Image.open(portraits / "a_upright.png")), 1.3).face_box
+    ]
+    assert rows["b_exif"]["faceBox"] == rows["g_upright"]["faceBox"] == rows["a_upright"]["faceBox"]
+    assert rows["b_exif"]["score"] == rows["a_upright"]["score"]
+    assert {rows[name]["faceBox"] for name in rows if rows[name]["reason"]} == {""}
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["faceBox"] for line in lines] == [box, box, None, None, None, None, box]
 
 
 def test_a_path_an_image_of_pillow_and_an_array_have_one_score(model: Path, shards: Path, folder: Path) -> None:

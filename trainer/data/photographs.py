@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from trainer.data.stream import Batch, ChosenRequests, Request, Stream
+from trainer.data.transforms.faces import Box
 from trainer.data.transforms.views import Photo, View
 from trainer.data.writing.image_files import as_trainable, read_suffixes
 from trainer.data.writing.manifest import read_table
@@ -105,10 +106,12 @@ class PhotoLoader:
         images_BSSC = torch.zeros((len(positions), size, size, 3), dtype=torch.uint8)
         rows_BSSC, draws_BK = images_BSSC.numpy(), self._view.draw(request.position_B)
         failures = [""] * len(positions)
+        boxes: list[Box | None] = [None] * len(positions)
         for i, position in enumerate(positions):
             one = slice(i, i + 1)
             try:
-                self._view(Photo(read_photograph(Path(self._paths[position]))), draws_BK[one], rows_BSSC[one])
+                photo = Photo(read_photograph(Path(self._paths[position])))
+                boxes[i] = self._view(photo, draws_BK[one], rows_BSSC[one]).face_box
             except SampleError as error:
                 failures[i], rows_BSSC[one] = error.reason, 0
         return Batch(
@@ -118,6 +121,7 @@ class PhotoLoader:
             keys=[self._paths[position] for position in positions],
             labels=[-1] * len(positions),
             failures=failures,
+            face_boxes=boxes,
         )
 
 

@@ -23,7 +23,8 @@ from trainer.data.byte_ranges import ByteRangeReader
 from trainer.data.order.plan import Located, Order, Plan, positions_of
 from trainer.data.shards.index import SampleRef, ShardIndex
 from trainer.data.shards.reader import ShardReader
-from trainer.data.transforms.views import Photo, View
+from trainer.data.transforms.faces import Box
+from trainer.data.transforms.views import Photo, Seen, View
 from trainer.errors import DataError, SampleError, TrainerError
 from trainer.seeds import Purpose, uniforms
 
@@ -86,6 +87,8 @@ class Batch:
     bad_keys: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     """For each sample why it could not be read, or ""; only for streams that substitute nothing."""
+    face_boxes: list[Box | None] = field(default_factory=list)
+    """For each sample the face that it was cropped to when it was loaded, in its photograph [pixels]."""
 
     def pin_memory(self) -> "Batch":
         """Move the tensors to page-locked memory; the DataLoader's pin thread calls this."""
@@ -213,6 +216,7 @@ class BatchLoader:
         draws_BK, rows_BSSC = self._view.draw(position_B), images_BSSC.numpy()
         landmarks = self._landmarks(read, draws_BK)
         keys, labels, failures = [], [], [""] * len(position_B)
+        boxes: list[Box | None] = []
         for i, (ref, payload) in enumerate(zip(read, payloads, strict=True)):
             mine = slice(i * repeats, (i + 1) * repeats)
             try:
@@ -223,9 +227,10 @@ class BatchLoader:
                 if self._options.substitute:
                     ref, seen = self._substitute(int(position_B[mine.start]), bad, draws_BK[mine], rows_BSSC[mine])
                 else:
-                    failures[mine], rows_BSSC[mine], seen = [error.reason] * repeats, 0, [ref.label] * repeats
+                    failures[mine], rows_BSSC[mine], seen = [error.reason] * repeats, 0, Seen([ref.label] * repeats)
             keys += [ref.key] * repeats
-            labels += seen
+            boxes += [seen.face_box] * repeats
+            labels += seen.labels
         noise_BN = uniforms(self._order.seed, self._options.purpose, position_B, self._options.noise_per_sample)
         return Batch(
             images_BCHW=images_BSSC.permute(0, 3, 1, 2),
@@ -236,6 +241,7 @@ class BatchLoader:
             bad=dict(Counter(reason for reason, _ in bad)),
             bad_keys=[key for _, key in bad],
             failures=failures,
+            face_boxes=boxes,
         )
 
     def _landmarks(self, refs: list[SampleRef], draws_BK: NDArray[np.float32]) -> dict[int, NDArray[np.float32] | None]:
@@ -249,7 +255,7 @@ class BatchLoader:
 
     def _substitute(
         self, position: int, bad: list[tuple[str, str]], draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]
-    ) -> tuple[SampleRef, list[int]]:
+    ) -> tuple[SampleRef, Seen]:
         for ref in self._index.samples(self._order.substitutes(position, _MAX_SUBSTITUTES)):
             try:
                 return ref, self._view(Photo(self._reader.read(ref), ref.label), draws_RK, out_RSSC)

@@ -132,7 +132,7 @@ class Detector:
                     f"image has type {image.dtype} and shape {image.shape}: give uint8 RGB pixels (H, W, 3) with "
                     f"sides of at least {MIN_SIDE}"
                 )
-            return self.view.of_pixels(np.ascontiguousarray(image))
+            return self.view.of_pixels(np.ascontiguousarray(image))[0]
         if isinstance(image, Image.Image):
             upright = to_rgb(ImageOps.exif_transpose(image), srgb=self.view.srgb)
             return self._seen(np.asarray(upright))

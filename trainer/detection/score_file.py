@@ -4,7 +4,7 @@ Each rank appends a line of JSON for each batch to OUTPUT.partial-RANK, and sync
 The same command reads these lines, drops a line that was cut by the kill, and computes the batches that are missing::
 
     {"detector": "3f5a...", "threshold": "d_eer", "num_images": 200, "micro_batch": 64, ...}
-    {"batch": 0, "logits": [-1.25, null, ...], "codes": ["Success", "corrupt", ...]}
+    {"batch": 0, "logits": [-1.25, null, ...], "codes": ["Success", "corrupt", ...], "boxes": [null, ...]}
     {"batch": 2, "logits": [0.5, ...
 
 At the end OUTPUT and OUTPUT.json, the description, appear together, and the partial files are removed.
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.transforms.faces import NO_FACE, SEVERAL_FACES, SMALL_FACE, TURNED_FACE
+from trainer.data.transforms.faces import NO_FACE, SEVERAL_FACES, SMALL_FACE, TURNED_FACE, Box
 from trainer.detection.scoring import SUCCESS, Scores
 from trainer.errors import DataError
 from trainer.fault_tolerance.jobs import open_alone, refuse_other_job
@@ -148,7 +148,8 @@ class PartialFile:
             DataError: the storage fails.
         """
         logits = [None if np.isnan(logit) else logit for logit in scores.logit_N.tolist()]
-        self._add({"batch": batch, "logits": logits, "codes": scores.code_N})
+        boxes = [scores.face_boxes.get(i) for i in scores.sample_N.tolist()]
+        self._add({"batch": batch, "logits": logits, "codes": scores.code_N, "boxes": boxes})
 
     def _add(self, line: Mapping[str, Any]) -> None:
         try:
@@ -168,19 +169,22 @@ def scores_of(lines: Mapping[int, Mapping[str, Any]], micro_batch: int) -> Score
     samples: list[int] = []
     logits: list[float] = []
     codes: list[str] = []
+    boxes: dict[int, Box] = {}
     for batch, line in lines.items():
-        samples += range(batch * micro_batch, batch * micro_batch + len(line["codes"]))
+        mine = range(batch * micro_batch, batch * micro_batch + len(line["codes"]))
+        samples += mine
+        boxes |= {i: tuple(box) for i, box in zip(mine, line.get("boxes", ()), strict=False) if box}
         logits += [np.nan if logit is None else logit for logit in line["logits"]]
         codes += line["codes"]
-    return Scores(np.array(samples, dtype=np.int64), np.array(logits, dtype=np.float64), codes)
+    return Scores(np.array(samples, dtype=np.int64), np.array(logits, dtype=np.float64), codes, boxes)
 
 
 def score_rows(
     names: Iterator[str], scores: Scores, *, score_N: Sequence[float], threshold: float, label: str
 ) -> Iterator[dict[str, Any]]:
     """Yield one row an image, in the order of the images."""
-    for name, score, code in zip(names, score_N, scores.code_N, strict=True):
-        read = code == SUCCESS
+    for sample, name, score, code in zip(scores.sample_N.tolist(), names, score_N, scores.code_N, strict=True):
+        read, box = code == SUCCESS, scores.face_boxes.get(sample)
         yield {
             "path": readable(name),
             "imageLabel": label,
@@ -188,7 +192,7 @@ def score_rows(
             "isMorph": bool(score >= threshold) if read else None,
             "returnCode": return_code(code),
             "reason": "" if read else code,
-            "faceBox": None,
+            "faceBox": [round(edge, 1) for edge in box] if box else None,
         }
 
 
@@ -201,7 +205,7 @@ def _as_csv(rows: Iterator[dict[str, Any]]) -> str:
         texts = {
             "score": "" if score is None else repr(score),
             "isMorph": "" if is_morph is None else str(is_morph).lower(),
-            "faceBox": "",
+            "faceBox": " ".join(map(repr, row["faceBox"] or ())),
         }
         writer.writerow((row | texts)[name] for name in COLUMNS)
     return file.getvalue()

@@ -7,7 +7,7 @@ Shapes: N samples, B of a batch.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from trainer.data.loader import to_device
 from trainer.data.shards.index import NO_GROUP, ShardIndex, missing_labels
 from trainer.data.shards.members import CLASS_FIELD, IDENTITY_FIELDS
 from trainer.data.stream import Batch
+from trainer.data.transforms.faces import Box
 from trainer.detection.error_rates import (
     BSCER_LIMITS,
     MACER_LIMITS,
@@ -48,6 +49,8 @@ class Scores:
     """log P(morph) - log P(bona fide) before calibration; NaN where the image could not be read."""
     code_N: list[str]
     """`SUCCESS`, or why the image could not be read."""
+    face_boxes: dict[int, Box] = field(default_factory=dict)
+    """Sample -> the face that its photograph was cropped to [pixels]; empty if photographs are seen whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +94,15 @@ def score(forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], device:
         device: where ``forward`` computes.
     """
     samples, logits, codes = [], [], []
+    boxes: dict[int, Box] = {}
     for batch in batches:
         logits_BC = forward(to_device(batch, device).images_BCHW).double().cpu()
         failed_B = torch.tensor([bool(failure) for failure in batch.failures])
         logits.append(torch.where(failed_B, torch.nan, logits_BC[:, 1] - logits_BC[:, 0]).numpy())
         samples += batch.positions
         codes += [failure or SUCCESS for failure in batch.failures]
-    return Scores(np.array(samples, dtype=np.int64), np.concatenate(logits) if logits else np.empty(0), codes)
+        boxes |= {i: box for i, box in zip(batch.positions, batch.face_boxes, strict=False) if box}
+    return Scores(np.array(samples, dtype=np.int64), np.concatenate(logits) if logits else np.empty(0), codes, boxes)
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
@@ -105,7 +110,8 @@ def joined(parts: Sequence[Scores]) -> Scores:
     sample_N = np.concatenate([part.sample_N for part in parts])
     logit_N, codes = np.concatenate([part.logit_N for part in parts]), [c for part in parts for c in part.code_N]
     order_N = np.argsort(sample_N, kind="stable")
-    return Scores(sample_N[order_N], logit_N[order_N], [codes[i] for i in order_N.tolist()])
+    boxes = {i: box for part in parts for i, box in part.face_boxes.items()}
+    return Scores(sample_N[order_N], logit_N[order_N], [codes[i] for i in order_N.tolist()], boxes)
 
 
 def share_of(num_samples: int, batch: int, world: World, *, done: Collection[int] = ()) -> list[int]:
@@ -139,7 +145,9 @@ def over_ranks(local: Scores, world: World) -> Scores:
     sample_N, logit_N = gathered.compute()
     failed = [(i, code) for i, code in zip(local.sample_N.tolist(), local.code_N, strict=True) if code != SUCCESS]
     reasons = dict(pair for pairs in world.gather_over_ranks(failed) for pair in pairs)
-    return Scores(sample_N, logit_N, [reasons.get(sample, SUCCESS) for sample in sample_N.tolist()])
+    gathered_boxes = world.gather_over_ranks(list(local.face_boxes.items()))
+    boxes = {i: tuple(box) for pairs in gathered_boxes for i, box in pairs}
+    return Scores(sample_N, logit_N, [reasons.get(sample, SUCCESS) for sample in sample_N.tolist()], boxes)
 
 
 def truth_of(index: ShardIndex, sample_N: NDArray[np.int64]) -> Truth:

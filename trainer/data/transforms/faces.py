@@ -24,7 +24,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
@@ -34,6 +34,8 @@ from trainer.data.transforms.decode import decode_image
 from trainer.errors import ConfigError, SampleError
 
 Floats = NDArray[np.float32]
+Box: TypeAlias = tuple[float, float, float, float]
+"""Left, top, right and bottom."""
 
 NO_FACE, SEVERAL_FACES, SMALL_FACE, TURNED_FACE = REFUSALS = ("no_face", "several_faces", "small_face", "turned_face")
 """Why a photograph has no usable face."""
@@ -75,7 +77,7 @@ class Face:
     """Turn of the head to a side [degrees]; 0 is frontal."""
 
     @property
-    def box(self) -> tuple[float, float, float, float]:
+    def box(self) -> Box:
         """Left, top, right and bottom of the landmarks [pixels]."""
         left, top = self.landmarks_L2.min(axis=0).tolist()
         right, bottom = self.landmarks_L2.max(axis=0).tolist()
@@ -106,7 +108,7 @@ class FaceCrop:
     image_HWC: NDArray[np.uint8]
     box: tuple[int, int, int, int]
     """Left, top, right and bottom of the crop in the upright photograph [pixels]."""
-    face_box: tuple[float, float, float, float]
+    face_box: Box
     """Left, top, right and bottom of the landmarks in the upright photograph [pixels]."""
     landmarks_L2: Floats
     """Points in the crop [pixels]."""
@@ -216,9 +218,7 @@ def _the_face(faces: list[Face]) -> Face:
     return face
 
 
-def _square(
-    box: tuple[float, float, float, float], margin: float, height: int, width: int
-) -> tuple[int, int, int, int]:
+def _square(box: Box, margin: float, height: int, width: int) -> tuple[int, int, int, int]:
     """Return left, top, right and bottom of the crop [pixels].
 
     Example: a face 70 wide and 90 high with its centre at x = 50, y = 60, margin 1.3, in a photograph of 92 x 112: the

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from trainer.data.transforms import selfmorph
 from trainer.data.transforms.decode import Scratch, decode_image, upright_jpeg_size
-from trainer.data.transforms.faces import FaceCropping, crop_face
+from trainer.data.transforms.faces import Box, FaceCropping, crop_face
 from trainer.data.transforms.resize import Resize, resize_into, resized
 from trainer.seeds import Purpose, uniforms
 
@@ -53,6 +53,15 @@ class Photo(NamedTuple):
     """Points (x, y) in the image [pixels]."""
 
 
+class Seen(NamedTuple):
+    """What a view tells of a photo beside its pixels."""
+
+    labels: list[int]
+    """The class of each view."""
+    face_box: Box | None = None
+    """Of the face that the view was cropped to, in the upright photo [pixels]."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pixels:
     """How images are decoded and scaled; the same in training, validation and tests of a model."""
@@ -78,8 +87,8 @@ class View(Protocol):
     def wants_landmarks(self, label: int, draws_K: NDArray[np.float32]) -> bool:
         """Whether the view needs the sample's landmarks."""
 
-    def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> list[int]:
-        """Decode one image once, write R views of it and return the class of each.
+    def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> Seen:
+        """Decode one image once and write R views of it.
 
         Raises:
             SampleError: the bytes are no usable image.
@@ -124,7 +133,7 @@ class PretrainView:
         """Return areas, ratios, top, left and mirror, in [0, 1)."""
         return uniforms(self._seed, Purpose.AUGMENT, position_N, 2 * _CROP_ATTEMPTS + 3)
 
-    def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> list[int]:
+    def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> Seen:
         """Decode one image once and write crops of it."""
         payload = photo.payload
         size = upright_jpeg_size(payload) if self._fast else None
@@ -148,7 +157,7 @@ class PretrainView:
                 resize_into(crop_HWC, out_SSC)
             if draws_K[-1] < self._flip_probability:
                 cv2.flip(out_SSC, 1, dst=out_SSC)
-        return [photo.label] * len(boxes)
+        return Seen([photo.label] * len(boxes))
 
     def _shrink(self, shorter_side: int) -> int:
         """Return the factor by which a crop may be decoded smaller without being enlarged afterwards.
@@ -226,10 +235,10 @@ class DetectorView:
         """Whether these draws make a self-morph of the sample."""
         return self._morphs(label, self._parts(draws_K)[1])
 
-    def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> list[int]:
+    def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> Seen:
         """Decode one image once and write views of it."""
         image_HWC = decode_image(photo.payload, srgb=self._pixels.srgb)
-        return [self._write(image_HWC, photo, *one) for one in zip(draws_RK, out_RSSC, strict=True)]
+        return Seen([self._write(image_HWC, photo, *one) for one in zip(draws_RK, out_RSSC, strict=True)])
 
     def _write(
         self,
@@ -299,21 +308,27 @@ class CenterView:
         """Never."""
         return False
 
-    def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> list[int]:
+    def __call__(self, photo: Photo, draws_RK: NDArray[np.float32], out_RSSC: NDArray[np.uint8]) -> Seen:
         """Decode one image and write its centre."""
-        out_RSSC[...] = self.of_pixels(decode_image(photo.payload, srgb=self.srgb))
-        return [photo.label] * len(draws_RK)
+        out_RSSC[...], face_box = self.of_pixels(decode_image(photo.payload, srgb=self.srgb))
+        return Seen([photo.label] * len(draws_RK), face_box)
 
-    def of_pixels(self, image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the view (S, S, 3) of an image that is decoded already, upright.
+    def of_pixels(self, image_HWC: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Box | None]:
+        """Return the view of an image that is decoded already, upright.
+
+        Returns:
+            view_SSC: its pixels.
+            face_box: of the face that it was cropped to, in the image [pixels]; None if it was not cropped.
 
         Raises:
             SampleError: it is to be cropped, but has no usable face.
         """
+        face_box = None
         if self._crop is not None:
-            image_HWC = crop_face(image_HWC, self._crop.margin).image_HWC
-        seen_SSC = self._former(image=image_HWC)["image"] if self._former else self._centre(image_HWC)
-        return np.asarray(seen_SSC, dtype=np.uint8)
+            face = crop_face(image_HWC, self._crop.margin)
+            image_HWC, face_box = face.image_HWC, face.face_box
+        view_SSC = self._former(image=image_HWC)["image"] if self._former else self._centre(image_HWC)
+        return np.asarray(view_SSC, dtype=np.uint8), face_box
 
     def _centre(self, image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
         shorter = min(image_HWC.shape[:2])

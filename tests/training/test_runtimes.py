@@ -44,6 +44,10 @@ BITWISE: dict[str, list[str]] = {
     "picture_every": ["1", "3"],
     "val_samples": ["3", "0"],
     "val_mask_ratio": ["0.5", "none"],
+    "probe_data": ["TRAIN/*.tar", ""],
+    "probe_field": ["label", "none"],
+    "probe_every": ["1", "3"],
+    "probe_samples": ["24", "2048"],
     # detectors
     "allow_overlap": ["true"],
 }

@@ -45,6 +45,7 @@ OURS = {
     **dict.fromkeys(("save_steps", "save_interval", "save_freq", "checkpoint_every"), ("save_every",)),
     **dict.fromkeys(("logging_steps", "log_interval", "print_freq", "log_freq"), ("log_every",)),
     **dict.fromkeys(("eval_steps", "eval_every", "val_interval", "eval_freq"), ("val_every",)),
+    **dict.fromkeys(("probe_interval", "knn_every", "probe_steps", "online_eval_every"), ("probe_every",)),
     **dict.fromkeys(("save_total_limit", "keep"), ("keep_checkpoints",)),
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), ("grad_checkpointing",)),
     **dict.fromkeys(("torch_compile", "compile"), ("compile_mode",)),

@@ -439,6 +439,16 @@ class PretrainRuntime(Runtime):
     """Interval of reconstruction pictures [steps]."""
     val_samples: int = 1024
     """How many validation images are measured; 0 for all [images]."""
+    probe_data: str = ""
+    """Labelled shards for probes: how well features of the encoder, frozen and without a mask, tell the classes of
+    probe_field apart; empty for none."""
+    probe_field: Literal["none", "label", "identity", "source", "attack"] = "none"
+    """What the probes tell apart: the label, or a field of the samples' json. identity adds verification; for others,
+    no person is on both sides, if the samples name people."""
+    probe_every: int = 500
+    """Interval of the probes; they also run before the first step and after the last [steps]."""
+    probe_samples: int = 2048
+    """At most so many images are probed, evenly over the classes; they stay in host memory [images]."""
     # Speed and memory
     compile_mode: Literal["off", "default", "reduce-overhead"] = "off"
     """How torch.compile compiles the model, which takes minutes; reduce-overhead replays CUDA graphs."""
@@ -449,6 +459,15 @@ class PretrainRuntime(Runtime):
     def __post_init__(self) -> None:
         Runtime.__post_init__(self)
         _require(self, "val_samples", self.val_samples >= 0, "must not be negative")
+        _require(self, "probe_samples", 21 <= self.probe_samples <= 16384, "must lie in [21, 16384] (try 2048)")
+        named = bool(self.probe_data) == (self.probe_field != "none")
+        rule = "must name what --probe_data is probed by: try identity, or label"
+        _require(
+            self,
+            "probe_field",
+            named,
+            "needs labelled shards: name --probe_data" if self.probe_field != "none" else rule,
+        )
         has_one = bool(self.init) or not self.init_encoder_only
         _require(self, "init_encoder_only", has_one, "says something of --init only: name one")
         inside = self.val_mask_ratio is None or 0 < self.val_mask_ratio < 1
@@ -597,7 +616,7 @@ _AT_LEAST_ONE = {
     "aug_repeats",
     *("lora_r", "proj_dim", "proj_hidden_dim", "cls_hidden_dim", "mixstyle_blocks", "advanced_aug_num_ops"),
     *("global_batch", "micro_batch", "num_lanes", "block_samples", "window_blocks", "cache_bytes", "prefetch"),
-    *("log_every", "save_every", "val_every", "picture_every", "val_every", "keep_checkpoints", "stop_at_step"),
+    *("log_every", "save_every", "val_every", "picture_every", "probe_every", "keep_checkpoints", "stop_at_step"),
     "max_steps",
     *("num_threads", "max_bad_steps", "spike_patience", "start_timeout_s"),
 }

@@ -304,6 +304,7 @@ class DetectionTask:
         self._best = best
         self.flops_per_image: int = engine.module.flops_per_image()
         self.val_every = runtime.val_every
+        self.probe_every: int | None = None
         self.draw_every: int | None = None
 
     def loss_inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
@@ -321,6 +322,9 @@ class DetectionTask:
 
     def draw(self, step: int, monitor: Monitor) -> None:
         """Nothing is drawn."""
+
+    def probe(self, step: int, monitor: Monitor) -> None:
+        """A detector is validated instead."""
 
     def finish(self, step: int) -> None:
         """Keep the detector of the last step where no validation data chose one."""

@@ -258,7 +258,7 @@ class Engine:
         return self._engine.module
 
     @torch.no_grad()
-    def evaluate(self, *inputs: Tensor, **options: Any) -> Tensor:
+    def evaluate(self, *inputs: Tensor | None, **options: Any) -> Tensor:
         """Run the model forward without gradients; every rank must call, because ZeRO-3 gathers weights."""
         self._engine.eval()
         result: Tensor = self._engine(*inputs, **options)
@@ -272,6 +272,14 @@ class Engine:
         total = value.clone()
         dist.all_reduce(total)
         return total.div_(self.world.size)
+
+    def concat_over_ranks(self, value: Tensor) -> Tensor:
+        """Concatenate device tensors of one shape in rank order, on every rank."""
+        if self.world.size == 1:
+            return value
+        parts = [torch.empty_like(value) for _ in range(self.world.size)]
+        dist.all_gather(parts, value.contiguous())
+        return torch.cat(parts)
 
     def grad_norm(self) -> float:
         """Return the global gradient norm of the last step, before clipping; waits for the device."""

@@ -88,16 +88,17 @@ class MaskedAutoencoder(nn.Module):
     def forward(
         self,
         images_BCHW: Tensor,
-        keep_BK: Tensor,
-        masked_BM: Tensor,
-        want: Literal["loss", "error", "prediction", "pictures"] = "loss",
+        keep_BK: Tensor | None,
+        masked_BM: Tensor | None,
+        want: Literal["loss", "error", "prediction", "pictures", "features"] = "loss",
     ) -> Tensor:
-        """Reconstruct the hidden patches.
+        """Reconstruct the hidden patches, or encode the images.
 
         Args:
             images_BCHW: uint8 RGB.
-            keep_BK: patches that the encoder sees.
-            masked_BM: patches to predict; for pictures, ``keep`` and ``masked`` together are every patch once.
+            keep_BK: patches that the encoder sees; None for features.
+            masked_BM: patches to predict; for pictures, ``keep`` and ``masked`` together are every patch once; None for
+                features.
             want: what to return.
 
         Returns:
@@ -105,8 +106,15 @@ class MaskedAutoencoder(nn.Module):
             ``error``: float32 (B,), the same for each image.
             ``prediction``: (B, M, P), the predicted patches.
             ``pictures``: uint8 (3, B, C, H, W), the images, what the encoder saw, and the reconstruction.
+            ``features``: float32 (B, D), the mean over the patches of what the encoder makes of the whole image.
         """
         patches_BNP = patchify(self._normalise(images_BCHW), self.encoder.patch)
+        if want == "features":
+            tokens_BTD = self.encoder(patches_BNP.to(next(self.parameters()).dtype))
+            features_BD: Tensor = tokens_BTD[:, self.encoder.num_prefix :].float().mean(dim=1)
+            return features_BD
+        assert keep_BK is not None
+        assert masked_BM is not None
         predicted_BMP = self._predict(patches_BNP, keep_BK, masked_BM)
         if want == "prediction":
             return predicted_BMP

@@ -1,4 +1,4 @@
-"""One training loop on one screen: wait for data, step, log, validate, draw, save.
+"""One training loop on one screen: wait for data, step, log, validate, probe, draw, save.
 
 The loop knows the order. The task knows what is trained, the engine knows DeepSpeed, the monitor knows files, the
 checkpoint module knows commits, and the guards know what ends a run early. The host waits for the device once in a
@@ -35,6 +35,8 @@ class Task(Protocol):
     """Steps between two calls of `validate`."""
     draw_every: int | None
     """Steps between two calls of `draw`; None for a task that draws nothing."""
+    probe_every: int | None
+    """Steps between two calls of `probe`, which is also called before the first step; None without probes."""
 
     def loss_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return what the model's forward turns into the loss of a micro batch, which is on the device already."""
@@ -44,6 +46,9 @@ class Task(Protocol):
 
     def draw(self, step: int, monitor: Monitor) -> None:
         """Record pictures."""
+
+    def probe(self, step: int, monitor: Monitor) -> None:
+        """Measure the encoder's features on labelled data, and record the figures."""
 
     def finish(self, step: int) -> None:
         """Do what belongs after the last step of the schedule; not called for a run that was asked to stop."""
@@ -95,6 +100,10 @@ def train(
 
     The state is saved at the end, but not of a spike.
     """
+    if progress.step == 0 and task.probe_every:  # what random or given weights can do already
+        set_phase(Phase.MEASURING)
+        with records.speed.paused():
+            task.probe(0, records.monitor)
     while progress.step < schedule.last_step:
         set_phase(Phase.DATA, progress.step + 1)
         micro_batches = _wait_for(batches, engine.accumulation, records.speed)
@@ -116,18 +125,27 @@ def train(
         if schedule.due(step, schedule.log_every) or result.stop:
             engine.world.on_main(guards.lease.check)
             _log(progress, engine, result, learning_rate, records, guards)
-        if schedule.due(step, task.val_every):
-            set_phase(Phase.MEASURING, step)
-            task.validate(step, records.monitor)
-        if task.draw_every and schedule.due(step, task.draw_every):
-            set_phase(Phase.DRAWING, step)
-            task.draw(step, records.monitor)
-        if schedule.due(step, schedule.save_every) or result.stop:
-            set_phase(Phase.SAVING, step)
-            records.save(progress, engine)
+        with records.speed.paused():
+            _look(step, task, schedule, records.monitor)
+            if schedule.due(step, schedule.save_every) or result.stop:
+                set_phase(Phase.SAVING, step)
+                records.save(progress, engine)
         if result.stop:
             return Outcome.STOPPED
     return Outcome.FINISHED
+
+
+def _look(step: int, task: Task, schedule: Schedule, monitor: Monitor) -> None:
+    """Validate, probe and draw, as far as each is due; all ranks call."""
+    if schedule.due(step, task.val_every):
+        set_phase(Phase.MEASURING, step)
+        task.validate(step, monitor)
+    if task.probe_every and schedule.due(step, task.probe_every):
+        set_phase(Phase.MEASURING, step)
+        task.probe(step, monitor)
+    if task.draw_every and schedule.due(step, task.draw_every):
+        set_phase(Phase.DRAWING, step)
+        task.draw(step, monitor)
 
 
 def _wait_for(batches: Iterator[Batch], count: int, speed: Speedometer) -> list[Batch]:

@@ -29,6 +29,7 @@ from trainer.progress import announce
 from trainer.training import reconstruction
 from trainer.training.model_cost import flops_of
 from trainer.training.monitor import Monitor
+from trainer.training.probing import GROUP, Probe
 from trainer.training.run import DataSets, Ending, Training, TrainingData, begin, join, leave, prepare, show
 from trainer.weights.load import check_heads, check_init, read_init
 
@@ -45,23 +46,25 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime, *, dry_run: bool 
     model = build(grad_checkpointing=runtime.grad_checkpointing)
     num_kept(model.encoder.num_patches, val_mask_ratio(recipe, runtime))  # refuses one that leaves no patch
     init_sha256 = load_init_weights(model, recipe, runtime)
-    found = find_sources(recipe, runtime, others={"val_data": runtime.val_data}) if world.is_main else None
+    others = {"val_data": runtime.val_data, "probe_data": runtime.probe_data}
+    found = find_sources(recipe, runtime, others=others) if world.is_main else None
     if dry_run:
         return show(recipe, runtime, ds_config, found, world, build)
 
     world, sets = join(world, recipe, runtime, found)
     data = training_data(model, sets, recipe)
     validation = Validation(model, recipe, runtime, sets.index, world) if "val_data" in sets.index else None
+    probe = Probe(recipe, runtime, sets.index["probe_data"], world) if "probe_data" in sets.index else None
     announce("starting DeepSpeed")
     engine = Engine(model, ds_config=ds_config, weight_decay=recipe.weight_decay, world=world)
     if runtime.compile_mode != "off":
         engine.compile(runtime.compile_mode)
     run = begin(engine, sets, recipe, runtime, init_sha256=init_sha256)
     with recording_refusals(run):
-        ending = Training(run, PretrainingTask(engine, recipe, runtime, validation), data).train()
+        ending = Training(run, PretrainingTask(engine, recipe, runtime, validation, probe), data).train()
         if validation and math.isnan(validation.last_loss):  # no step was left, or a stop came before the first
             validation.loss(engine)
-    return leave(run, ending, lambda: print_summary(run.output, ending, validation))
+    return leave(run, ending, lambda: print_summary(run.output, ending, validation, probe))
 
 
 def check_repeats(recipe: PretrainRecipe, micro_batch: int) -> None:
@@ -221,15 +224,21 @@ class PretrainingTask:
     """What the loop does in a pre-training; see `trainer.training.loop.Task`."""
 
     def __init__(
-        self, engine: Engine, recipe: PretrainRecipe, runtime: PretrainRuntime, validation: Validation | None
+        self,
+        engine: Engine,
+        recipe: PretrainRecipe,
+        runtime: PretrainRuntime,
+        validation: Validation | None,
+        probe: Probe | None,
     ) -> None:
-        self._engine, self._validation = engine, validation
+        self._engine, self._validation, self._probe = engine, validation, probe
         self._draw_mask = mask_of(
             recipe, engine.module.encoder, mask_ratio=recipe.mask_ratio, predict_share=recipe.predict_share
         )
         self.flops_per_image = flops_of(engine.module, recipe)
         self.val_every = runtime.val_every
         self.draw_every: int | None = runtime.picture_every
+        self.probe_every = runtime.probe_every if probe else None
 
     def loss_inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         """Return images, patches that the encoder sees, and patches to predict."""
@@ -245,11 +254,16 @@ class PretrainingTask:
         if self._validation:
             monitor.picture(step, "original_masked_reconstructed", self._validation.picture(self._engine))
 
+    def probe(self, step: int, monitor: Monitor) -> None:
+        """Measure the encoder's features of the labelled set."""
+        if self._probe:
+            monitor.scalars(step, self._probe.measure(self._engine, step), group=GROUP)
+
     def finish(self, step: int) -> None:
         """Nothing is left to do: the last step has validated, drawn and saved."""
 
 
-def print_summary(output: Path, ending: Ending, validation: Validation | None) -> None:
+def print_summary(output: Path, ending: Ending, validation: Validation | None, probe: Probe | None) -> None:
     """Print what a newcomer wants to know."""
     if validation:
         print_and_log(f"  pictures     {output / 'pictures'}  (rows: original, masked, reconstructed)")
@@ -258,6 +272,8 @@ def print_summary(output: Path, ending: Ending, validation: Validation | None) -
     if validation:
         mean_face = f"predicting the mean face gives {validation.mean_face:.4f}"
         print_and_log(f"  validation masked MSE {validation.last_loss:.4f}; {mean_face}")
+    if probe:
+        probe.print_table(output / "metrics.jsonl")
     if not ending.is_complete:
         return
     flags = f"--init {output} --data 'labelled/*.tar' --val_data 'val/*.tar'"

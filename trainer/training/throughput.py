@@ -1,8 +1,9 @@
 """Step time, images per second, the share of peak FLOPs, and the time to go."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -53,6 +54,15 @@ class Speedometer:
     def waited(self, seconds: float) -> None:
         """Add time that the step waited for data."""
         self._waited_s += seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of measuring, drawing and saving."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - before
 
     def step_done(self) -> None:
         """Count one optimizer step."""

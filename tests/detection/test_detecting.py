@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,9 @@ from PIL import Image
 from tests.helpers.runs import ROOT, argv_of, forks, launch
 from tests.helpers.shards import faces
 from tools.demo.orl_faces import find_faces
+from tools.export import CLI as EXPORT
+from tools.export import main as export_main
+from trainer.config.command_line import call
 from trainer.config.record import to_dict
 from trainer.config.settings import DetectionSettings, DetectorRecipe, EvaluationSettings
 from trainer.data.transforms.faces import FaceCropping, crop_face
@@ -25,7 +29,7 @@ from trainer.detection import Detector
 from trainer.detection.build import build_detector, preprocessing_of
 from trainer.detection.detecting import detect
 from trainer.detection.error_rates import Calibration
-from trainer.detection.evaluation import open_test_set, score_set
+from trainer.detection.evaluation import open_detector, open_test_set, score_set
 from trainer.detection.saved_detector import save_detector
 from trainer.detection.scoring import Decision, share_of
 from trainer.distributed.world import World
@@ -51,6 +55,20 @@ def drawn_detector(output: Path, **preprocessing: str) -> Path:
     weights = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     save_detector(output / "detector", description, weights, decision, {}, lease=acquire(output, num_ranks=1))
     return output
+
+
+def plain_onnx() -> bytes:
+    """A file of another program: its output is its input."""
+    value = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, [1])
+    node = onnx.helper.make_node("Identity", ["images"], ["same"])
+    same = onnx.helper.make_tensor_value_info("same", onnx.TensorProto.UINT8, [1])
+    graph = onnx.helper.make_graph([node], "plain", [value], [same])
+    opset = onnx.helper.make_opsetid("", 18)
+    payload: bytes = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString()
+    return payload
+
+
+PLAIN_ONNX = plain_onnx()
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +294,49 @@ def test_two_commands_do_not_write_one_output(model: Path, folder: Path, tmp_pat
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another command writes it now"):
             detect(settings_of(model, folder, tmp_path / "out.csv"))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.onnx
+def test_an_onnx_export_gives_the_scores_of_its_run(
+    portraits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = drawn_detector(tmp_path / "run", face_crop=str(FaceCropping(1.3)))
+    flags = {"source": str(model), "format": "onnx", "output": str(tmp_path / "onnx")}
+    assert call(export_main, EXPORT, argv_of(flags)) == 0
+    detect(settings_of(model, portraits, tmp_path / "run.jsonl"))
+    detect(settings_of(tmp_path / "onnx", portraits, tmp_path / "onnx.jsonl"))
+    detect(settings_of(tmp_path / "onnx" / "model.onnx", portraits, tmp_path / "onnx.jsonl"))
+    assert "nothing to do" in capsys.readouterr().out, "the folder and its file are one detector"
+    run, onnx = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("run", "onnx")
+    )
+    scores = [row.pop("score") for row in run]
+    assert [row.pop("score") for row in onnx] == [score and pytest.approx(score, abs=1e-5) for score in scores]
+    assert onnx == run
+    upright = portraits / "a_upright.png"
+    detector = Detector.load(tmp_path / "onnx")
+    assert detector.score(upright) == pytest.approx(Detector.load(model).score(upright), abs=1e-5)
+    assert detector.thresholds == {"d_eer": THRESHOLD, "macer_0.01": -np.inf}
+    with pytest.raises(ConfigError, match=r"threshold is 'bscer_0\.10'"):
+        detect(settings_of(tmp_path / "onnx", portraits, tmp_path / "no.csv", threshold="bscer_0.10"))
+    flags = {"models": f"m={tmp_path / 'onnx'}", "test_sets": "t=none/*.tar"}
+    with pytest.raises(ConfigError, match="an export, which does not hold the fingerprints"):
+        open_detector("m", str(tmp_path / "onnx"), EvaluationSettings(**flags))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("adapter_config.json", b"{}", "is an export for peft, which holds neither calibration nor thresholds"),
+        ("config.json", b"{}", "is an export for timm or transformers, which holds neither"),
+        ("model.onnx", b"damaged", "cannot be opened by onnxruntime"),
+        ("model.onnx", PLAIN_ONNX, "an ONNX file without the record of a detector"),
+    ],
+)
+def test_other_exports_are_refused(file: str, content: bytes, message: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(TrainerError, match=message):
+        detect(settings_of(tmp_path, folder, tmp_path / "out.csv"))
 
 
 @pytest.mark.slow

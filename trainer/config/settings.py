@@ -573,7 +573,7 @@ class DetectionSettings:
     """What the scoring of photographs may set."""
 
     model: str = ""
-    """The detector: an output_dir of launch/finetune.py or its detector folder."""
+    """The detector: an output_dir of launch/finetune.py, its detector folder, or an export as ONNX."""
     images: str = ""
     """A photograph, a folder of them, a CSV with a column path, or shards, as what --data takes."""
     output: str = "scores.csv"

@@ -23,7 +23,7 @@ from trainer.data.loader import Loader
 from trainer.data.shards.index import ShardIndex, describe_index, list_shards, open_index
 from trainer.data.stream import fixed_stream
 from trainer.data.transforms.views import CenterView
-from trainer.detection.detector import Detector
+from trainer.detection.detector import Detector, TrainedDetector
 from trainer.detection.error_rates import FEW_IDENTITIES, json_threshold, summarise
 from trainer.detection.figures import ScoredSet
 from trainer.detection.leakage import fingerprints_of
@@ -66,7 +66,12 @@ class Measured:
     """(model, test set) -> the return code of each image."""
 
     def add(
-        self, detector: Detector, test_set: TestSet, scores: Scores, results: Results, settings: EvaluationSettings
+        self,
+        detector: TrainedDetector,
+        test_set: TestSet,
+        scores: Scores,
+        results: Results,
+        settings: EvaluationSettings,
     ) -> None:
         """Write the scores of a pair and compute its figures."""
         self.codes[detector.name, test_set.name] = scores.code_N
@@ -126,9 +131,19 @@ def commit(evaluation: dict[str, Any], results: Results, measured: Measured, set
     return results.path("report.html")
 
 
-def open_detector(name: str, path: str, settings: EvaluationSettings) -> Detector:
-    """Load a detector; raises as `Detector.load` and `Detector.check_threshold`."""
+def open_detector(name: str, path: str, settings: EvaluationSettings) -> TrainedDetector:
+    """Load a detector; raises as `Detector.load` and `Detector.check_threshold`, and refuses an export.
+
+    Raises:
+        ConfigError: it is an export.
+    """
     detector = Detector.load(path, init=settings.init, name=name, image_size=settings.image_size)
+    if not isinstance(detector, TrainedDetector):
+        raise ConfigError(
+            f"models names {path!r}, an export, which does not hold the fingerprints of the people and images that it "
+            "was trained on, so that a leak cannot be found: name its run of launch/finetune.py; launch/detect.py "
+            "scores with exports"
+        )
     detector.check_threshold(settings.threshold)
     return detector
 
@@ -269,7 +284,7 @@ def summary_of(found: ScoredSet, test_set: TestSet, settings: EvaluationSettings
 
 
 def hardest_of(
-    detector: Detector, test_set: TestSet, found: ScoredSet, settings: EvaluationSettings
+    detector: TrainedDetector, test_set: TestSet, found: ScoredSet, settings: EvaluationSettings
 ) -> list[HardSample]:
     """Draw the images of each class on which a detector is most wrong, with the flow of its attention."""
     worst = []
@@ -338,7 +353,7 @@ def cautions(detectors: Sequence[Detector], scored: Sequence[ScoredSet], setting
 
 
 def describe(
-    detectors: Sequence[Detector],
+    detectors: Sequence[TrainedDetector],
     sets: Sequence[TestSet],
     scored: Sequence[ScoredSet],
     codes: Mapping[tuple[str, str], list[str]],
@@ -381,7 +396,7 @@ def describe(
     }
 
 
-def describe_detector(detector: Detector) -> dict[str, Any]:
+def describe_detector(detector: TrainedDetector) -> dict[str, Any]:
     """Record what a detector is and how it decides."""
     description, decision, recipe = detector.saved.description, detector.saved.decision, detector.recipe
     mode, figures = "full fine-tuning", description["selection"]["figures"]

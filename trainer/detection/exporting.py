@@ -9,7 +9,7 @@ from trainer.config.record import from_dict
 from trainer.config.settings import PretrainRecipe
 from trainer.data.shards.members import FACE_CROP
 from trainer.detection.build import preprocessing, rebuild, recipe_of
-from trainer.detection.saved_detector import load_detector
+from trainer.detection.saved_detector import RECORDED, load_detector
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.ledger import read_metrics
 from trainer.models.encoder import PatchEncoder
@@ -50,6 +50,8 @@ def open_detector(source: str, init: str | None) -> tuple[Subject, dict[str, Any
         detector=detector,
         calibration=(calibration.slope, calibration.offset),
         threshold=thresholds.get("d_eer", 0.5),
+        face_crop=description["preprocessing"].get(FACE_CROP, ""),
+        record={name: description[name] for name in RECORDED if name in description},
     )
     return subject, card
 

@@ -34,6 +34,12 @@ from trainer.weights.detector_folder import (
     replaced_name,
 )
 
+RECORDED = (
+    *("preprocessing", "calibration", "thresholds", "threshold_rule", "threshold_notes"),
+    *("step", "files", "selection"),
+)
+"""What an export that scores by itself keeps of a description; the sha256 of the files tell which detector it was."""
+
 
 @dataclass(frozen=True, slots=True)
 class SavedDetector:
@@ -101,19 +107,24 @@ def load_detector(path: Path) -> SavedDetector:
         CheckpointError: there is none, or a file is missing or altered.
     """
     folder, description, weights = read_detector(path)
-    thresholds = {name: float(value) for name, value in description["thresholds"].items()}
-    limits = {"rule": description.get("threshold_rule", ""), "notes": tuple(description.get("threshold_notes", ()))}
     return SavedDetector(
         folder,
         description,
         weights,
-        Decision(Calibration(**description["calibration"]), thresholds, **limits),
+        decision_of(description),
         {
             name: Fingerprints.load(folder / f"{name}.npz")
             for name in ("train", "val")
             if f"{name}.npz" in description["files"]
         },
     )
+
+
+def decision_of(description: dict[str, Any]) -> Decision:
+    """Read calibration and thresholds from a description."""
+    thresholds = {name: float(value) for name, value in description["thresholds"].items()}
+    limits = {"rule": description.get("threshold_rule", ""), "notes": tuple(description.get("threshold_notes", ()))}
+    return Decision(Calibration(**description["calibration"]), thresholds, **limits)
 
 
 def restore(folder: Path, lease: Lease) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from peft import PeftModel
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 
 from trainer.errors import CheckpointError, ConfigError, TrainerError
 from trainer.files import atomic_folder, describe_files, write_synced
-from trainer.models.detector import pool
 from trainer.models.lora import base_state, merged_state, save_adapter
 from trainer.models.mae import MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask, gather_tokens, num_kept
@@ -36,12 +36,14 @@ from trainer.weights.model_card import (
     call_arguments,
     code_from_pixels,
     code_to_decide,
-    code_until_image,
+    code_until_onnx,
     code_until_pixels,
     model_card,
     write_view,
 )
-from trainer.weights.subject import NUM_IMAGES, Loading, Subject, calibrated
+from trainer.weights.onnx_file import MODEL, OnnxFile, as_metadata
+from trainer.weights.onnx_graph import Graph, reference_view
+from trainer.weights.subject import NUM_IMAGES, Loading, Subject
 
 _WEIGHTS = "model.safetensors"
 _TOLERANCE = 1e-4
@@ -209,37 +211,61 @@ print(model(pixels).loss)  # of a random mask"""
 
 
 def write_onnx(subject: Subject, draft: Path) -> Loading:
-    """Write a graph from uint8 RGB images, normalised inside, to the calibrated P(morph) and logits, or to tokens."""
-    import onnxruntime  # an optional dependency, as onnx and onnxscript are, which torch imports
+    """Write a graph from uint8 RGB photographs to the calibrated P(morph) and logits, or to tokens.
 
-    is_detector = subject.detector is not None
-    expected = {"p_morph": subject.scores, "logits": subject.logits} if is_detector else {"tokens": subject.tokens}
-    names, graph = list(expected), _Graph(subject).eval()
+    Scaling and cutting to the view, normalisation and calibration are inside the graph.
+    """
+    scales = "antialias" in subject.view
+    vit: Any = timm.create_model(subject.name, **subject.timm_options())
+    vit.load_state_dict(merged_state(subject.encoder.vit))
+    graph = Graph(subject, vit, scales=scales).eval()
     num_bytes = sum(value.numel() * value.element_size() for value in graph.state_dict().values())
-    torch.onnx.export(
+    names = ["p_morph", "logits"] if subject.detector else ["tokens"]
+    height, width = subject.image_size
+    traced_at = (height + 26, width + 7) if scales else (height, width)  # any numbers, but not equal to each other
+    free = ("batch", "height", "width") if scales else ("batch",)
+    program: Any = torch.onnx.export(
         graph,
-        (subject.images,),
-        draft / "model.onnx",
+        (torch.zeros(NUM_IMAGES, *traced_at, 3, dtype=torch.uint8),),
         input_names=["images"],
         output_names=names,
-        dynamic_shapes={"images_BCHW": {0: torch.export.Dim("batch")}},
-        external_data=num_bytes > _MAX_ONNX_FILE_BYTES,
+        dynamic_shapes={"images_BHWC": {axis: torch.export.Dim(name) for axis, name in enumerate(free)}},
         dynamo=True,
         verbose=False,
     )
-    session = onnxruntime.InferenceSession(draft / "model.onnx", providers=["CPUExecutionProvider"])
-    for num_images in (1, NUM_IMAGES):
-        outputs = session.run(names, {"images": subject.images[:num_images].numpy()})
-        for value, output in zip(expected.values(), outputs, strict=True):
-            _compare("onnxruntime", torch.from_numpy(output), value[:num_images])
-    shape = ", ".join(map(str, subject.image_size))
-    code = f"""{code_until_image(subject, "onnxruntime")}
-session = onnxruntime.InferenceSession("model.onnx")
-[{", ".join(names)}] = session.run({names}, {{"images": image.numpy()}})  # any number of images"""
+    program.model.metadata_props.update(as_metadata(subject.record, subject.image_size))
+    program.save(draft / MODEL, external_data=num_bytes > _MAX_ONNX_FILE_BYTES)
+    _compare_onnx(OnnxFile(draft), subject, names, scales=scales)
+    code = f"""{code_until_onnx(subject)}
+session = onnxruntime.InferenceSession("{MODEL}")
+[{", ".join(names)}] = session.run({json.dumps(names)}, {{"images": image[None]}})"""
     code += f"\n{code_to_decide(subject, 'float(p_morph[0])')}" if subject.detector else "\nprint(tokens.shape)"
-    notes = f"Input `images`: uint8 RGB, (batch, 3, {shape}); mean and std below are inside the graph. "
-    notes += ONNX_SCORE_NOTE if subject.detector else "Output `tokens`: class token (and registers), then patches."
+    shape = "any height, any width" if scales else f"{height}, {width}"
+    notes = f"Input `images`: uint8 RGB, (any number, {shape}, 3), upright, of 8 bits without transparency. Inside the "
+    notes += f"graph: {'scaling and cutting the centre, ' if scales else ''}mean and std"
+    notes += f", and the calibration. {ONNX_SCORE_NOTE}" if subject.detector else ". Output `tokens`: class token (and "
+    notes += "" if subject.detector else "registers), then patches."
+    if subject.face_crop:
+        notes += (
+            f" Photographs must be cropped to the face ({subject.face_crop}), which the graph does not do: the code "
+            "below expects an image that tools/make_shards.py --face_crop has written; launch/detect.py crops itself."
+        )
     return Loading("ONNX graph", notes, code)
+
+
+def _compare_onnx(file: OnnxFile, subject: Subject, names: list[str], *, scales: bool) -> None:
+    """Compare the file's outputs for images of the model's size, and for photographs of other sizes."""
+    expected = [subject.scores, subject.logits] if subject.detector else [subject.tokens]
+    images_BHWC = subject.images.permute(0, 2, 3, 1).numpy()
+    for num_images in (1, NUM_IMAGES):
+        for value, output in zip(expected, file.run(names, images_BHWC[:num_images]), strict=True):
+            _compare("onnxruntime", torch.from_numpy(output), value[:num_images])
+    height, width = subject.image_size
+    for rows, columns in ((3 * height + 5, 2 * width + 1), (height // 2 + 3, width)) if scales else ():
+        image_HWC = np.resize(images_BHWC, (rows, columns, 3))
+        seen_HWC = reference_view(image_HWC, height, width)
+        found, wanted = (file.run(names, one[None])[-1] for one in (image_HWC, np.ascontiguousarray(seen_HWC)))
+        _compare("onnxruntime", torch.from_numpy(found), torch.from_numpy(wanted))
 
 
 FORMATS: dict[str, tuple[Writer, tuple[str, ...]]] = {
@@ -258,31 +284,6 @@ _TIMM_POOLING: dict[str, dict[str, Any]] = {
 }
 _REMEDY = "nothing was written; install the versions of constraints.txt"
 _BASE = "base.safetensors"
-
-
-class _Graph(nn.Module):
-    """From uint8 images to the outputs of the ONNX file, in timm's own modules with the adapters merged in."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, subject: Subject) -> None:
-        super().__init__()
-        self.vit: Any = timm.create_model(subject.name, **subject.timm_options())
-        self.vit.load_state_dict(merged_state(subject.encoder.vit))
-        detector = subject.detector
-        self.head = detector.head if detector else None
-        self._pooling, self._scale = (detector.options.pooling, detector.scale) if detector else ("", 1.0)
-        self._calibration = subject.calibration
-        for name, values in (("mean", subject.mean), ("std", subject.std)):
-            self.register_buffer(name, torch.tensor(values)[:, None, None])
-
-    def forward(self, images_BCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        tokens_BTD: Tensor = self.vit.forward_features((images_BCHW.float() / 255 - self.mean) / self.std)
-        if self.head is None:
-            return tokens_BTD
-        logits_BC = self.head(pool(tokens_BTD, self._pooling, self.vit)) * self._scale
-        return calibrated(logits_BC, *self._calibration), logits_BC
 
 
 # ---------------------------------------------------------------------------------------------- what fits where

@@ -47,6 +47,19 @@ image = torch.from_numpy(image).permute(2, 0, 1)[None]
 {cut}"""
 
 
+def code_until_onnx(subject: Subject) -> str:
+    """Write the code from a photograph to the uint8 ``image`` (H, W, 3) that the ONNX graph takes."""
+    if "antialias" not in subject.view:
+        torch_code = code_until_image(subject, "onnxruntime")
+        return f"{torch_code}\nimage = image[0].permute(1, 2, 0).numpy()"
+    return """import sys
+import numpy as np, onnxruntime
+from PIL import Image, ImageOps
+
+photo = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")  # python score.py PHOTO
+image = np.array(photo)"""
+
+
 def code_until_pixels(subject: Subject, library: str) -> str:
     """Write the code from a photograph to the normalised ``pixels`` that a timm model takes."""
     return f"""{code_until_image(subject, library)}

@@ -1,6 +1,6 @@
 """The subject of an export: a model of this trainer, and its outputs on random images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class Subject:
     """Slope and offset of a detector's score, see `calibrated`."""
     threshold: float = 0.5
     """On the calibrated score, for the card's code."""
+    face_crop: str = ""
+    """How its photographs are cropped to faces before anything else; empty for whole ones."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """What an ONNX file says of a detector, JSON-able; see `trainer.weights.onnx_file`."""
 
     @property
     def image_size(self) -> tuple[int, int]:

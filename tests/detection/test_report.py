@@ -16,6 +16,7 @@ from trainer.detection.figures import (
     DetCurve,
     ScoredSet,
     det_figure,
+    det_picture,
     det_points,
     percent,
     reliability_figure,
@@ -554,3 +555,15 @@ def test_heat_grows_with_the_rate_and_never_hides_the_number() -> None:
     assert greens == sorted(greens, reverse=True)
     assert heat(0) == heat(None) == "#ffffff"
     assert heat(0.5) == heat(0.9) == "#ee8262"
+
+
+def test_the_det_picture_of_a_validation_shows_its_curve() -> None:
+    draw = np.random.default_rng(0)
+    label_N = np.repeat([0, 1], 200)
+    good, poor = (det_picture("Validation, step 5", draw.normal(size=400) + d * label_N, label_N) for d in (4, 0))
+    assert good.dtype == np.uint8
+    assert good.shape == poor.shape
+    assert good.shape[0] == 3
+    drawn = [((p[2].astype(int) - p[0]) > 100).nonzero() for p in (good, poor)]
+    corner = [(columns - rows).mean() for rows, columns in drawn]
+    assert corner[0] < corner[1] - 20, "a better curve is nearer to the lower left corner"

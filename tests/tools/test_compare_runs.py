@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tools import compare_runs
 from trainer.config.command_line import call
@@ -14,13 +15,25 @@ def compared(words: list[str]) -> int:
     return call(compare_runs.main, compare_runs.CLI, words)
 
 
-def a_run(folder: Path, *, step_s: float, errors: list[float | None], baseline: float = 1.0) -> Path:
-    """Ten steps between two measurements; half as long while the first ten."""
+def a_run(
+    folder: Path,
+    *,
+    step_s: float,
+    errors: list[float | None],
+    baseline: float = 1.0,
+    probes: list[float] | None = None,
+    chance: float = 0.1,
+) -> Path:
+    """Ten steps between two measurements; half as long while the first ten. The first probe comes before them."""
     folder.mkdir()
     rows = []
+    for i, accuracy in enumerate(probes or []):
+        row = {"step": 10 * i, "probe_knn_accuracy": accuracy, "probe_linear_accuracy": accuracy / 2}
+        rows.append(row | {"probe_chance": chance, "probe_rank_me": 7.5})
     for i, error in enumerate(errors, start=1):
         rows.append({"step": 10 * i, "loss": 1.0, "step_s": step_s if i > 1 else step_s / 2})
         rows.append({"step": 10 * i, "val_loss": error, "val_mean_face_loss": baseline})
+    rows.sort(key=lambda row: row["step"])  # stable, so the probes of a step precede its other rows
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -55,15 +68,38 @@ def test_the_table_says_how_much_sooner_the_reference_is_reached(
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_probes_stand_beside_the_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = a_run(tmp_path / "one", step_s=2.0, errors=[0.8, 0.6], probes=[0.1, 0.3, 0.42])
+    plain = a_run(tmp_path / "plain", step_s=2.0, errors=[0.8, 0.6])
+    curve = compare_runs.read_curve(one)
+    assert curve.probes["probe_knn_accuracy"].tolist() == [[0, 0.1], [0, 0.3], [10, 0.42]]
+    plots = [tmp_path / "errors.png", tmp_path / "both.png"]
+    assert compared(["--runs", f"plain={plain}", "--plot", str(plots[0])]) == 0
+    assert "last probe" not in capsys.readouterr().out
+    assert compared(["--runs", f"one={one},plain={plain}", "--plot", str(plots[1])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("last probe"))
+    assert lines[head].split()[2:] == ["kNN", "linear", "rank", "chance"]
+    assert lines[head + 1].split() == ["one", "42.0", "%", "21.0", "%", "7.5", "10.0", "%"]
+    assert lines[head + 2].split() == ["plain", "-", "-", "-", "-"]
+    widths = []
+    for plot in plots:
+        with Image.open(plot) as picture:
+            widths.append(picture.width)
+    assert widths[1] > 1.5 * widths[0], "a second panel"
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     good = a_run(tmp_path / "good", step_s=1.0, errors=[0.8])
     other = a_run(tmp_path / "other", step_s=1.0, errors=[0.8], baseline=0.9)
+    two, ten = (a_run(tmp_path / f"{c}", step_s=1.0, errors=[0.8], probes=[0.5], chance=c) for c in (0.5, 0.1))
     blind = a_run(tmp_path / "blind", step_s=1.0, errors=[None])
     for runs, message in (
         ("", "runs is empty"),
         (f"{good}", "must be name=folder"),
         (f"a={tmp_path}", "holds no metrics.jsonl"),
         (f"a={blind}", "measured no validation images"),
+        (f"a={two},b={ten}", "not probed on the same classes"),
         (f"a={good},b={other}", "not measured on the same validation images"),
     ):
         with pytest.raises(ConfigError, match=message):

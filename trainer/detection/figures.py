@@ -11,12 +11,13 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib import style
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 
-from trainer.detection.error_rates import clopper_pearson, error_curve
+from trainer.detection.error_rates import clopper_pearson, d_eer, error_curve
 
 Floats = NDArray[np.float64]
 
@@ -249,6 +250,16 @@ def _baseline_curve(row: Row) -> DetCurve:
         limits=tuple((point["macer"], point["bscer"]) for point in pooled["bscer_at_macer"].values()),
         is_baseline=True,
     )
+
+
+def det_picture(title: str, scores: ArrayLike, labels: ArrayLike) -> NDArray[np.uint8]:
+    """Draw the DET curve of all attacks as an RGB picture (3, H, W)."""
+    curve = error_curve(scores, labels)
+    points = DetCurve(name="all attacks", macer_T=curve.macer_T, bscer_T=curve.bscer_T, d_eer=d_eer(curve).value)
+    canvas = FigureCanvasAgg(det_figure(title, [points]))
+    canvas.draw()  # type: ignore[no-untyped-call]
+    rgb_HWC = np.asarray(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
+    return np.ascontiguousarray(rgb_HWC.transpose(2, 0, 1))
 
 
 def det_points(scores: ArrayLike, labels: ArrayLike) -> dict[str, list[float]]:

@@ -319,6 +319,13 @@ class DetectionTask:
             monitor.scalars(step, figures, group="val")
             label_N, logit_N = self._best.last_scores
             monitor.precision_recall(step, "val/precision_recall", label_N, 1 / (1 + np.exp(-logit_N)))
+            monitor.figure(step, "val/det", lambda: self._draw_det(step), file="det")
+
+    def _draw_det(self, step: int) -> NDArray[np.uint8]:
+        from trainer.detection.figures import det_picture  # imports matplotlib, which takes a second
+
+        label_N, logit_N = self._best.last_scores
+        return det_picture(f"Validation, step {step}", logit_N, label_N)
 
     def draw(self, step: int, monitor: Monitor) -> None:
         """Nothing is drawn."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -37,9 +38,14 @@ _CHARTS = {
         "error rates": ["Multiline", ["val/d_eer"]],
         "loss": ["Multiline", ["train/loss", "val/loss"]],
     },
+    "probe": {
+        "accuracy": ["Multiline", ["probe/knn_accuracy", "probe/linear_accuracy", "probe/chance"]],
+        "verification": ["Multiline", ["probe/eer", "probe/tar_at_far_0.01", "probe/tar_at_far_0.001"]],
+        "effective rank": ["Multiline", ["probe/rank_me"]],
+    },
 }
 """TensorBoard's custom scalars: what belongs into one chart."""
-_COMPARED = ("train/loss", "val/loss", "val/d_eer")
+_COMPARED = ("train/loss", "val/loss", "val/d_eer", "probe/knn_accuracy", "probe/linear_accuracy")
 """Numbers beside the hyperparameters."""
 _LABEL_PIXELS = 14
 """Height of the name below a drawn image."""
@@ -137,6 +143,11 @@ class Monitor:
             self._board.add_image(name, image_CHW, step)
             self._pictures.mkdir(exist_ok=True)
             Image.fromarray(image_CHW.permute(1, 2, 0).numpy()).save(self._pictures / f"{file}-{step:08d}.png")
+
+    def figure(self, step: int, name: str, draw: Callable[[], NDArray[np.uint8]], *, file: str) -> None:
+        """Record a drawing (3, H, W) as `picture` does; ``draw`` is called on rank 0 only."""
+        if self._is_main:
+            self.picture(step, name, torch.from_numpy(draw()), file=file)
 
     def flush(self) -> None:
         """Sync everything recorded so far to disk; called with each checkpoint."""

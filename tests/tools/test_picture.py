@@ -17,7 +17,7 @@ SIDE = 12
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
-    """What a demo leaves: pictures of two steps, scores of two detectors on two sets, three shortcuts."""
+    """What a demo leaves: pictures of two steps, scores of two detectors on two sets, three shortcuts, a CNN."""
     rng = np.random.default_rng(0)
     (tmp_path / "run" / "pictures").mkdir(parents=True)
     (tmp_path / "results").mkdir()
@@ -40,8 +40,9 @@ def demo(tmp_path: Path) -> Path:
             "summary": {"pooled": {"d_eer": {"value": eer}}},
             "det": {"macer": [0.0, eer, 1.0], "bscer": [1.0, eer, 0.0]},
         }
-        for name, eer in (("radial-spectrum", 0.3), ("high-pass", 0.1), ("small-pixels", 0.5))
+        for name, eer in (("radial-spectrum", 0.3), ("high-pass", 0.1), ("small-pixels", 0.5), ("CNN", 0.05))
     ]
+    baselines[-1]["cpu_seconds"] = 60.0
     (tmp_path / "results" / "2026_eval.json").write_text(json.dumps({"results": results, "baselines": baselines}))
     with (tmp_path / "results" / "2026_scores.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("model", "test_set", "label", "score"), *rows, ("lora", "whole", 1, "")])
@@ -60,13 +61,15 @@ def test_the_picture_is_drawn_from_the_newest_step_and_evaluation(
     assert path.stat().st_size < 300_000
 
 
-def test_the_curves_are_the_lora_detectors_and_the_best_shortcuts(demo: Path) -> None:
-    [(detector, found), (shortcut, rates)] = curves(demo / "results")
+def test_the_curves_are_the_lora_detectors_the_cnns_and_the_best_shortcuts(demo: Path) -> None:
+    [(detector, found), (cnn, its), (shortcut, rates)] = curves(demo / "results")
     with (demo / "results" / "2026_scores.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if (row["model"], row["test_set"]) == ("lora", "whole")]
     rows = [row for row in rows if row["score"]]
     assert found == det_points([float(row["score"]) for row in rows], [int(row["label"]) for row in rows])
     assert detector.startswith("detector, LoRA: D-EER ")
+    assert cnn == "plain CNN: D-EER 5.00 %"
+    assert its["macer"] == [0.0, 0.05, 1.0]
     assert shortcut == "best shortcut, high-pass: D-EER 10.0 %"
     assert rates["macer"] == [0.0, 0.1, 1.0]
 

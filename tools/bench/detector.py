@@ -139,7 +139,7 @@ def main(settings: Settings) -> int:
         raise ConfigError(f"output_dir is {folder}, which is not empty: name another folder")
     how = EvaluationSettings(models="ours=", test_sets=settings.test_sets, num_workers=0, progress_bar=False)
     sets = [open_test_set(name, shards, how) for name, shards in named_values(settings.test_sets, "test_sets")]
-    train = read_photographs(_open(settings.data, "data"), settings.crop_size, "data")
+    train = read_photographs(open_labelled(settings.data, "data"), settings.crop_size, "data")
     tests = {one.name: read_photographs(one.index, settings.crop_size, f"test set {one.name}") for one in sets}
     folder.mkdir(parents=True, exist_ok=True)
     # method -> test set -> scores of each seed; the shortcuts have one fit and no seed.
@@ -362,7 +362,12 @@ def markdown(results: Mapping[str, Any], settings: Settings) -> str:
     return "\n".join([*lines, "", f"CPU seconds: {spent}. {results['machine']}.", ""])
 
 
-def _open(shards: str, setting: str) -> "ShardIndex":
+def open_labelled(shards: str, setting: str) -> "ShardIndex":
+    """Open labelled shards.
+
+    Raises:
+        DataError: they cannot be read, or labels are wrong.
+    """
     from trainer.data.shards.index import list_shards, open_index
     from trainer.detection.scoring import check_labels
 

@@ -6,6 +6,9 @@ person as bona fides, and whole and spliced morphs as attacks. There are two tes
     whole    whole morphs against untouched photographs: blending blur alone gives most of them away
     splice   spliced morphs against spliced blends of one person: both were blended, only one shows two people
 
+Four photographs for launch/detect.py lie in FOLDER/photographs: the first whole and the first spliced morph of the test
+people, and the first photograph of both parents of the former.
+
 Usage: python tools/demo/orl_morphs.py FOLDER   (writes FOLDER/train.csv, val.csv, test-whole.csv, test-splice.csv)
 
 Examples:
@@ -21,8 +24,11 @@ if __name__ == "__main__":
     guard_imports()
 
 import csv
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from PIL import Image
 
 from tools.demo.orl_faces import IMAGES_A_PERSON, NUM_PEOPLE, TRAIN_PEOPLE, VALIDATION_PEOPLE, Target, find_faces
 from tools.make_morphs import Settings, make_morphs
@@ -31,6 +37,7 @@ from trainer.fault_tolerance.exit_codes import run
 from trainer.files import data_file
 
 LANDMARKS = data_file("tools/demo/data/orl_landmarks_468.npz")
+_ATTACKS = ("landmark-whole", "landmark-splice")
 _COLUMNS = ("path", "key", "label", "identity", "identity_2", "attack", "control")
 _PEOPLE = {
     "train": [p for p in TRAIN_PEOPLE if p not in VALIDATION_PEOPLE],
@@ -56,6 +63,7 @@ def write_manifests(output: Path) -> dict[str, int]:
             for name, same in kinds.items()
         )
         if split == "test":
+            write_photographs(output / "photographs", untouched, morphs)
             sets = {
                 "test-whole": untouched + [row for row in morphs if row["attack"] == "landmark-whole"],
                 "test-splice": [row for row in controls if row["control"] == "same-person-splice"]
@@ -67,6 +75,22 @@ def write_manifests(output: Path) -> dict[str, int]:
             _write(output / f"{name}.csv", rows, _COLUMNS)
             counts[name] = len(rows)
     return counts
+
+
+def write_photographs(folder: Path, bona_fides: Sequence[Row], morphs: Sequence[Row]) -> None:
+    """Write the first morph of each kind, and the first photograph of both parents of the first one, as PNG.
+
+    They are the first, not the best: nobody has chosen them by their scores.
+    """
+    firsts = {attack: next(row for row in morphs if row["attack"] == attack) for attack in _ATTACKS}
+    parents = [firsts[_ATTACKS[0]][name] for name in ("identity", "identity_2")]
+    chosen = {f"bona-fide-{p}": next(row for row in bona_fides if row["identity"] == p) for p in parents}
+    for attack, row in firsts.items():
+        chosen[f"{attack.removeprefix('landmark-')}-morph-{row['identity']}-{row['identity_2']}"] = row
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, row in chosen.items():
+        with Image.open(row["path"]) as image:
+            image.convert("RGB").save(folder / f"{name}.png")
 
 
 def _bona_fides(people: list[int]) -> list[Row]:

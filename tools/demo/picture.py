@@ -1,7 +1,7 @@
 """One picture of what the demo did: reconstructions beside DET curves, for README.md.
 
-Left, validation photographs in three rows: original, masked, reconstructed. Right, the DET curves of the LoRA detector
-and of the best shortcut baseline on whole morphs. Both come from the files of the demo's own run.
+Left, validation photographs in three rows: original, masked, reconstructed. Right, the DET curves of the LoRA detector,
+of the plain CNN (tools/demo/peer.py) and of the best shortcut on whole morphs. All come from the demo's own run.
 
 Usage: python tools/demo/picture.py FOLDER   (reads FOLDER/run and FOLDER/results, writes FOLDER/results/overview.png)
 
@@ -43,6 +43,7 @@ DETECTOR, TEST_SET = "lora", "whole"
 _NUM_FACES = 5
 _ROWS = ("original", "masked", "reconstructed")
 _ENDS = (0.01, 0.98)
+_COLOURS, _DASHES = ("#0072b2", "#009e73", "#d55e00"), ("-", (0, (1, 1)), (0, (5, 2)))
 _STYLE: Any = ["default", {"font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False}]
 
 
@@ -81,20 +82,25 @@ def reconstructions(run_folder: Path) -> NDArray[np.uint8]:
 
 
 def curves(results: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Read the detector's curve and that of the best shortcut from the newest evaluation: (name, {macer, bscer}).
+    """Read the curves of the detector, the plain CNN and the best shortcut from the newest evaluation.
+
+    Returns:
+        (name, {macer, bscer}) of each.
 
     Raises:
-        DataError: no evaluation is there, or it lacks the detector or the shortcuts.
+        DataError: no evaluation is there, or it lacks one of them.
     """
     from trainer.detection.figures import det_points, percent
 
     path = newest(results, "*_eval.json")
     evaluation = json.loads(path.read_text())
     found = [r["summary"] for r in evaluation["results"] if (r["model"], r["test_set"]) == (DETECTOR, TEST_SET)]
-    shortcuts = [row for row in evaluation["baselines"] if row["test_set"] == TEST_SET]
-    if not found or not shortcuts:
+    others = [row for row in evaluation["baselines"] if row["test_set"] == TEST_SET]
+    peers, shortcuts = ([row for row in others if ("cpu_seconds" in row) == is_peer] for is_peer in (True, False))
+    if not found or not peers or not shortcuts:
         raise DataError(
-            f"{path} lacks the detector {DETECTOR!r} or the shortcuts on {TEST_SET!r}: run 'make demo' again"
+            f"{path} lacks the detector {DETECTOR!r}, the plain CNN or the shortcuts on {TEST_SET!r}: run 'make demo' "
+            "again"
         )
     best = min(shortcuts, key=lambda row: d_eer_of(row["summary"]))
     with path.with_name(path.name.replace("_eval.json", "_scores.csv")).open(encoding="utf-8", newline="") as file:
@@ -102,6 +108,7 @@ def curves(results: Path) -> list[tuple[str, dict[str, Any]]]:
     detector = det_points([float(row["score"]) for row in rows], [int(row["label"]) for row in rows])
     return [
         (f"detector, LoRA: D-EER {percent(d_eer_of(found[0]))}", detector),
+        (f"plain CNN: D-EER {percent(d_eer_of(peers[0]['summary']))}", peers[0]["det"]),
         (f"best shortcut, {best['name']}: D-EER {percent(d_eer_of(best['summary']))}", best["det"]),
     ]
 
@@ -150,7 +157,7 @@ def _draw_curves(axis: "Axes", found: list[tuple[str, dict[str, Any]]]) -> None:
     from trainer.detection.figures import det_axes, probit
 
     det_axes(axis, _ENDS).set_label("_nolegend_")
-    for (name, rates), colour, dash in zip(found, ("#0072b2", "#d55e00"), ("-", (0, (5, 2))), strict=True):
+    for (name, rates), colour, dash in zip(found, _COLOURS, _DASHES, strict=True):
         x_T, y_T = (probit(rates[rate], _ENDS) for rate in ("macer", "bscer"))
         axis.plot(x_T, y_T, color=colour, linestyle=dash, linewidth=1.6, drawstyle="steps-post", label=name)
     axis.set(xlabel="MACER: morphs accepted [%]", ylabel="BSCER: bona fides rejected [%]")

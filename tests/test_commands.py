@@ -473,6 +473,7 @@ ELSEWHERE = {
     "pip install -e": "the extras of setup.py; make install brings all of them for the tests",
     "python tools/demo/picture.py demo": "tests/tools/test_picture.py, and the end of make demo",
     "make curves": "twenty minutes of training",
+    "python tools/demo/peer.py ": "tests/tools/test_demo.py, and make demo",
     "python tools/demo/orl_morphs.py demo/detect": "tests/tools/test_make_morphs.py, and a minute of blending",
     "deepspeed launch/finetune.py --recipe madation": "needs a network; tests/detection/test_published_recipes.py",
     "sbatch ": "tests/cluster/test_slurm.py",

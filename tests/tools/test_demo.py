@@ -1,4 +1,4 @@
-"""The demo's plain CNN: whose CPU seconds it gets, what it leaves beside the shortcuts, what is refused."""
+"""The demo's own steps: the plain CNN gets the seconds of the slowest detector, the four photographs are not chosen."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.helpers.shards import write_tar
 from tools import shortcut_baselines
-from tools.demo import peer
+from tools.demo import orl_morphs, peer
 from trainer.config.command_line import call
 from trainer.errors import DataError
 
@@ -69,3 +69,20 @@ def test_the_cnn_stands_behind_the_shortcuts_with_the_seconds_of_the_slowest_det
     assert last["name"] == f"plain CNN (resnet10t, {last['cpu_seconds']:.0f} CPU s)"
     assert last["summary"]["pooled"]["d_eer"]["value"] < 0.2  # more noise is easy to see
     assert last["summary"]["pooled"]["d_eer"]["ci"]
+
+
+def test_the_photographs_are_the_first_morph_of_each_kind_and_the_parents_of_the_first(tmp_path: Path) -> None:
+    def row(number: int, attack: str, *people: str) -> dict[str, str]:
+        path = tmp_path / f"{number}.pgm"
+        Image.new("L", (4, 5), number).save(path)
+        return {"path": str(path), "attack": attack, "identity": people[0], "identity_2": people[-1]}
+
+    bona_fides = [row(number, "", person) for number, person in enumerate(["33", "33", "34", "35", "35"])]
+    morphs = [
+        row(number, f"landmark-{kind}", "33", other)
+        for number, kind, other in ((10, "whole", "35"), (11, "splice", "34"), (12, "whole", "34"))
+    ]
+    orl_morphs.write_photographs(tmp_path / "out", bona_fides, morphs)
+    found = {path.name: Image.open(path).getpixel((0, 0)) for path in (tmp_path / "out").iterdir()}
+    expected = {"bona-fide-33": 0, "bona-fide-35": 3, "whole-morph-33-35": 10, "splice-morph-33-34": 11}
+    assert found == {f"{name}.png": (grey,) * 3 for name, grey in expected.items()}

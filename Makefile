@@ -48,10 +48,10 @@ demo/detect/%/finished:
 	$(ALONE) launch/finetune.py --recipe detector_demo --output_dir demo/detect/$* --progress_bar false --num_threads 1 $(HOW) \
 		--data 'demo/detect/shards/train/*.tar' --val_data 'demo/detect/shards/val/*.tar' && times > $@
 
-LORA := --use_lora true --learning_rate 3e-3
+LORA := --epochs 4 --use_lora true --learning_rate 3e-3
 demo/detect/lora/finished: HOW = --init $(RUN) $(LORA)
 demo/detect/scratch/finished: HOW = $(LORA)
-demo/detect/probe/finished: HOW = --init $(RUN) --freeze_backbone true --learning_rate 1e-2
+demo/detect/probe/finished: HOW = --init $(RUN) --epochs 4 --freeze_backbone true --learning_rate 1e-2
 
 demo/detect/beside.json: demo/detect/baselines.json demo/detect/lora/finished demo/detect/scratch/finished
 	$(ALONE) tools/demo/peer.py --data 'demo/detect/shards/train/*.tar' --test_sets $(TEST_SETS) \
@@ -97,12 +97,12 @@ lint: $(INSTALLED)
 faults: $(INSTALLED)
 	TRAINER_KILLS=100 TRAINER_MUTANTS=2500 $(BIN)/python -m pytest tests/fault_tolerance/test_kills.py tests/fault_tolerance/test_mutants.py tests/fault_tolerance/test_watchdog.py tests/distributed/test_resize.py tests/fault_tolerance/test_nonfinite.py
 
-demo/curves/exact/finished: HOW = --decoder_depth 8 --epochs 60
+demo/curves/exact/finished: HOW = --decoder_depth 8 --decoder_type self --predict_share 1 --epochs 60
 demo/curves/fast/finished: HOW = --decoder_depth 4 --decoder_type cross --predict_share 0.33 --mask_ratio 0.8 --epochs 126
 
 demo/curves/%/finished: $(filter demo/shards/%,$(SHARDS))
 	$(ALONE) launch/pretrain.py --recipe demo --output_dir demo/curves/$* --progress_bar false \
-		--encoder_depth 12 --decoder_width 128 --decoder_heads 4 --warmup_epochs 5 --micro_batch 32 --num_threads 1 $(HOW) \
+		--encoder_depth 12 --decoder_width 128 --decoder_heads 4 --warmup_epochs 5 --learning_rate 1e-3 --crop_scale_min 0.6 --micro_batch 32 --num_threads 1 $(HOW) \
 		--data 'demo/shards/train/shard-*.tar' --val_data 'demo/shards/val/shard-*.tar' \
 		--val_mask_ratio 0.75 --val_every 50 --log_every 10
 	@touch $@

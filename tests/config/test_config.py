@@ -94,10 +94,10 @@ def test_a_boolean_needs_no_value_whatever_its_name() -> None:
 def test_the_length_of_the_schedule_can_be_given_in_steps() -> None:
     recipe, _ = configure(["--recipe", "demo", "--max_steps", "50"], PRETRAINING)
     assert recipe.num_steps(320) == 50
-    assert recipe.num_warmup_steps(320) == 6  # the demo's share: 3 of 25 epochs
+    assert recipe.num_warmup_steps(320) == 5  # the demo's share: 14 of 140 epochs
     assert recipe.num_epochs(320) == 5  # of 10 steps of 32
     plain, _ = configure(["--recipe", "demo"], PRETRAINING)
-    assert (plain.num_steps(320), plain.num_warmup_steps(320), plain.num_epochs(320)) == (250, 30, 25)
+    assert (plain.num_steps(320), plain.num_warmup_steps(320), plain.num_epochs(320)) == (1400, 140, 140)
 
 
 def test_the_hugging_face_way_of_naming_a_deepspeed_file_is_understood() -> None:

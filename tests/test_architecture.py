@@ -10,7 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     *("errors", "seeds", "files", "progress", "parallel", "startup", "log"),
-    *("config", "models", "distributed", "data", "fault_tolerance", "weights", "probes", "training", "detection"),
+    *("config", "models", "distributed", "data", "fault_tolerance", "weights", "probes", "training"),
+    *("detection", "features"),
 )
 OWNERS = {
     "deepspeed": {f"trainer/distributed/{name}.py" for name in ("devices", "ds_config", "engine", "zero_state")},

@@ -251,6 +251,38 @@ def scored(output: str, images: int | None = None) -> Callable[[Path, str], None
     return look
 
 
+def embedded(folder: str, *features: str, images: int | None = None) -> Callable[[Path, str], None]:
+    """A row of finite features for each image, in the order of the images."""
+
+    def look(place: Path, out: str) -> None:
+        from trainer.features import read_features
+
+        for feature in features:
+            found = read_features(place / folder, feature)
+            assert images in (None, len(found.rows))
+            assert len(set(found.keys)) == len(found.values_ND) > 0
+            assert np.isfinite(found.values_ND).all()
+            assert found.values_ND.std(axis=0).max() > 0
+            assert f"features of {len(found.rows)} of {len(found.rows)} images" in out
+
+    return look
+
+
+def probed(output: str, *sets: str) -> Callable[[Path, str], None]:
+    """Figures of each set, as JSON and as a table."""
+
+    def look(place: Path, out: str) -> None:
+        found = json.loads((place / f"{output}.json").read_text())["sets"]
+        assert tuple(found) == sets
+        for name, figures in found.items():
+            assert all(
+                0 <= figures[kind]["value"] <= 1 and figures[kind]["ci"] for kind in ("knn", "ridge", "logistic")
+            )
+            assert f"| {name} |" in (place / f"{output}.md").read_text()
+
+    return look
+
+
 def morphed(folder: str) -> Callable[[Path, str], None]:
     def look(place: Path, out: str) -> None:
         with (place / folder / "morphs.csv").open() as file:
@@ -399,6 +431,25 @@ EXPECTED: dict[str, Expected] = {
     "--threshold bscer_0.10": Expected(holds("scores.jsonl", "scores.jsonl.json")),
     "deepspeed --num_gpus 2 launch/detect.py --model runs/detector --images 'detect/test/*.tar' "
     "--output test.csv": Expected(scored("test.csv")),
+    "python launch/embed.py --model runs/base --images 'detect/test/*.tar' --output_dir features/base": Expected(
+        embedded("features/base", "mean"), before=pretrained
+    ),
+    "python launch/embed.py --model runs/base --weights random --images 'detect/test/*.tar' "
+    "--output_dir features/random": Expected(embedded("features/random", "mean"), before=pretrained),
+    "python launch/embed.py --model pixels --images 'detect/test/*.tar' --output_dir features/pixels": Expected(
+        embedded("features/pixels", "pixels")
+    ),
+    "python launch/embed.py --model timm:vit_tiny_patch16_224 --weights random --images faces --features mean,cls "
+    "--blocks 5,11 --dtype fp16 --format npy --output_dir features/tiny": Expected(
+        embedded("features/tiny", "mean", "cls", "block_5_mean", "block_11_cls", images=PEOPLE * PHOTOGRAPHS)
+    ),
+    "deepspeed --num_gpus 2 launch/embed.py --model runs/detector --images 'detect/test/*.tar' "
+    "--output_dir features/detector": Expected(embedded("features/detector", "mean")),
+    "python tools/probe.py --features 'base=features/base;random=features/random;pixels=features/pixels' "
+    "--field identity --output probe.json": Expected(probed("probe", "base", "random", "pixels")),
+    "python tools/probe.py --features features/detector --field label --feature mean": Expected(
+        probed("probe", "detector")
+    ),
     "python tools/export.py --source runs/detector --format merged --output exported/merged": Expected(
         holds("exported/merged/model.safetensors", "exported/merged/README.md")
     ),

@@ -19,9 +19,10 @@ import fire
 from deepspeed.runtime.zero.muon import muon_optimizer
 
 from trainer.detection import evaluation, finetuning, torch_metrics
+from trainer.features import embedding
 from trainer.training import pretraining, readiness
 
-IMPORTED = (fire, muon_optimizer, evaluation, finetuning, pretraining, readiness, torch_metrics)
+IMPORTED = (fire, muon_optimizer, embedding, evaluation, finetuning, pretraining, readiness, torch_metrics)
 """Commands import these after they have read their command line; DeepSpeed imports Muon when it starts."""
 
 

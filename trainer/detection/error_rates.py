@@ -40,7 +40,7 @@ Shapes: N samples, T thresholds, R replicates, I identities.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,14 +251,32 @@ def bootstrap_weights(identities: Sequence[Sequence[str]], *, num_replicates: in
 
 def d_eer_replicates(scores: ArrayLike, labels: ArrayLike, weights_RN: Floats) -> Floats:
     """Return the D-EER of each replicate that drew both classes; which ones do does not depend on the scores."""
+
+    def middle(macer_RT: Floats, bscer_RT: Floats) -> Floats:
+        _, low_R, high_R = _equal_error(macer_RT, bscer_RT)
+        return (low_R + high_R) / 2
+
+    return _over_replicates(scores, labels, weights_RN, middle)
+
+
+def macer_at_bscer_replicates(scores: ArrayLike, labels: ArrayLike, weights_RN: Floats, limit: float) -> Floats:
+    """Return MACER@BSCER=limit of each replicate that drew both classes, as `d_eer_replicates`."""
+
+    def lowest(macer_RT: Floats, bscer_RT: Floats) -> Floats:
+        return macer_RT[np.arange(len(macer_RT)), _first_within(bscer_RT, limit)]
+
+    return _over_replicates(scores, labels, weights_RN, lowest)
+
+
+def _over_replicates(
+    scores: ArrayLike, labels: ArrayLike, weights_RN: Floats, figure: Callable[[Floats, Floats], Floats]
+) -> Floats:
     score_N, label_N = _checked(scores, labels)
     has_both_R = (weights_RN[:, label_N == 0].sum(1) > 0) & (weights_RN[:, label_N == 1].sum(1) > 0)
     threshold_T, place_N = np.unique(score_N, return_inverse=True)
-    rates, found = _Rates(place_N, label_N, len(threshold_T)), []
-    for some_RN in np.array_split(weights_RN[has_both_R], 1 + weights_RN.size // _MAX_WEIGHTS_AT_ONCE):
-        _, low_R, high_R = _equal_error(*rates(some_RN))
-        found.append((low_R + high_R) / 2)
-    return np.concatenate(found)
+    rates = _Rates(place_N, label_N, len(threshold_T))
+    parts = np.array_split(weights_RN[has_both_R], 1 + weights_RN.size // _MAX_WEIGHTS_AT_ONCE)
+    return np.concatenate([figure(*rates(some_RN)) for some_RN in parts])
 
 
 def resampling_of(identities: Sequence[Sequence[str]], labels: ArrayLike) -> dict[str, Any]:

@@ -72,18 +72,10 @@ def open_weights(
         mae = build_mae(init, recipe)
         encoder = mae.encoder
     else:
-        encoder = PatchEncoder(
-            recipe.model,
-            image_size=recipe.image_size,
-            patch_size=recipe.patch_size,
-            depth=recipe.encoder_depth,
-            fc_norm=True if init.settings.get("pooling") == "avg_fc_norm" else None,
-        )
-        encoder.load_weights(init.weights)
+        encoder = build_encoder(init, recipe)
     encoder.eval()
     check_heads(init, encoder)
-    known = init.recipe.get("normalisation", normalisation)
-    mean, std = STATISTICS[known] if isinstance(known, str) else known
+    mean, std = statistics_of(init, normalisation)
     view = preprocessing(recipe.image_size, mean, std)
     subject = Subject(
         name=recipe.model,
@@ -101,8 +93,38 @@ def open_weights(
     return subject, card
 
 
-def recipe_of_weights(init: Init, source: str, model: str) -> PretrainRecipe:
+def build_encoder(init: Init, recipe: PretrainRecipe) -> PatchEncoder:
+    """Build an encoder with these weights.
+
+    Raises:
+        ConfigError: they are of another model.
+    """
+    encoder = PatchEncoder(
+        recipe.model,
+        image_size=recipe.image_size,
+        patch_size=recipe.patch_size,
+        depth=recipe.encoder_depth,
+        fc_norm=True if init.settings.get("pooling") == "avg_fc_norm" else None,
+    )
+    encoder.load_weights(init.weights)
+    return encoder
+
+
+def statistics_of(init: Init, normalisation: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation of the pixels that weights expect; ``normalisation`` names those of a silent file."""
+    known = init.recipe.get("normalisation", normalisation)
+    mean, std = STATISTICS[known] if isinstance(known, str) else known
+    return tuple(mean), tuple(std)
+
+
+def recipe_of_weights(init: Init, source: str, model: str, *, setting: str = "model") -> PretrainRecipe:
     """Return a run's own recipe, or one that builds what a file holds.
+
+    Args:
+        init: the weights.
+        source: where they are, for messages.
+        model: timm's name, if the user gave it.
+        setting: the flag that gives it, for messages.
 
     Raises:
         ConfigError: the file does not tell which model it is.
@@ -112,7 +134,7 @@ def recipe_of_weights(init: Init, source: str, model: str) -> PretrainRecipe:
     width, shown = len(init.weights["patch_embed.proj.weight"]), init.settings
     name = model or init.recipe.get("model") or shown.get("model")
     if name is None or "image_size" not in shown:
-        raise ConfigError(f"model is empty, and {source} (width {width}) does not tell it: pass --model NAME")
+        raise ConfigError(f"{setting} is empty, and {source} (width {width}) does not tell it: pass --{setting} NAME")
     decoder: dict[str, Any] = {"use_separate_pos_embed": "position_embed.weight" not in init.decoder}
     if "decoder_pred.weight" in init.decoder:
         decoder["decoder_width"] = init.decoder["decoder_pred.weight"].shape[1]

@@ -318,6 +318,19 @@ def natural_shape(model_name: str) -> tuple[int, int]:
     return int(vit.patch_embed.patch_size[0]), len(vit.blocks)
 
 
+def natural_image_size(model_name: str) -> int:
+    """Return the side of the images that a model is made for [pixels].
+
+    Raises:
+        ConfigError: timm has no such model, it is not supported here, or its images are not square.
+    """
+    _refuse_other_models(model_name)
+    height, width = _on_meta(model_name).patch_embed.img_size
+    if height != width:
+        raise ConfigError(f"model {model_name!r} takes images of {height} x {width} pixels: pass --image_size")
+    return int(height)
+
+
 def pretrained_weights(model_name: str) -> tuple[dict[str, Tensor], tuple[float, ...], tuple[float, ...]]:
     """Download timm's weights of a model; returns them with the pixel mean and deviation that they expect.
 

@@ -117,8 +117,13 @@ def base_state(vit: Any) -> dict[str, Tensor]:
 
 def backbone_sha256(vit: Any) -> str:
     """Hash the model's own weights, by name, shape and float32 value; adapters do not count."""
+    return state_sha256(base_state(vit))
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hash weights by name, shape and float32 value."""
     digest = hashlib.sha256()
-    for name, value in sorted(base_state(vit).items()):
+    for name, value in sorted(state.items()):
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

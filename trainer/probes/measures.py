@@ -12,11 +12,12 @@ Shapes: N samples, D features, P people of all samples, Q pairs of samples, T th
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.linear_model import RidgeClassifierCV
+from sklearn.linear_model import LogisticRegression, RidgeClassifierCV
 from sklearn.metrics import recall_score, roc_curve
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
@@ -34,6 +35,7 @@ UNTESTED = -1
 _TEMPERATURE = 0.07
 _NUM_FOLDS = 5
 _ALPHAS = (1e0, 1e1, 1e2, 1e3, 1e4)
+_LOGISTIC_C = 0.1
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -106,13 +108,29 @@ def linear_probe(features: ArrayLike, labels: ArrayLike, folds: Folds) -> Ints:
     Returns:
         predicted_N: a class; `UNTESTED` where no fold tests the sample.
     """
+    return _predicted(features, labels, folds, lambda: RidgeClassifierCV(_ALPHAS, class_weight="balanced"))
+
+
+def logistic_probe(features: ArrayLike, labels: ArrayLike, folds: Folds) -> Ints:
+    """Predict the class of each tested sample by logistic regression on standardised features.
+
+    The penalty is fixed: C = 0.1 of scikit-learn. Classes weigh the same.
+
+    Returns:
+        predicted_N: a class; `UNTESTED` where no fold tests the sample.
+    """
+    options = {"C": _LOGISTIC_C, "class_weight": "balanced", "max_iter": 2000}
+    return _predicted(features, labels, folds, lambda: LogisticRegression(**options))
+
+
+def _predicted(features: ArrayLike, labels: ArrayLike, folds: Folds, classifier: Callable[[], Any]) -> Ints:
     feature_ND, label_N = _checked(features, labels)
     predicted_N = np.full(len(label_N), UNTESTED, dtype=np.int64)
     for fit_F, test_F in folds:
         if len(classes := np.unique(label_N[fit_F])) == 1:
             predicted_N[test_F] = classes[0]
             continue
-        probe = make_pipeline(StandardScaler(), RidgeClassifierCV(_ALPHAS, class_weight="balanced"))
+        probe = make_pipeline(StandardScaler(), classifier())
         predicted_N[test_F] = probe.fit(feature_ND[fit_F], label_N[fit_F]).predict(feature_ND[test_F])
     return predicted_N
 
@@ -200,23 +218,26 @@ def verification(features: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     is_same_Q = label_N[first_Q] == label_N[second_Q]
     num_different = int((~is_same_Q).sum())
     if not is_same_Q.any() or not num_different:
-        return dict.fromkeys(("eer", *map(_tar_name, FAR_LIMITS)), float("nan"))
+        return dict.fromkeys(("eer", *map(tar_name, FAR_LIMITS)), float("nan"))
     cosine_Q = (unit_ND @ unit_ND.T)[first_Q, second_Q]
     far_T, tar_T, _ = roc_curve(is_same_Q, cosine_Q, drop_intermediate=False)
     figures = {"eer": _equal_error(far_T, 1 - tar_T)}
     for limit in FAR_LIMITS:
         at = int(np.searchsorted(far_T, limit + 1e-12, side="right")) - 1
-        figures[_tar_name(limit)] = float(tar_T[at]) if num_different * limit >= 1 else float("nan")
+        figures[tar_name(limit)] = float(tar_T[at]) if num_different * limit >= 1 else float("nan")
     return figures
 
 
 def _equal_error(far_T: Floats, frr_T: Floats) -> float:
     """Return the mean of two rates where they meet, or of the better of the two thresholds between which they cross."""
     after = int(np.argmax(far_T >= frr_T - 1e-12))  # false accepts rise from 0 to 1, false rejects fall from 1 to 0
+    if abs(far_T[after] - frr_T[after]) <= 1e-12:
+        return float(far_T[after])
     return float(min(far_T[at] + frr_T[at] for at in (max(after - 1, 0), after)) / 2)
 
 
-def _tar_name(limit: float) -> str:
+def tar_name(limit: float) -> str:
+    """Name the share of true accepts at a limit of false accepts, among the figures."""
     return f"tar_at_far_{limit:g}"
 
 

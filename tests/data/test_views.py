@@ -283,3 +283,32 @@ def test_a_detector_records_whether_colours_are_converted() -> None:
     stored, converted = (preprocessing_of(DetectorRecipe(colours=how)) for how in ("stored", "srgb"))
     assert set(converted) - set(stored) == {"colours"}, "detectors of before are compared with what they recorded"
     assert {name: converted[name] for name in stored} == stored
+
+
+def test_native_views_hold_the_images_own_pixels_and_enlarge_only_what_is_smaller() -> None:
+    image_HWC = np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8)
+    payload = cv2.imencode(".png", image_HWC[..., ::-1])[1].tobytes()
+    native = Pixels(resize="native")
+    view = DetectorView(size=40, crop_scale=(0.2, 1.0), flip_probability=0.0, seed=3, pixels=native)
+    out_RSSC, places = np.empty((200, 40, 40, 3), dtype=np.uint8), set()
+    view(Photo(payload, 1), view.draw(np.arange(200)), out_RSSC)
+    for crop_SSC in out_RSSC:
+        tops, lefts = np.nonzero((image_HWC[:21, :11] == crop_SSC[0, 0]).all(axis=2))
+        top, left = next(
+            (y, x)
+            for y, x in zip(tops, lefts, strict=True)
+            if np.array_equal(image_HWC[y : y + 40, x : x + 40], crop_SSC)
+        )
+        places.add((int(top), int(left)))
+    assert {y for y, _ in places} == set(range(21))
+    assert {x for _, x in places} == set(range(11))
+
+    centre = CenterView(size=40, pixels=native)
+    centre(Photo(payload, 1), centre.draw([0]), out_RSSC[:1])
+    np.testing.assert_array_equal(out_RSSC[0], image_HWC[10:50, 5:45])
+    draws_RK, (big_RSSC, usual_RSSC) = centre.draw([0]), np.empty((2, 1, 64, 64, 3), dtype=np.uint8)
+    CenterView(size=64, pixels=native)(Photo(payload, 1), draws_RK, big_RSSC)
+    CenterView(size=64)(Photo(payload, 1), draws_RK, usual_RSSC)
+    np.testing.assert_array_equal(big_RSSC, usual_RSSC)
+    recipes = (DetectorRecipe(view_resize="native"), DetectorRecipe())
+    assert preprocessing_of(recipes[0]) != preprocessing_of(recipes[1])

@@ -15,6 +15,7 @@ from trainer.distributed.world import world_from_environment
 from trainer.models.detector import HeadOptions, MorphDetector
 from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import add_lora
+from trainer.models.residual import ResidualBranch
 
 GLOBAL_BATCH, STEPS, LR = 8, 6, 1e-2
 
@@ -28,7 +29,9 @@ def build() -> MorphDetector:
     torch.manual_seed(0)
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2)
     add_lora(encoder.vit, dropout=0.0, targets=("query", "value"))
-    return MorphDetector(encoder, normalisation="imagenet", head=HeadOptions.of(DetectorRecipe()))
+    model = MorphDetector(encoder, normalisation="imagenet", head=HeadOptions.of(DetectorRecipe()), residual=True)
+    model.residual = ResidualBranch(encoder.width, channels=(8, 8))  # smaller than the frozen encoder
+    return model
 
 
 def start(model: MorphDetector, config: dict, world) -> Engine:

@@ -410,6 +410,17 @@ def test_onnx_gives_the_score_of_any_head_from_uint8_images_in_batches_of_any_si
     torch.testing.assert_close(torch.from_numpy(found), features(wide, PIXELS[:, :, :16, :24]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_residual_branch_goes_out_as_onnx_and_nowhere_else(official: Path, tmp_path: Path) -> None:
+    run = detector(tmp_path / "run", official, use_lora=True, use_residual_branch=True, view_resize="native")
+    session = follow_the_card(export(run, "onnx", tmp_path / "onnx"))["session"]
+    found = session.run(["logits"], {"images": IMAGES.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), logits(run), rtol=1e-4, atol=1e-4)
+    for to in ("adapter", "merged"):
+        with pytest.raises(ConfigError, match="has a residual branch, which timm has not: export it as onnx"):
+            export(run, to, tmp_path / to)
+
+
 # ---------------------------------------------------------------------------------------------- the card
 
 

@@ -81,9 +81,11 @@ class Recipe:
     """Largest share of the image that a random crop keeps."""
     flip_probability: float = 0.5
     """Chance of mirroring a training image left to right."""
-    view_resize: Literal["antialias", "former"] = "antialias"
+    view_resize: Literal["antialias", "former", "native"] = "antialias"
     """antialias: every view is scaled by antialiased cubic interpolation, as in the published MAE; former: as release
-    0.1 did (training crops cubic without antialiasing, detectors' by area where they shrink, tests by area)."""
+    0.1 did (training crops cubic without antialiasing, detectors' by area where they shrink, tests by area); native:
+    crops of image_size at the image's own resolution, which keep the traces of blending (only an image that is smaller
+    is enlarged; crop_scale_min and crop_scale_max say nothing); tests see the centre."""
     colours: Literal["stored", "srgb"] = "stored"
     """stored: numbers as they stand in the file; srgb: images with another colour profile (Display P3 of phones, Adobe
     RGB) are converted to sRGB, in tests as well."""
@@ -189,6 +191,8 @@ class PretrainRecipe(Recipe):
 
     def __post_init__(self) -> None:
         Recipe.__post_init__(self)
+        scales = self.view_resize != "native"
+        _require(self, "view_resize", scales, "is for detectors: MAE crops parts of any size (try antialias)")
         _require(self, "mask_ratio", 0 < self.mask_ratio < 1, "must lie strictly between 0 and 1 (try 0.75)")
         divides = self.decoder_width % self.decoder_heads == 0 and self.decoder_width % 4 == 0
         _require(self, "decoder_width", divides, f"must be divisible by decoder_heads ({self.decoder_heads}) and by 4")
@@ -214,6 +218,10 @@ class DetectorRecipe(Recipe):
     """Refuse an --init that was not pre-trained so (true or false); none takes either."""
     normalisation: Literal["imagenet", "half"] = "imagenet"
     """Mean and deviation of pixels that the encoder expects: ImageNet's, as MAE, or 0.5 each, as many timm models."""
+
+    use_residual_branch: bool = False
+    """Add the features of a small convolutional branch on high-pass residuals (Laplacian, SRM) to the pooled tokens; it
+    always trains. Meant for view_resize native: scaling removes what it looks at."""
 
     # What is trained
     freeze_backbone: bool | None = None

@@ -76,7 +76,9 @@ def assemble_detector(recipe: DetectorRecipe, init: Init | None, *, grad_checkpo
             )
             for _ in range(recipe.mixstyle_blocks if recipe.use_mixstyle else 0)
         ]
-        return MorphDetector(encoder, normalisation=recipe.normalisation, head=head, mixstyle=styles)
+        return MorphDetector(
+            encoder, normalisation=recipe.normalisation, head=head, mixstyle=styles, residual=recipe.use_residual_branch
+        )
 
 
 def training_view(recipe: DetectorRecipe) -> DetectorView:

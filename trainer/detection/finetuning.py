@@ -247,7 +247,8 @@ class BestDetector:
     def _write_more(self, weights: dict[str, torch.Tensor], draft: Path) -> None:
         if self._best is not None:
             self._best.save(draft / FILE)
-        if self._recipe.use_lora:
+        # Plain peft and timm have no residual branch, so the adapter alone would give other scores.
+        if self._recipe.use_lora and not self._recipe.use_residual_branch:
             self._write_adapter(weights, draft)
 
     def _write_adapter(self, weights: dict[str, torch.Tensor], draft: Path) -> None:

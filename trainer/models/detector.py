@@ -23,6 +23,7 @@ from trainer.models.mask_utils import patchify
 from trainer.models.mixstyle import NUM_DRAWS as DRAWS_A_MIX
 from trainer.models.mixstyle import BetaDraws, MixStyle, partners
 from trainer.models.pixel_statistics import statistics_on
+from trainer.models.residual import ResidualBranch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +58,20 @@ class MorphDetector(nn.Module):
         normalisation: see `trainer.models.pixel_statistics`.
         head: pooling, head and loss.
         mixstyle: layers after the first blocks of the encoder.
+        residual: whether a branch on high-pass residuals adds its features to the pooled tokens.
 
     Raises:
         ConfigError: the pooling needs a class token, and the encoder has none.
     """
 
     def __init__(
-        self, encoder: PatchEncoder, *, normalisation: str, head: HeadOptions, mixstyle: list[MixStyle] | None = None
+        self,
+        encoder: PatchEncoder,
+        *,
+        normalisation: str,
+        head: HeadOptions,
+        mixstyle: list[MixStyle] | None = None,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         if head.pooling == "cls" and encoder.vit.cls_token is None:
@@ -71,6 +79,7 @@ class MorphDetector(nn.Module):
         self.encoder, self.options = encoder, head
         self.head = build_head(encoder.width, head)
         self.mixstyle = nn.ModuleList(mixstyle or [])
+        self.residual = ResidualBranch(encoder.width) if residual else None
         self._normalisation = normalisation
         self._mixup = BetaDraws(head.mixup_alpha) if head.mixup_alpha else None
         self._keys = key_dropouts(self)
@@ -109,7 +118,7 @@ class MorphDetector(nn.Module):
         if want == "attention":
             return self.encoder.attention_rollout(self._patches(pixels_BCHW))
         if want == "logits":
-            return self._decide(self._patches(pixels_BCHW)).float() * self.scale
+            return self._decide(pixels_BCHW).float() * self.scale
         assert labels_B is not None
         assert draws_BK is not None
         options, target = self.options, labels_B
@@ -118,7 +127,7 @@ class MorphDetector(nn.Module):
         if self._mixup is not None and self.training:
             first = DRAWS_A_MIX * len(self.mixstyle)
             pixels_BCHW, target = self._mix_up(pixels_BCHW, labels_B, draws_BK[:, first : first + DRAWS_A_MIX])
-        output_BC = self._decide(self._patches(pixels_BCHW), labels_B, draws_BK)
+        output_BC = self._decide(pixels_BCHW, labels_B, draws_BK)
         if options.use_margin_loss:
             return margin_loss(
                 output_BC,
@@ -136,19 +145,21 @@ class MorphDetector(nn.Module):
 
         The forward pass counts once, the gradients of activations once if anything in the encoder trains, and the
         gradients of weights for the trained share of them. So a full fine-tuning costs 3 forward passes, a linear probe
-        1, and LoRA on 1 % of the weights 2.01.
+        1, and LoRA on 1 % of the weights 2.01. A residual branch trains in full and costs 3 of its own.
         """
         forward = self.encoder.flops(self.encoder.num_patches)
         weights = [(p.numel(), p.requires_grad) for p in self.encoder.parameters() if p.ndim > 1]
         trained = sum(n for n, trains in weights if trains) / max(1, sum(n for n, _ in weights))
-        return round(forward * (1 + (trained > 0) + trained))
+        rows, columns = (side * self.encoder.patch for side in self.encoder.grid)
+        beside = self.residual.flops(rows, columns) if self.residual is not None else 0
+        return round(forward * (1 + (trained > 0) + trained)) + 3 * beside
 
     @property
     def scale(self) -> float:
         """Factor from the head's output to logits."""
         return self.options.margin_scale if self.options.use_margin_loss else 1.0
 
-    def _decide(self, patches_BNP: Tensor, labels_B: Tensor | None = None, draws_BK: Tensor | None = None) -> Tensor:
+    def _decide(self, pixels_BCHW: Tensor, labels_B: Tensor | None = None, draws_BK: Tensor | None = None) -> Tensor:
         def mix(i: int, tokens_BTD: Tensor) -> Tensor:
             if draws_BK is None or i >= len(self.mixstyle):
                 return tokens_BTD
@@ -157,8 +168,12 @@ class MorphDetector(nn.Module):
             )
             return mixed_BTD
 
-        tokens_BTD = self.encoder(patches_BNP, after_block=mix if self.mixstyle else None)
-        output_BC: Tensor = self.head(pool(tokens_BTD, self.options.pooling, self.encoder.vit))
+        tokens_BTD = self.encoder(self._patches(pixels_BCHW), after_block=mix if self.mixstyle else None)
+        pooled_BD = pool(tokens_BTD, self.options.pooling, self.encoder.vit)
+        if self.residual is not None:
+            mean_C11, std_C11 = statistics_on(pixels_BCHW.device, self._normalisation)
+            pooled_BD = pooled_BD + self.residual((pixels_BCHW * std_C11 + mean_C11) * 255)
+        output_BC: Tensor = self.head(pooled_BD)
         return output_BC
 
     def _patches(self, pixels_BCHW: Tensor) -> Tensor:

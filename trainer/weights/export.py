@@ -298,6 +298,10 @@ def _timm_detector(subject: Subject, to: str) -> tuple[dict[str, Any], dict[str,
     if subject.detector is None:
         raise ConfigError(f"format is {to}, but the source is no detector: name a run of finetune.py, or choose timm")
     head, pooling = subject.detector.head, subject.detector.options.pooling
+    if subject.detector.residual is not None:
+        raise ConfigError(
+            f"format is {to}, but the detector has a residual branch, which timm has not: export it as onnx"
+        )
     if not isinstance(head, nn.Linear):
         raise ConfigError(
             f"format is {to}, but the head is a {type(head).__name__}, and timm has one linear layer there: export the "

@@ -24,6 +24,8 @@ def code_until_image(subject: Subject, library: str) -> str:
     size = f"round(side * {height} / min(rows, columns))"
     if height != width:
         size = f"round(side * max({height} / rows, {width} / columns))"
+    if "own resolution" in subject.view:
+        size = f"round(side * max(1, {height} / rows, {width} / columns))"
     read = """photo = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")  # python score.py PHOTO
 rows, columns = photo.height, photo.width"""
     cut = f"""top, left = (size[0] - {height}) // 2, (size[1] - {width}) // 2
@@ -91,7 +93,12 @@ def write_view(subject: Subject, draft: Path) -> None:
     height, width = subject.image_size
     view = {
         "image_processor_type": "CLIPImageProcessor",
-        **{"do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": min(height, width)}, "resample": 3},
+        **{
+            "do_convert_rgb": True,
+            "do_resize": "own resolution" not in subject.view,
+            "size": {"shortest_edge": min(height, width)},
+            "resample": 3,
+        },
         **{"do_center_crop": True, "crop_size": {"height": height, "width": width}},
         **{"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True},
         **{"image_mean": list(subject.mean), "image_std": list(subject.std)},

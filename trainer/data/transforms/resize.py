@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-Resize = Literal["antialias", "former"]
-"""The recipe's choice: this module, or the scaling of release 0.1, for runs that began with it."""
+Resize = Literal["antialias", "former", "native"]
+"""The recipe's choice: this module, the scaling of release 0.1 for runs that began with it, or none."""
 
 
 def resize_into(image_HWC: NDArray[np.uint8], out_HWC: NDArray[np.uint8]) -> None:
@@ -26,6 +26,15 @@ def resize_into(image_HWC: NDArray[np.uint8], out_HWC: NDArray[np.uint8]) -> Non
     source_1CHW = pixels.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
     scaled_1CHW = F.interpolate(source_1CHW, size=(height, width), mode="bicubic", antialias=True)
     torch.from_numpy(out_HWC).copy_(scaled_1CHW[0].permute(1, 2, 0))
+
+
+def at_least(image_HWC: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Return the image itself, or enlarged if its shorter side is below ``side`` [pixels]."""
+    shorter = min(image_HWC.shape[:2])
+    if shorter >= side:
+        return image_HWC
+    height, width = (round(length * side / shorter) for length in image_HWC.shape[:2])
+    return resized(image_HWC, height, width)
 
 
 def resized(image_HWC: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

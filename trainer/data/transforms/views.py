@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from trainer.data.transforms import selfmorph
 from trainer.data.transforms.decode import Scratch, decode_image, upright_jpeg_size
 from trainer.data.transforms.faces import Box, FaceCropping, crop_face
-from trainer.data.transforms.resize import Resize, resize_into, resized
+from trainer.data.transforms.resize import Resize, at_least, resize_into, resized
 from trainer.seeds import Purpose, uniforms
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network for a newer version at import
@@ -67,7 +67,7 @@ class Pixels:
     """How images are decoded and scaled; the same in training, validation and tests of a model."""
 
     resize: Resize = "antialias"
-    """"former" scales as release 0.1 did."""
+    """"former" scales as release 0.1 did; "native" does not scale (detectors only)."""
     srgb: bool = False
     """Convert images with another colour profile to sRGB; otherwise pixel values stay as stored."""
 
@@ -253,8 +253,13 @@ class DetectorView:
             image_HWC, label = selfmorph.self_morph(image_HWC, morph[1:], photo.landmarks_L2), 1
         for distortion, mine in zip(self._before, distort, strict=False):
             image_HWC = distortion(image_HWC, mine)
-        box = crop_box(image_HWC.shape[0], image_HWC.shape[1], crop.tolist(), scale=self._crop_scale)
-        top, left, height, width = box
+        if self._pixels.resize == "native":
+            image_HWC = at_least(image_HWC, self.size)
+            height = width = self.size
+            top, left = (int(u * (side - self.size + 1)) for u, side in zip(crop[-3:-1], image_HWC.shape, strict=False))
+        else:
+            box = crop_box(image_HWC.shape[0], image_HWC.shape[1], crop.tolist(), scale=self._crop_scale)
+            top, left, height, width = box
         view_HWC = image_HWC[top : top + height, left : left + width]
         scaled_SSC = self._scaled(view_HWC)
         mirrored = crop[-1] < self._flip_probability
@@ -265,6 +270,8 @@ class DetectorView:
         return label
 
     def _scaled(self, view_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if self._pixels.resize == "native":
+            return view_HWC
         if self._pixels.resize == "antialias":
             return resized(view_HWC, self.size, self.size)
         interpolation = cv2.INTER_AREA if min(view_HWC.shape[:2]) > self.size else cv2.INTER_CUBIC
@@ -288,12 +295,14 @@ class CenterView:
 
     descriptions: typing.ClassVar[dict[Resize, str]] = {
         "antialias": "shorter side to the size, antialiased bicubic as Pillow's, then the centre; RGB; decoded in full",
+        "native": "the centre at the image's own resolution; a smaller image is enlarged first, antialiased bicubic as "
+        "Pillow's; RGB; decoded in full",
         "former": "shorter side to the size with area interpolation, then the centre; RGB; decoded in full",
     }
     """What a detector records of its view of test images."""
 
     def __init__(self, *, size: int, pixels: Pixels = AS_STORED, crop: FaceCropping | None = None) -> None:
-        self.size, self._crop = size, crop
+        self.size, self._crop, self._native = size, crop, pixels.resize == "native"
         self.srgb = pixels.srgb or crop is not None  # crops are stored in sRGB
         self._former: A.Compose | None = None
         if pixels.resize == "former":
@@ -331,8 +340,12 @@ class CenterView:
         return np.asarray(view_SSC, dtype=np.uint8), face_box
 
     def _centre(self, image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        shorter = min(image_HWC.shape[:2])
-        height, width = (round(side * self.size / shorter) for side in image_HWC.shape[:2])
-        scaled_HWC = resized(image_HWC, height, width)
+        if self._native:
+            scaled_HWC = at_least(image_HWC, self.size)
+            height, width = scaled_HWC.shape[:2]
+        else:
+            shorter = min(image_HWC.shape[:2])
+            height, width = (round(side * self.size / shorter) for side in image_HWC.shape[:2])
+            scaled_HWC = resized(image_HWC, height, width)
         top, left = (height - self.size) // 2, (width - self.size) // 2
         return scaled_HWC[top : top + self.size, left : left + self.size]

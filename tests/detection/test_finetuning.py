@@ -172,8 +172,7 @@ def test_lora_under_zero_trains_alike_on_all_ranks_and_resumes_exactly(tmp_path:
     assert ranks[0]["digest"] == ranks[1]["digest"], "the ranks train different adapters"
     assert ranks[0]["logits"] == ranks[1]["logits"]
     assert ranks[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
-    # In float64 the order of the samples changes nothing above 1e-15; AdamW at this rate of 0.01 amplifies float32's.
-    np.testing.assert_allclose(ranks[0]["logits"], alone["logits"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(ranks[0]["logits"], alone["logits"], rtol=1e-3, atol=1e-4)
     for seen in (alone, *ranks):
         assert seen["resumed"] == seen["losses"][3:]
         assert seen["digest_resumed"] == seen["digest"]

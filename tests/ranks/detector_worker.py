@@ -29,8 +29,8 @@ def build() -> MorphDetector:
     torch.manual_seed(0)
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2)
     add_lora(encoder.vit, dropout=0.0, targets=("query", "value"))
-    model = MorphDetector(encoder, normalisation="imagenet", head=HeadOptions.of(DetectorRecipe()), residual=True)
-    model.residual = ResidualBranch(encoder.width, channels=(8, 8))  # smaller than the frozen encoder
+    model = MorphDetector(encoder, normalisation="imagenet", head=HeadOptions.of(DetectorRecipe(mix_group=2)), residual=True)
+    model.residual = ResidualBranch(encoder.width, group=2, channels=(8, 8))  # smaller than the frozen encoder
     return model
 
 
@@ -41,7 +41,9 @@ def start(model: MorphDetector, config: dict, world) -> Engine:
 def steps(engine: Engine, first: int, end: int, world, micro_batch: int) -> list[float]:
     losses = []
     for step in range(first, end):
-        mine = list(range(step * GLOBAL_BATCH + world.rank, (step + 1) * GLOBAL_BATCH, world.size))
+        # Pairs of neighbours are the groups that the residual branch normalises over: no rank gets half of one.
+        batch = range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
+        mine = [position for position in batch if position // 2 % world.size == world.rank]
         parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
         result = engine.step((inputs(part) for part in parts), learning_rate=LR, seed=step)
         losses.append(result.loss)

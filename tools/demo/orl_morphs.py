@@ -38,7 +38,7 @@ from trainer.files import data_file
 
 LANDMARKS = data_file("tools/demo/data/orl_landmarks_468.npz")
 _ATTACKS = ("landmark-whole", "landmark-splice")
-_COLUMNS = ("path", "key", "label", "identity", "identity_2", "attack", "control")
+_COLUMNS = ("path", "key", "label", "identity", "identity_2", "attack", "control", "source")
 _PEOPLE = {
     "train": [p for p in TRAIN_PEOPLE if p not in VALIDATION_PEOPLE],
     "val": list(VALIDATION_PEOPLE),
@@ -117,7 +117,8 @@ def _write(path: Path, rows: list[Row], columns: tuple[str, ...]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        # Batches are balanced by the source: each kind of attack and of bona fide gets an equal part.
+        writer.writerows({"source": row.get("attack") or row.get("control") or "photograph"} | row for row in rows)
 
 
 CLI = CommandLine(Target, __doc__, required=("folder",), positional="folder")

@@ -230,17 +230,20 @@ def detector_demo() -> tuple[DetectorRecipe, DetectorRuntime]:
     """
     recipe = DetectorRecipe(
         model="vit_tiny_patch16_224",
-        image_size=96,
+        image_size=84,
         patch_size=12,
         encoder_depth=4,
         global_batch=32,
-        epochs=2,
+        view_resize="native",
+        use_residual_branch=True,
+        mix_group=16,
+        use_lora=True,
+        epochs=6,
         warmup_epochs=0.2,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         weight_decay=0.05,
         beta2=0.999,
-        crop_scale_min=0.8,
-        balance_by="label",
+        balance_by="source",
         num_lanes=8,
     )
     runtime = DetectorRuntime(

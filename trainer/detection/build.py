@@ -155,13 +155,13 @@ def rebuild(saved: SavedDetector, recipe: DetectorRecipe, *, name: str, init: st
 
 
 def load_trained(model: MorphDetector, weights: Mapping[str, Tensor]) -> None:
-    """Copy the weights that training changed into a model that was built from the same recipe.
+    """Copy the weights that training changed, and what it measured, into a model that was built from the same recipe.
 
     Raises:
         CheckpointError: they do not fit.
     """
-    parameters = dict(model.named_parameters())
-    wanted = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad} | model.measured
+    wanted = parameters.keys()
     wrong = sorted(wanted ^ weights.keys()) or [n for n in sorted(wanted) if parameters[n].shape != weights[n].shape]
     if wrong:
         raise CheckpointError(f"the detector's weights do not fit its recipe, for example {wrong[0]}: train it again")

@@ -23,7 +23,7 @@ from trainer.models.mask_utils import patchify
 from trainer.models.mixstyle import NUM_DRAWS as DRAWS_A_MIX
 from trainer.models.mixstyle import BetaDraws, MixStyle, partners
 from trainer.models.pixel_statistics import statistics_on
-from trainer.models.residual import ResidualBranch
+from trainer.models.residual import GhostNorm, ResidualBranch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class MorphDetector(nn.Module):
         self.encoder, self.options = encoder, head
         self.head = build_head(encoder.width, head)
         self.mixstyle = nn.ModuleList(mixstyle or [])
-        self.residual = ResidualBranch(encoder.width) if residual else None
+        self.residual = ResidualBranch(encoder.width, group=head.mix_group) if residual else None
         self._normalisation = normalisation
         self._mixup = BetaDraws(head.mixup_alpha) if head.mixup_alpha else None
         self._keys = key_dropouts(self)
@@ -99,7 +99,7 @@ class MorphDetector(nn.Module):
         images_BCHW: Tensor,
         labels_B: Tensor | None = None,
         draws_BK: Tensor | None = None,
-        want: Literal["loss", "logits", "attention"] = "loss",
+        want: Literal["loss", "logits", "attention", "measure"] = "loss",
     ) -> Tensor:
         """Compute the loss, the logits or an attention map of images.
 
@@ -113,7 +113,12 @@ class MorphDetector(nn.Module):
             ``loss``: float32 scalar.
             ``logits``: float32 (B, 2); P(morph) is their softmax's second column.
             ``attention``: float32 (B, rows, columns), see `PatchEncoder.attention_rollout`.
+            ``measure``: features (B, D) of the residual branch, which from now on evaluates with these images'
+                statistics (`ResidualBranch.measure`).
         """
+        if want == "measure":
+            assert self.residual is not None
+            return self.residual.measure(images_BCHW.float())
         pixels_BCHW = self._normalise(images_BCHW)
         if want == "attention":
             return self.encoder.attention_rollout(self._patches(pixels_BCHW))
@@ -158,6 +163,11 @@ class MorphDetector(nn.Module):
     def scale(self) -> float:
         """Factor from the head's output to logits."""
         return self.options.margin_scale if self.options.use_margin_loss else 1.0
+
+    @property
+    def measured(self) -> dict[str, Tensor]:
+        """Statistics of the residual branch by name, float32 (2, channels); saved with the parameters."""
+        return {name: module.statistics for name, module in self.named_modules() if isinstance(module, GhostNorm)}
 
     def _decide(self, pixels_BCHW: Tensor, labels_B: Tensor | None = None, draws_BK: Tensor | None = None) -> Tensor:
         def mix(i: int, tokens_BTD: Tensor) -> Tensor:

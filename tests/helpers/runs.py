@@ -43,6 +43,11 @@ TINY = {
 _SMALL = {name: TINY[name] for name in ("encoder_depth", "image_size", "patch_size", "global_batch", "micro_batch")}
 TINY_DETECTOR = _SMALL | {
     "recipe": "detector_demo",
+    "use_lora": "false",
+    "use_residual_branch": "false",
+    "view_resize": "antialias",
+    "crop_scale_min": "0.8",
+    "balance_by": "label",
     "epochs": "6",
     "num_lanes": "4",
     "learning_rate": "3e-3",

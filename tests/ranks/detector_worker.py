@@ -29,7 +29,9 @@ def build() -> MorphDetector:
     torch.manual_seed(0)
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2)
     add_lora(encoder.vit, dropout=0.0, targets=("query", "value"))
-    model = MorphDetector(encoder, normalisation="imagenet", head=HeadOptions.of(DetectorRecipe(mix_group=2)), residual=True)
+    model = MorphDetector(
+        encoder, normalisation="imagenet", head=HeadOptions.of(DetectorRecipe(mix_group=2)), residual=True
+    )
     model.residual = ResidualBranch(encoder.width, group=2, channels=(8, 8))  # smaller than the frozen encoder
     return model
 

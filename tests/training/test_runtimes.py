@@ -77,6 +77,7 @@ KINDS: dict[str, tuple[type[Runtime], dict[str, str]]] = {
         DetectorRuntime,
         {
             "recipe": "detector_demo",
+            "balance_by": "label",
             "use_lora": "true",
             "freeze_backbone": "false",
             "lora_dropout": "0.2",
@@ -169,11 +170,14 @@ def test_a_micro_batch_that_would_cut_the_mixed_groups_is_refused(train: Path, t
         recipe, runtime = configure(words.split(), FINETUNING)
         check_groups(recipe, runtime.micro_batch)
 
-    checked("--recipe detector_demo --micro_batch 4")  # nothing is mixed
-    checked("--recipe detector_demo --micro_batch 16 --use_mixstyle true")
+    plain = "--recipe detector_demo --use_residual_branch false"
+    checked(f"{plain} --micro_batch 4")  # nothing is mixed
+    checked(f"{plain} --micro_batch 16 --use_mixstyle true --mix_group 8")
     with pytest.raises(ConfigError, match=r"micro_batch is 4, .*use_mixstyle .*try --micro_batch 8"):
-        checked("--recipe detector_demo --micro_batch 4 --use_mixstyle true")
+        checked(f"{plain} --micro_batch 4 --use_mixstyle true --mix_group 8")
+    with pytest.raises(ConfigError, match=r"micro_batch is 8, .*use_residual_branch .*try --micro_batch 16"):
+        checked("--recipe detector_demo --micro_batch 8")
     with pytest.raises(ConfigError, match=r"mix_group is 5, .*mixup_alpha .*--mix_group 8"):
-        checked("--recipe detector_demo --mixup_alpha 0.2 --mix_group 5")
+        checked(f"{plain} --mixup_alpha 0.2 --mix_group 5")
     with pytest.raises(ConfigError, match=r"mix_group is 0, .*began before"):
-        checked("--recipe detector_demo --mixup_alpha 0.2 --mix_group 0")
+        checked(f"{plain} --mixup_alpha 0.2 --mix_group 0")

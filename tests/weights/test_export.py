@@ -28,7 +28,7 @@ from trainer.config.command_line import call
 from trainer.config.record import to_dict
 from trainer.config.settings import DetectorRecipe, PretrainRecipe
 from trainer.data.sources import pixels_of
-from trainer.data.transforms.views import CenterView, Photo
+from trainer.data.transforms.views import CenterView, Photo, Pixels
 from trainer.detection.build import build_detector, preprocessing_of, rebuild, recipe_of
 from trainer.detection.error_rates import Calibration
 from trainer.detection.leakage import Fingerprints
@@ -148,7 +148,9 @@ def detector(folder: Path, init: Path, *, decision: Decision = UNCALIBRATED, dat
         "selection": {"data": "", "figures": {"d_eer": 0.25}},
         "data": data,
     }
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    if model.residual is not None:
+        model.eval()(IMAGES, want="measure")
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad} | model.measured
     seen, lease = Fingerprints(*(np.arange(3, dtype=np.uint64),) * 2), leases.acquire(folder, num_ranks=1)
     save_detector(folder / "detector", description, weights, decision, {"train": seen}, lease=lease)
     return folder
@@ -367,8 +369,9 @@ def test_a_fully_trained_detector_is_an_init(official: Path, tmp_path: Path) -> 
         export(run, "adapter", tmp_path / "out")
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 24), (224, 224)])
-def test_the_onnx_graph_scales_and_cuts_to_the_pixels_of_evaluation(height: int, width: int) -> None:
+def test_the_onnx_graph_scales_and_cuts_to_the_pixels_of_evaluation(height: int, width: int, native: bool) -> None:
     """The oracle is torch's own kernel; for square views, what evaluation sees."""
     generator = np.random.default_rng(0)
     sizes = [(height, width), (9, 8), (8, 61), (width, height), (33, 32), (32, 65), (447, 448), (448, 449), (97, 700)]
@@ -377,10 +380,12 @@ def test_the_onnx_graph_scales_and_cuts_to_the_pixels_of_evaluation(height: int,
         photo_HWC = generator.integers(0, 256, (rows, columns, 3), dtype=np.uint8)
         if number % 2:
             photo_HWC = (photo_HWC > 127).astype(np.uint8) * np.uint8(255)  # ringing beyond black and white
-        found = scaled_and_cut(torch.from_numpy(photo_HWC)[None], height, width)[0].permute(1, 2, 0).numpy()
-        np.testing.assert_array_equal(found, reference_view(photo_HWC, height, width), err_msg=f"{rows}x{columns}")
+        found = scaled_and_cut(torch.from_numpy(photo_HWC)[None], height, width, native=native)[0].permute(1, 2, 0)
+        expected = reference_view(photo_HWC, height, width, native=native)
+        np.testing.assert_array_equal(found.numpy(), expected, err_msg=f"{rows}x{columns}")
         if height == width:
-            np.testing.assert_array_equal(found, CenterView(size=height).of_pixels(photo_HWC)[0])
+            view = CenterView(size=height, pixels=Pixels(resize="native" if native else "antialias"))
+            np.testing.assert_array_equal(found.numpy(), view.of_pixels(photo_HWC)[0])
 
 
 @pytest.mark.slow
@@ -414,7 +419,7 @@ def test_onnx_gives_the_score_of_any_head_from_uint8_images_in_batches_of_any_si
 def test_a_residual_branch_goes_out_as_onnx_and_nowhere_else(official: Path, tmp_path: Path) -> None:
     run = detector(tmp_path / "run", official, use_lora=True, use_residual_branch=True, view_resize="native")
     session = follow_the_card(export(run, "onnx", tmp_path / "onnx"))["session"]
-    found = session.run(["logits"], {"images": IMAGES.numpy()})[0]
+    found = session.run(["logits"], {"images": IMAGES.permute(0, 2, 3, 1).numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(found), logits(run), rtol=1e-4, atol=1e-4)
     for to in ("adapter", "merged"):
         with pytest.raises(ConfigError, match="has a residual branch, which timm has not: export it as onnx"):

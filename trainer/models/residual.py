@@ -14,6 +14,7 @@ and batch statistics at the start alone did not help. So the branch normalises o
 Shapes: B images, C channels, H, W image, F = 5 filters, G samples of a group, D width of the ViT.
 """
 
+import copy
 import itertools
 
 import torch
@@ -83,6 +84,13 @@ class GhostNorm(nn.Module):
         shift_C = self.bias.float() - mean_C * scale_C
         normed_BCHW: Tensor = x_BCHW.float() * scale_C[:, None, None] + shift_C[:, None, None]
         return normed_BCHW.to(x_BCHW.dtype)
+
+    def as_batch_norm(self) -> nn.BatchNorm2d:
+        """Return PyTorch's module that evaluates to the same, for exports."""
+        norm = nn.BatchNorm2d(len(self.weight), eps=_EPSILON).eval()
+        norm.load_state_dict(self.state_dict(), strict=False)
+        norm.running_mean, norm.running_var = self.statistics.clone()
+        return norm
 
 
 class _Convolution(nn.Conv2d):
@@ -157,6 +165,15 @@ class ResidualBranch(nn.Module):
             for norm in norms:
                 norm.measures = False
         return features_BD
+
+    def with_batch_norms(self) -> "ResidualBranch":
+        """Return a copy for evaluation alone, with PyTorch's batch normalisation."""
+        branch = copy.deepcopy(self).eval()
+        for parent in list(branch.modules()):
+            for name, module in list(parent.named_children()):
+                if isinstance(module, GhostNorm):
+                    setattr(parent, name, module.as_batch_norm())
+        return branch
 
     def residuals(self, images_BCHW: Tensor) -> Tensor:
         """Filter the grey image; returns (B, F, H, W), clipped."""

@@ -34,16 +34,18 @@ class Graph(nn.Module):
         subject: the model.
         vit: timm's model with the subject's weights, adapters merged in.
         scales: accept photographs of any size; otherwise only the view, of the model's image size.
+        native: keep photographs at their own resolution, and scale up only those that do not cover the view.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, subject: Subject, vit: Any, *, scales: bool) -> None:
+    def __init__(self, subject: Subject, vit: Any, *, scales: bool, native: bool = False) -> None:
         super().__init__()
         self.vit, detector = vit, subject.detector
         self.head = detector.head if detector else None
-        self._size, self._scales = subject.image_size, scales
+        self.residual = detector.residual.with_batch_norms() if detector and detector.residual else None
+        self._size, self._scales, self._native = subject.image_size, scales, native
         self._pooling, self._scale = (detector.options.pooling, detector.scale) if detector else ("", 1.0)
         self._calibration = subject.calibration
         for name, values in (("mean", subject.mean), ("std", subject.std)):
@@ -51,21 +53,30 @@ class Graph(nn.Module):
 
     def forward(self, images_BHWC: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return tokens, or for a detector P(morph) (B) and the logits (B, 2)."""
-        view_BCHW = scaled_and_cut(images_BHWC, *self._size) if self._scales else images_BHWC.permute(0, 3, 1, 2)
+        if self._scales:
+            view_BCHW = scaled_and_cut(images_BHWC, *self._size, native=self._native)
+        else:
+            view_BCHW = images_BHWC.permute(0, 3, 1, 2)
         tokens_BTD: Tensor = self.vit.forward_features((view_BCHW.float() / 255 - self.mean) / self.std)
         if self.head is None:
             return tokens_BTD
-        logits_BC = self.head(pool(tokens_BTD, self._pooling, self.vit)) * self._scale
+        pooled_BD = pool(tokens_BTD, self._pooling, self.vit)
+        if self.residual is not None:
+            pooled_BD = pooled_BD + self.residual(view_BCHW.float())
+        logits_BC = self.head(pooled_BD) * self._scale
         return calibrated(logits_BC, *self._calibration), logits_BC
 
 
-def scaled_and_cut(images_BHWC: Tensor, height: int, width: int) -> Tensor:
+def scaled_and_cut(images_BHWC: Tensor, height: int, width: int, *, native: bool = False) -> Tensor:
     """Scale photographs of one size until they just cover the view, and cut the centre; equals `reference_view`.
+
+    With ``native`` larger ones are not scaled down: the weights of their scaling are then those of the identity.
 
     Args:
         images_BHWC: uint8 RGB.
         height: of the view [pixels].
         width: of the view [pixels].
+        native: scale up only.
 
     Returns:
         view_BCHW: the same grey levels in float32.
@@ -75,12 +86,21 @@ def scaled_and_cut(images_BHWC: Tensor, height: int, width: int) -> Tensor:
     is_tall = rows_ * width >= columns_ * height  # then the width decides how far to scale
     wanted = torch.where(is_tall, _number(width), _number(height))
     given = torch.where(is_tall, columns_, rows_)
+    if native:
+        wanted = torch.maximum(wanted, given)
     # Python's round and ONNX' Round both round halves to even. One row more than R is enough for every rounding.
+    more_rows, more_columns = (rows, columns) if native else (0, 0)
     down_SH, unit_down = _weights(
-        rows, torch.round(rows_ * wanted / given), max_length=rows * width // columns + height + 1, cut=height
+        rows,
+        torch.round(rows_ * wanted / given),
+        max_length=rows * width // columns + height + 1 + more_rows,
+        cut=height,
     )
     along_SW, unit_along = _weights(
-        columns, torch.round(columns_ * wanted / given), max_length=columns * height // rows + width + 1, cut=width
+        columns,
+        torch.round(columns_ * wanted / given),
+        max_length=columns * height // rows + width + 1 + more_columns,
+        cut=width,
     )
     image_BCHW = images_BHWC.permute(0, 3, 1, 2).double()
     image_BCHW = _to_bytes(image_BCHW @ along_SW.T, unit_along)
@@ -135,10 +155,11 @@ def _to_bytes(sum_BCHW: Tensor, unit: Tensor) -> Tensor:
     return torch.floor((sum_BCHW + unit / 2) / unit).clamp(0, 255)
 
 
-def reference_view(image_HWC: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+def reference_view(image_HWC: NDArray[np.uint8], height: int, width: int, *, native: bool = False) -> NDArray[np.uint8]:
     """Return the view that `scaled_and_cut` must give, scaled by torch itself."""
     rows, columns = image_HWC.shape[:2]
     wanted, given = (width, columns) if rows * width >= columns * height else (height, rows)
+    wanted = max(wanted, given) if native else wanted
     scaled_HWC = resized(image_HWC, round(rows * wanted / given), round(columns * wanted / given))
     top, left = (scaled_HWC.shape[0] - height) // 2, (scaled_HWC.shape[1] - width) // 2
     return scaled_HWC[top : top + height, left : left + width]

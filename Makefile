@@ -48,10 +48,9 @@ demo/detect/%/finished:
 	$(ALONE) launch/finetune.py --recipe detector_demo --output_dir demo/detect/$* --progress_bar false --num_threads 1 $(HOW) \
 		--data 'demo/detect/shards/train/*.tar' --val_data 'demo/detect/shards/val/*.tar' && times > $@
 
-LORA := --epochs 4 --use_lora true --learning_rate 3e-3
-demo/detect/lora/finished: HOW = --init $(RUN) $(LORA)
-demo/detect/scratch/finished: HOW = $(LORA)
-demo/detect/probe/finished: HOW = --init $(RUN) --epochs 4 --freeze_backbone true --learning_rate 1e-2
+demo/detect/lora/finished: HOW = --init $(RUN)
+demo/detect/scratch/finished: HOW =
+demo/detect/probe/finished: HOW = --init $(RUN) --use_lora false --freeze_backbone true
 
 demo/detect/beside.json: demo/detect/baselines.json demo/detect/lora/finished demo/detect/scratch/finished
 	$(ALONE) tools/demo/peer.py --data 'demo/detect/shards/train/*.tar' --test_sets $(TEST_SETS) \

@@ -56,6 +56,9 @@ demo/detect/beside.json: demo/detect/baselines.json demo/detect/lora/finished de
 	$(ALONE) tools/demo/peer.py --data 'demo/detect/shards/train/*.tar' --test_sets $(TEST_SETS) \
 		--detectors 'demo/detect/lora;demo/detect/scratch' --baselines $< --output $@
 
+# The probe: who of the 8 people that pre-training has not seen is on a photograph? Nine others of each person are known.
+EMBED = $(ALONE) launch/embed.py --images 'demo/shards/val/*.tar' --progress_bar false --output_dir demo/features
+
 demo: $(INSTALLED)
 	$(TWO_AT_A_TIME) demo/detect/baselines.json
 	$(LAUNCH) launch/pretrain.py --recipe demo --output_dir $(RUN) \
@@ -68,6 +71,11 @@ demo: $(INSTALLED)
 		--output demo/results/photographs.csv
 	@cut -d, -f1,3,4 demo/results/photographs.csv
 	$(BIN)/python tools/demo/picture.py demo
+	$(EMBED)/pretrained --model $(RUN)
+	$(EMBED)/random --model $(RUN) --weights random
+	$(EMBED)/pixels --model pixels
+	$(BIN)/python tools/probe.py --field identity --k 5 --output demo/results/probe.json \
+		--features 'pretrained=demo/features/pretrained;random=demo/features/random;pixels=demo/features/pixels'
 
 # Two files at a time, in their order. tests/cluster comes first and mostly waits, so there is a third file beside it.
 PYTEST = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder

@@ -82,7 +82,7 @@ def views_of(shards: Path, size: int) -> NDArray[np.uint8]:
     with tarfile.open(shards) as archive:
         files = [archive.extractfile(name) for name in archive.getnames() if name.endswith(".png")]
         payloads = [file.read() for file in files if file]
-    return np.stack([view.of_pixels(np.asarray(Image.open(io.BytesIO(payload)))) for payload in payloads])
+    return np.stack([view.of_pixels(np.asarray(Image.open(io.BytesIO(payload))))[0] for payload in payloads])
 
 
 def seen_by_timm(shards: Path) -> torch.Tensor:

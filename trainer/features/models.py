@@ -21,7 +21,7 @@ from trainer.data.shards.index import ShardIndex
 from trainer.data.sources import pixels_of
 from trainer.data.transforms.views import CenterView
 from trainer.detection.build import preprocessing
-from trainer.detection.detector import Detector
+from trainer.detection.detector import Detector, TrainedDetector
 from trainer.detection.exporting import build_encoder, recipe_of_weights, statistics_of
 from trainer.distributed.devices import default_device
 from trainer.errors import ConfigError
@@ -172,7 +172,9 @@ def _drawn_like(init: Init, seed: int) -> str:
 
 def _detector_model(settings: EmbeddingSettings) -> FeatureModel:
     """Take the encoder of a detector, with its adapters, and its view of images."""
-    detector = Detector.load(settings.model, init=settings.init, image_size=settings.image_size)
+    wanted = {"image_size": settings.image_size} if settings.image_size else {}
+    path = Path(settings.model).expanduser()
+    detector = TrainedDetector.open(path, settings.model, wanted, init=settings.init)
     encoder, origin = detector.model.encoder, str(detector.saved.path)
     if settings.weights == "random":
         known = {name: getattr(detector.recipe, name) for name in _DETECTOR_SETTINGS}

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import dataclasses
 import functools
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +34,8 @@ from trainer.config.recipes import TRAININGS
 from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe, Runtime, check_types
 from trainer.distributed import cost_model as planning
 from trainer.distributed.cost_model import Checkpoint, Failures, Memory, StepTime, Zero, divisors
-from trainer.distributed.hardware import ETHERNET, GB, HARDWARE
+from trainer.distributed.hardware import ETHERNET, GB, HARDWARE, dense_bf16_peak
+from trainer.distributed.measured import read_figures
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import data_file
@@ -43,7 +45,9 @@ if TYPE_CHECKING:
     from trainer.training.model_cost import BuildModel, ModelCost
 
 GIB, HOUR, DAY = 2**30, 3600, 86400
-LINK_SHARE = 0.7
+LINK_SHARE, ASSUMED_MFU = 0.7, 0.25
+MEASURED = (Path("gpu.json"), Path(__file__).resolve().parent / "bench" / "gpu.json")
+"""Where figures of a GPU are looked for."""
 SAVE_OVERHEAD_S = 0.1
 REPEATS, SEED = 64, 0
 
@@ -64,8 +68,12 @@ class Settings:
     """Between hosts: an adapter of 200 (a100) or 400 Gbit/s for each GPU, or 100 Gbit/s Ethernet for the host."""
     images: int = 0
     """Size of the training set [images]."""
-    mfu: float = 0.25
-    """Share of the peak that is reached; published ViTs in eager or compiled PyTorch reach 0.1 to 0.37."""
+    mfu: float | None = None
+    """Share of the peak that is reached; none takes the measured one, or else 0.25: published ViTs in eager or compiled
+    PyTorch reach 0.1 to 0.37."""
+    measured: str = "auto"
+    """JSON of tools/bench/gpu.py, measured on this hardware; auto looks for gpu.json here and in tools/bench, off for
+    none."""
     image_kb: float = 91.0
     """Mean size of an image file [kB]."""
     decode_per_core: float = 860.0
@@ -90,10 +98,10 @@ class Settings:
         check_types(self)
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
-            if not isinstance(value, str) and value <= 0 and entry.name != "memory_reserve":
+            if isinstance(value, int | float) and value <= 0 and entry.name != "memory_reserve":
                 raise ConfigError(f"{entry.name} is {value!r}, but must be above 0: pass --{entry.name}")
         for name, least in (("mfu", 1e-6), ("memory_reserve", 0.0)):
-            if not least <= getattr(self, name) < 1:
+            if (share := getattr(self, name)) is not None and not least <= share < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, but is a share of the whole: give one below 1")
         if self.plot and not (self.plot.endswith(".png") and Path(self.plot).absolute().parent.is_dir()):
             raise ConfigError(f"plot is {self.plot!r}, but must be a .png file in a folder that exists")
@@ -113,6 +121,9 @@ class Plan:
     link: float
     checkpoint: Checkpoint
     failures: Failures
+    mfu: float
+    mfu_source: str
+    """Where it is from: measured, given or assumed."""
 
     @property
     def ranks(self) -> int:
@@ -200,10 +211,11 @@ def make_plan(settings: Settings, recipe: Recipe, runtime: Runtime) -> Plan:
     between = ETHERNET if settings.network == "ethernet" else hardware.infiniband * settings.gpus
     link = LINK_SHARE * min(hardware.nvlink, between if settings.nodes > 1 else math.inf)
     flops = model.flops + model.recomputed_flops * runtime.grad_checkpointing
+    mfu, mfu_source = mfu_of(settings, recipe, model.flops, zero.precision)
     node_images = recipe.global_batch / settings.nodes
     step = planning.step_time(
         zero,
-        compute_s=recipe.global_batch / ranks * flops / (hardware.dense_flops[zero.precision] * settings.mfu),
+        compute_s=recipe.global_batch / ranks * flops / (hardware.dense_flops[zero.precision] * mfu),
         sent=sent,
         link=link,
         decode_s=node_images / (settings.decode_per_core * settings.cores),
@@ -220,7 +232,45 @@ def make_plan(settings: Settings, recipe: Recipe, runtime: Runtime) -> Plan:
         write=write_s if background else 0.0,
         restart=settings.restart_s + write_s,
     )
-    return Plan(settings, recipe, runtime, zero, model, step, sent, link, saved, failures)
+    return Plan(settings, recipe, runtime, zero, model, step, sent, link, saved, failures, mfu, mfu_source)
+
+
+def mfu_of(settings: Settings, recipe: Recipe, flops: int, precision: str) -> tuple[float, str]:
+    """Return the share of the peak that the plan takes, and where it is from.
+
+    What was given counts, then what was measured on this hardware in bf16, then an assumption.
+
+    Raises:
+        ConfigError: the figures that were named are not of this hardware.
+    """
+    if settings.mfu is not None:
+        return settings.mfu, "given by --mfu"
+    named = settings.measured not in ("auto", "off")
+    places = [Path(settings.measured)] if named else [place for place in MEASURED if place.exists()]
+    if settings.measured == "off" or not places:
+        return ASSUMED_MFU, "assumed, not measured on any GPU: optimizer and kernels that wait for memory are in it"
+    try:
+        figures = read_figures(places[0])
+    except ConfigError as error:
+        if named:
+            raise
+        return ASSUMED_MFU, f"assumed: {error}"
+    sheet = HARDWARE[settings.hardware].dense_flops["bf16"]
+    same = re.search(rf"\b{settings.hardware}\b", figures.device.lower()) and dense_bf16_peak(figures.device) == sheet
+    fits = bool(same) and not figures.rehearsal
+    if named and not fits:
+        raise ConfigError(
+            f"measured is {settings.measured}, with figures of {figures.device}, but hardware is {settings.hardware}: "
+            "name figures of this hardware, or leave measured out"
+        )
+    kind = "pretrain" if isinstance(recipe, PretrainRecipe) else "lora"
+    found = figures.mfu(kind, recipe.model, flops) if fits and precision == "bf16" else None
+    if found is None:
+        lacking = f"{kind} in {precision}" if fits else settings.hardware
+        return ASSUMED_MFU, f"assumed: {places[0]} has figures of {figures.device}, none of {lacking}"
+    share, model = found
+    other = "" if model == recipe.model else f" with {model}, the nearest by FLOPs"
+    return share, f"measured on {figures.device}{other}: {places[0]}"
 
 
 def builder_of(recipe: Recipe) -> "BuildModel":
@@ -298,7 +348,7 @@ def describe_time(plan: Plan) -> list[str]:
     gradients, parameters = (size / GB for size in plan.sent)
     return [
         f"\nstep {1000 * step.total:.1f} ms; the bottleneck is {step.bottleneck}",
-        f"  compute      {1000 * step.compute:.1f} ms at MFU {settings.mfu:g}",
+        f"  compute      {1000 * step.compute:.1f} ms at MFU {plan.mfu:.3g}",
         f"  network      {1000 * step.communication:.1f} ms at {plan.link / GB:.4g} GB/s, "
         f"{1000 * step.exposed:.1f} of it waited for; a GPU sends {gradients:.3g} GB of gradients and "
         f"{parameters:.3g} GB of parameters",
@@ -354,7 +404,7 @@ def describe_assumptions(plan: Plan) -> list[str]:
         ("memory", f"{hardware.memory / GB:.0f} GB", f"data sheet; {settings.memory_reserve:.0%} in reserve"),
         ("links", f"{plan.link / GB:.4g} GB/s", f"{LINK_SHARE:.0%} of the slower of NVLink ({hardware.nvlink / GB:.0f} "
          "GB/s a GPU) and the host's network"),
-        ("MFU", f"{settings.mfu:g}", "assumed: optimizer and kernels that wait for memory are in it"),
+        ("MFU", f"{plan.mfu:.3g}", plan.mfu_source),
         ("decoding", f"{settings.decode_per_core:g} images/s", f"of a core, {settings.cores} cores a host"),
         ("storage", f"{settings.storage_mb_s:g} MB/s", f"of a host; files of {settings.image_kb:g} kB"),
         ("host copy", f"{settings.host_copy_gb_s:g} GB/s", f"and {SAVE_OVERHEAD_S} s a save; assumed"),

@@ -14,7 +14,7 @@ COMMANDS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in ("launch", "tools")
     for path in (ROOT / folder).rglob("*.py")
-    if path.name != "__init__.py" and path.relative_to(ROOT).as_posix() != "tools/bench/common.py"
+    if "__main__" in path.read_text()
 )
 ASKED = {"help": ["--help"], "version": ["--version"], "mistake": ["--no_such_setting", "1"]}
 SLOW = ("torch", "deepspeed", "timm", "webdataset", "albumentations", "transformers", "sklearn", "matplotlib")

@@ -1,5 +1,7 @@
 """Which GPU a rank takes under a scheduler, and what is refused before a training computes on the wrong device."""
 
+import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
+from trainer.config.settings import PretrainRuntime
 from trainer.distributed import devices, engine
 from trainer.distributed.hardware import dense_bf16_peak
 from trainer.distributed.world import World
@@ -102,3 +105,32 @@ def test_numbers_that_deepspeeds_launcher_gives_its_ranks_are_no_gpus(
     assert devices.unusable_gpus(tmp_path) == ""
     monkeypatch.delenv("CROSS_RANK")
     assert "CUDA_VISIBLE_DEVICES is '0'" in devices.unusable_gpus(tmp_path)
+
+
+@pytest.fixture
+def _torchs_own_choices() -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    cudnn.deterministic, cudnn.benchmark = before
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.mark.usefixtures("_torchs_own_choices")
+def test_a_deterministic_run_gets_ordered_kernels_everywhere_and_no_others(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = PretrainRuntime(deterministic=True, oversubscribe=True, num_threads=1)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(ConfigError, match=r"CUBLAS_WORKSPACE_CONFIG is ':0:0', .*set it to :4096:8"):
+        devices.use_devices(world, runtime)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    devices.use_devices(world, runtime)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    devices.use_devices(world, runtime)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled(), "attention would add in any order, and only warn"
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (True, False)

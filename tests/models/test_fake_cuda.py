@@ -74,6 +74,15 @@ def detector(**changes: Any) -> tuple[nn.Module, Inputs]:
     return model, inputs
 
 
+WITHOUT_ORDER = {
+    *("cumsum", "histc", "bincount", "kthvalue", "median", "put", "put_", "nll_loss2d_forward", "nll_loss2d_backward"),
+    *("upsample_bilinear2d_backward", "upsample_bicubic2d_backward", "upsample_linear1d_backward"),
+    *("_upsample_bilinear2d_aa_backward", "_upsample_bicubic2d_aa_backward", "grid_sampler_2d_backward"),
+    *("_adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "avg_pool3d_backward"),
+    *("reflection_pad2d_backward", "replication_pad2d_backward", "_embedding_bag_backward", "_ctc_loss_backward"),
+}
+"""Operators without a deterministic kernel on CUDA: the list in torch.use_deterministic_algorithms."""
+
 MODELS = {
     "mae": lambda: mae(decoder_depth=2),
     "mae with learned positions": lambda: mae(fixed_pos_embed=False, norm_pix_loss=False),
@@ -125,6 +134,7 @@ def test_loss_and_gradients_stay_on_the_device_in_bf16(model_and_inputs: tuple[n
         loss, parameters, seen = trace(*model_and_inputs, device)
     assert (loss.dtype, loss.device.type) == (torch.float32, device)
     assert seen.calls.total() > 50
+    assert not seen.calls.keys() & WITHOUT_ORDER, "--deterministic true would raise an error on a GPU"
     for name, parameter in parameters.items():
         if device == "cpu" and parameter.requires_grad:
             assert parameter.grad is not None, name
@@ -137,6 +147,10 @@ def test_torch_compiles_the_model_as_one_graph(model_and_inputs: tuple[nn.Module
     given = inputs("cpu")
     compiled = torch.compile(model.train(), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*given), model(*given), rtol=1e-5, atol=1e-6)
+
+
+def test_each_operator_without_an_order_is_one_of_torchs() -> None:
+    assert [name for name in WITHOUT_ORDER if not hasattr(torch.ops.aten, name)] == []
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from trainer.config.recipes import DETECTOR_RECIPES, RECIPES
 from trainer.config.settings import Recipe, Runtime
 from trainer.distributed import cost_model as planning
 from trainer.distributed.cost_model import Failures, Weights, Zero
+from trainer.distributed.measured import Figures, Row
 from trainer.errors import ConfigError
 from trainer.training.model_cost import BLOCK_TENSORS, ModelCost, count_model, example, on_meta_device
 
@@ -280,6 +281,52 @@ def test_stage_0_with_two_types_of_gradients_is_refused_as_deepspeed_does(tmp_pa
     (tmp_path / "ds.json").write_text(json.dumps(ds_config(0, "bf16", "fp32")))
     with pytest.raises(ConfigError, match=r"choose stage 1, or data_types\.grad_accum_dtype"):
         plan_run.make_plan(*planned([*WORDS, "--ds_config", str(tmp_path / "ds.json")]))
+
+
+def write_figures(path: Path, device: str, *, rehearsal: bool = False) -> None:
+    """Figures of a GPU, made up."""
+    figures = Figures(device, rehearsal)
+    for model, flops, share in (("vit_base_patch16_224", 57e9, 0.24), ("vit_huge_patch14_224", 288e9, 0.4)):
+        figures.put(Row("step", model, {"kind": "pretrain", "model": model, "flops_per_image": flops, "mfu": share}))
+    figures.put(Row("step", "failed", {}, "out of memory"))
+    figures.write(path)
+
+
+def test_a_measured_share_of_the_peak_replaces_the_assumed_one_and_the_plan_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_run, "MEASURED", (tmp_path / "gpu.json",))
+
+    def share(*words: str, recipe_name: str = "mae_vit_base") -> tuple[float, str]:
+        settings, recipe, _ = planned(["--recipe", recipe_name, *WORDS[2:], *words])
+        flops = {"vit_base_patch16_224": 57, "vit_large_patch16_224": 122}[recipe.model] * 10**9
+        return plan_run.mfu_of(settings, recipe, flops, "bf16")
+
+    assert share() == (0.25, share()[1])
+    assert "assumed, not measured on any GPU" in share()[1]
+    write_figures(tmp_path / "gpu.json", "NVIDIA H100 80GB HBM3")
+    assert share()[0] == 0.24
+    assert share()[1].startswith("measured on NVIDIA H100 80GB HBM3: ")
+    nearest = share(recipe_name="mae_vit_large")
+    assert nearest[0] == 0.24
+    assert "with vit_base_patch16_224, the nearest by FLOPs" in nearest[1]
+    assert share("--mfu", "0.3") == (0.3, "given by --mfu")
+    assert share("--measured", "off")[0] == 0.25
+    plan = plan_run.make_plan(*planned(WORDS))
+    given = plan_run.make_plan(*planned([*WORDS, "--mfu", "0.12"]))
+    assert given.step.compute == pytest.approx(2 * plan.step.compute)
+    assert "measured on NVIDIA H100" in "\n".join(plan_run.describe_assumptions(plan))
+
+    for device, rehearsal in (("NVIDIA A100-SXM4-80GB", False), ("NVIDIA H100 PCIe", False), ("H100", True)):
+        write_figures(tmp_path / "gpu.json", device, rehearsal=rehearsal)
+        assert share()[0] == 0.25, device
+        assert f"figures of {device}" in share()[1]
+        with pytest.raises(ConfigError, match=f"with figures of {device}, but hardware is h100"):
+            share("--measured", str(tmp_path / "gpu.json"))
+    (tmp_path / "gpu.json").write_text("[]")
+    assert share()[0] == 0.25
+    with pytest.raises(ConfigError, match=r"gpu\.json holds no figures of a GPU"):
+        share("--measured", str(tmp_path / "gpu.json"))
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ BITWISE: dict[str, list[str]] = {
     "data_timeout_s": ["0", "100"],
     "save_timeout_s": ["0", "100"],
     "oversubscribe": ["true"],
+    "deterministic": ["true"],
     "progress_bar": ["true", "false"],
     # pre-training
     "val_data": ["TRAIN/a.tar", ""],

@@ -64,6 +64,7 @@ class Settings:
 
 
 CLI = CommandLine(Settings, __doc__)
+AT_ONCE, BACKGROUND = "at once", "in background"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,43 +82,63 @@ def main(settings: Settings) -> int:
     with loading("torch and DeepSpeed"):
         import torch
 
-        from trainer.distributed.world import World
-        from trainer.fault_tolerance.attempts import acquire
-        from trainer.fault_tolerance.checkpoint import Identity, Progress, Saver
-        from trainer.models.mae import DecoderOptions
+        from trainer.config.settings import PretrainRecipe
     torch.set_num_threads(settings.num_threads)
-    decoder = DecoderOptions(decoder_depth=4)
-    training = Training(settings.model, decoder, image_size=settings.image_size, micro_batch=settings.global_batch)
-    for _ in range(2):
-        training.step()
-    with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
-        identity = Identity({"global_batch": settings.global_batch}, "", "", 1, training.engine.zero_stage, "fp32", 1)
-        lease = acquire(Path(folder), num_ranks=1)
-        ways: dict[str, Callable[[], Round]] = {}
-        for name in ("at once", "in background"):
-            saver = Saver(
-                Path(folder, name), identity, {}, lease=lease, world=World(), keep=1, background=name == "in background"
-            )
-            ways[name] = partial(save_beside_steps, training, saver, Progress(), settings.steps)
-        rounds = take_turns(ways, repeats=settings.repeats)
-        size = sum(path.stat().st_size for path in Path(folder, "at once").rglob("*.pt"))
+    recipe = PretrainRecipe(model=settings.model, image_size=settings.image_size)
+    training = Training(recipe, micro_batch=settings.global_batch)
+    rounds, size = measure(training, settings.folder, steps=settings.steps, repeats=settings.repeats)
     print(f"{machine()}, {settings}")
     print(f"a checkpoint of {size / 1e6:.0f} MB every {settings.steps} steps, medians of {settings.repeats}")
-    stall = {name: statistics.median(round_.stall for round_ in measured) for name, measured in rounds.items()}
-    for name, measured in rounds.items():
-        share = statistics.median(round_.stall_share for round_ in measured)
-        drag = statistics.median(round_.drag for round_ in measured)
-        print(f"{name:14} stall {stall[name]:6.3f} s = {100 * share:4.1f} % of the interval, drag {drag:6.3f} s")
-    print(f"the loop stands still {stall['at once'] / stall['in background']:.1f} times shorter")
+    for name, found in rounds.items():
+        print(
+            f"{name:14} stall {found.stall:6.3f} s = {100 * found.stall_share:4.1f} % of the interval, "
+            f"drag {found.drag:6.3f} s"
+        )
+    print(f"the loop stands still {rounds[AT_ONCE].stall / rounds[BACKGROUND].stall:.1f} times shorter")
     return 0
+
+
+def measure(training: Training, folder: str | None, *, steps: int, repeats: int) -> tuple[dict[str, Round], int]:
+    """Save in turns at once and in the background; returns the medians of each way, and a checkpoint's bytes.
+
+    Args:
+        training: whose state is saved.
+        folder: where to write; none takes the machine's temporary folder.
+        steps: between two saves.
+        repeats: saves of each way, after one that does not count.
+    """
+    from trainer.distributed.world import World
+    from trainer.fault_tolerance.attempts import acquire
+    from trainer.fault_tolerance.checkpoint import Identity, Progress, Saver
+
+    engine = training.engine
+    for _ in range(2):
+        training.step()
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        record = {"global_batch": training.images_per_step}
+        identity = Identity(record, "", "", 1, engine.zero_stage, engine.precision, 1)
+        lease = acquire(Path(name), num_ranks=1)
+        ways: dict[str, Callable[[], Round]] = {}
+        for way in (AT_ONCE, BACKGROUND):
+            saver = Saver(
+                Path(name, way), identity, {}, lease=lease, world=World(), keep=1, background=way == BACKGROUND
+            )
+            ways[way] = partial(save_beside_steps, training, saver, Progress(), steps)
+        rounds = take_turns(ways, repeats=repeats)
+        size = sum(path.stat().st_size for path in Path(name, AT_ONCE).rglob("*.pt"))
+    return {
+        way: Round(*(statistics.median(getattr(one, field) for one in measured) for field in Round.__slots__))
+        for way, measured in rounds.items()
+    }, size
 
 
 def save_beside_steps(training: Training, saver: "Saver", progress: "Progress", steps: int) -> Round:
     """Take steps, save, and take steps while the writer works."""
-    quiet = statistics.median(seconds(training.step) for _ in range(steps))
+    step = partial(seconds, training.step, training.engine.device.type)
+    quiet = statistics.median(step() for _ in range(steps))
     progress.step += 1
     stall = seconds(lambda: saver.save(progress, training.engine.capture))
-    beside = sum(seconds(training.step) for _ in range(steps))
+    beside = sum(step() for _ in range(steps))
     stall += seconds(saver.finish)
     return Round(stall, beside - quiet * steps, stall / (stall + beside))
 

@@ -3,26 +3,23 @@
 Heavy libraries are imported by the functions that need them, so that ``--help`` of a bench answers at once.
 """
 
-import json
+import dataclasses
 import os
 import platform
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trainer.files import data_file
-
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.models.mae import DecoderOptions
+    from trainer.config.settings import PretrainRecipe
 
 T = TypeVar("T")
 
@@ -108,63 +105,62 @@ def run_ranks(script: str, worlds: Sequence[int], *argv: str) -> list[str]:
 
 
 class Training:
-    """A masked autoencoder under DeepSpeed, as one rank of the environment's world, on a batch that stays in memory."""
+    """A masked autoencoder under DeepSpeed, as one rank of the environment's world, on batches that stay in memory."""
 
     def __init__(
         self,
-        model: str,
-        decoder: "DecoderOptions",
+        recipe: "PretrainRecipe",
         *,
-        image_size: int,
         micro_batch: int,
+        accumulation: int = 1,
+        ds_config: str | None = None,
         zero_stage: int | None = None,
+        grad_checkpointing: bool = False,
     ) -> None:
-        """Build model and engine.
+        """Build model and engine as launch/pretrain.py does.
 
         Args:
-            model: timm's name of the encoder.
-            decoder: the decoder's settings.
-            image_size: side of the view [pixels].
-            micro_batch: images of a rank in a step [images].
-            zero_stage: instead of the stage of the usual ds_config.
+            recipe: of the model; the global batch is that of micro batch, accumulation and ranks.
+            micro_batch: images of a rank in one forward pass [images].
+            accumulation: micro batches in a step.
+            ds_config: a DeepSpeed JSON; none takes the device's.
+            zero_stage: instead of its stage.
+            grad_checkpointing: recompute the encoder's activations.
         """
         import torch
 
-        from trainer.config.settings import PretrainRecipe
         from trainer.distributed.ds_config import engine_settings
         from trainer.distributed.engine import Engine, connect
         from trainer.distributed.world import world_from_environment
-        from trainer.models.encoder import PatchEncoder
-        from trainer.models.mae import MaskedAutoencoder
+        from trainer.training.model_cost import flops_of
+        from trainer.training.pretraining import build_model
 
-        torch.manual_seed(0)
         world = connect(world_from_environment(), timeout_s=600)
-        encoder = PatchEncoder(model, image_size=image_size, fixed_positions=True)
-        self._grid, self.num_patches = encoder.grid, encoder.num_patches
-        recipe = PretrainRecipe(global_batch=micro_batch * world.size)
-        with tempfile.TemporaryDirectory() as folder:
-            config = engine_settings(recipe, world, micro_batch, _at_stage(zero_stage, Path(folder)))
-        mae = MaskedAutoencoder(encoder, decoder)
+        recipe = dataclasses.replace(recipe, global_batch=micro_batch * accumulation * world.size)
+        config = engine_settings(recipe, world, micro_batch, ds_config)
+        if zero_stage is not None:
+            config.setdefault("zero_optimization", {})["stage"] = zero_stage
+        mae = build_model(recipe, grad_checkpointing=grad_checkpointing)
+        self._recipe, self._grid, self.num_patches = recipe, mae.encoder.grid, mae.encoder.num_patches
+        self.images_per_step, self.flops_per_image = recipe.global_batch, flops_of(mae, recipe)
         self.engine = Engine(mae, ds_config=config, weight_decay=0.05, world=world)
-        images_BCHW = torch.randint(0, 256, (micro_batch, 3, image_size, image_size), dtype=torch.uint8)
-        self._inputs = self.mask(images_BCHW, torch.rand(micro_batch, encoder.num_patches))
+        torch.manual_seed(0)
+        images_BCHW = torch.randint(0, 256, (micro_batch, 3, recipe.image_size, recipe.image_size), dtype=torch.uint8)
+        noise_BN = torch.rand(micro_batch, self.num_patches)
+        device = self.engine.device
+        self._inputs = self.mask(images_BCHW.to(device), noise_BN.to(device))
 
     def mask(self, images_BCHW: "Tensor", noise_BN: "Tensor") -> "tuple[Tensor, ...]":
         """Return what `step` takes: images and their masks."""
         from trainer.models.mask_utils import draw_mask
 
-        return images_BCHW, *draw_mask(noise_BN, mask_ratio=0.75, grid=self._grid)
+        recipe = self._recipe
+        how: dict[str, Any] = {"mask_ratio": recipe.mask_ratio, "predict_share": recipe.predict_share}
+        return images_BCHW, *draw_mask(noise_BN, grid=self._grid, **how)
 
-    def step(self, inputs: "tuple[Tensor, ...] | None" = None) -> None:
-        """Take one optimizer step, on this micro batch or on the one in memory."""
-        self.engine.step([self._inputs if inputs is None else inputs], learning_rate=1e-4, seed=0)
-
-
-def _at_stage(zero_stage: int | None, folder: Path) -> str | None:
-    if zero_stage is None:
-        return None
-    config = json.loads(data_file("ds_configs/cpu_fp32.json").read_text())
-    config.setdefault("zero_optimization", {})["stage"] = zero_stage
-    path = folder / "stage.json"
-    path.write_text(json.dumps(config))
-    return str(path)
+    def step(
+        self, micro_batches: "Sequence[tuple[Tensor, ...]] | None" = None, *, learning_rate: float = 1e-4, seed: int = 0
+    ) -> float:
+        """Take one optimizer step, on these micro batches or on the one in memory; returns the loss."""
+        given = [self._inputs] * self.engine.accumulation if micro_batches is None else micro_batches
+        return self.engine.step(given, learning_rate=learning_rate, seed=seed).loss

@@ -203,15 +203,17 @@ def compare_training(shard: Path, repeats: int) -> None:
     """Print the throughput of steps fed by two workers, beside steps on a batch in memory."""
     import torch
 
+    from trainer.config.settings import PretrainRecipe
     from trainer.data.loader import Loader
     from trainer.data.order.plan import Plan
     from trainer.data.shards.index import open_index
     from trainer.data.stream import Batch, Slice, train_stream
     from trainer.data.transforms.views import PretrainView
-    from trainer.models.mae import DecoderOptions
 
-    decoder = DecoderOptions(decoder_width=128, decoder_depth=2, decoder_heads=4)
-    training = Training("vit_tiny_patch16_224", decoder, image_size=SIZE, micro_batch=TRAIN_BATCH)
+    recipe = PretrainRecipe(
+        model="vit_tiny_patch16_224", image_size=SIZE, decoder_width=128, decoder_depth=2, decoder_heads=4
+    )
+    training = Training(recipe, micro_batch=TRAIN_BATCH)
     index = open_index([shard])
     view = PretrainView(size=SIZE, crop_scale=(0.2, 1.0), flip_probability=0.5, seed=0, fast=True)
     share = Slice(TRAIN_BATCH, TRAIN_BATCH)
@@ -226,7 +228,7 @@ def compare_training(shard: Path, repeats: int) -> None:
             asked = time.perf_counter()
             batch = draw()
             waited_s += time.perf_counter() - asked
-            training.step(training.mask(batch.images_BCHW, batch.noise_BN))
+            training.step([training.mask(batch.images_BCHW, batch.noise_BN)])
         taken_s = time.perf_counter() - start
         return TRAIN_STEPS * TRAIN_BATCH / taken_s, waited_s / taken_s
 

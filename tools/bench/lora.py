@@ -45,6 +45,8 @@ class Settings:
     """Steps of each mode."""
     lora_r: int = 4
     """Rank."""
+    device: str = "cpu"
+    """cpu or cuda, where weights are bf16."""
     only: str | None = None
     """Run one mode, full or lora, and print its peak memory; the benchmark calls itself with this."""
 
@@ -69,13 +71,15 @@ class Mode:
         encoder = PatchEncoder(settings.model, image_size=settings.image_size)
         if lora:
             add_lora(encoder.vit, r=settings.lora_r)
-        self.model = MorphDetector(encoder, normalisation="imagenet", head=HeadOptions.of(DetectorRecipe())).train()
+        detector = MorphDetector(encoder, normalisation="imagenet", head=HeadOptions.of(DetectorRecipe()))
+        dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
+        self.model = detector.to(settings.device, dtype).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
         size, batch = settings.image_size, settings.micro_batch
-        self._images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
-        self._labels = torch.arange(batch) % 2
-        self._draws = torch.zeros(batch, self.model.num_draws)
+        self._images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=settings.device)
+        self._labels = torch.arange(batch, device=settings.device) % 2
+        self._draws = torch.zeros(batch, self.model.num_draws, device=settings.device)
 
     def step(self) -> None:
         """Take one step."""
@@ -105,6 +109,10 @@ def peak_gib(settings: Settings, *, lora: bool) -> float:
     mode = Mode(settings, lora=lora)
     mode.step()
     mode.step()
+    if settings.device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
     return peak_resident_gib() - idle_gib
 
 
@@ -116,11 +124,14 @@ def main(settings: Settings) -> int:
     memory = {name: float(run_alone(__file__, "--only", name)) for name in MODES}
     modes = {name: Mode(settings, lora=name == "lora") for name in MODES}
     step_s = medians(
-        take_turns({name: partial(seconds, mode.step) for name, mode in modes.items()}, repeats=settings.repeats)
+        take_turns(
+            {name: partial(seconds, mode.step, settings.device) for name, mode in modes.items()},
+            repeats=settings.repeats,
+        )
     )
     state = {name: mode.state_bytes() for name, mode in modes.items()}
     ratio = {"state": state["full"] / state["lora"], "time": step_s["lora"] / step_s["full"]}
-    print(f"{machine()}, {settings}")
+    print(f"{machine(settings.device)}, {settings}")
     print(
         f"optimizer state   full {state['full'] / 1e6:.1f} MB, LoRA {state['lora'] / 1e6:.3f} MB: {ratio['state']:.0f}x"
     )

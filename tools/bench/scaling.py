@@ -62,19 +62,14 @@ def rank(settings: Settings, stage: int) -> tuple[float, float]:
     """Train as one rank of the environment's world; returns the median time of a step [s] and its peak memory [GiB]."""
     import torch
 
+    from trainer.config.settings import PretrainRecipe
     from trainer.distributed.engine import disconnect
-    from trainer.models.mae import DecoderOptions
     from trainer.training.throughput import forget_peak, peak_resident_gib
 
     torch.set_num_threads(1)
     idle_gib = forget_peak()
-    training = Training(
-        settings.model,
-        DecoderOptions(),
-        image_size=settings.image_size,
-        micro_batch=settings.micro_batch,
-        zero_stage=stage,
-    )
+    recipe = PretrainRecipe(model=settings.model, image_size=settings.image_size)
+    training = Training(recipe, micro_batch=settings.micro_batch, zero_stage=stage)
     times = [seconds(training.step) for _ in range(settings.steps + 2)]
     peak_gib = peak_resident_gib() - idle_gib
     disconnect()

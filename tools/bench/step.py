@@ -6,8 +6,9 @@ tokens again. The decoder takes 55 % of it; so half its depth saves 27 %, and a 
 hidden patches saves 47 %. What a step takes above
 FLOPs / GEMM peak is memory traffic: norms, GELU, softmax, gathers, the optimizer.
 
-A step is: mask, forward, backward, fused AdamW. The peer has the weights of the exact variant, and its loss was found
-equal before anything is timed. Variants take turns; medians are compared. The peak is the best of
+A step is: mask, forward, backward, fused AdamW. The peer, and the published form as a module of this project's own
+weights (`--variants exact,published`), have the weights of the exact variant, and the test holds their losses equal.
+Variants take turns; medians are compared. The peak is the best of
 three matrix products of the model's own shapes, measured between the steps. On a GPU weights are bf16.
 
 Usage: python tools/bench/step.py [--model NAME] [--micro_batch N] [--repeats N] [--variants exact,cross_third]
@@ -25,6 +26,7 @@ if __name__ == "__main__":
 
     guard_imports()
 
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -41,7 +43,7 @@ from trainer.fault_tolerance.exit_codes import run
 from trainer.startup import loading
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Generator, Tensor, nn
 
     from trainer.models.mae import MaskedAutoencoder
 
@@ -58,9 +60,10 @@ class Variant:
     compiled: bool = False
 
 
-PEER = "transformers"
+PEER, PUBLISHED = "transformers", "published"
 VARIANTS = {
     "exact": Variant(),
+    PUBLISHED: Variant(),
     "depth4": Variant(depth=4),
     "mask85": Variant(mask_ratio=0.85),
     "cross": Variant(decoder_type="cross"),
@@ -88,6 +91,12 @@ class Settings:
     """Threads of the CPU."""
     device: str = "cpu"
     """cpu or cuda."""
+    steps_in_a_row: int = 1
+    """Steps of a variant in one turn, of which a GPU is given the next before the last is done [steps]."""
+    patch_size: int | None = None
+    """Side of a patch; none keeps the model's own [pixels]."""
+    encoder_depth: int | None = None
+    """Transformer blocks in the encoder; none keeps the model's own."""
     variants: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if not variant.compiled)
     """Which to time, beside transformers' ViTMAE; compiling takes minutes on a CPU, hence it must be named."""
     memory: bool = False
@@ -109,42 +118,67 @@ class Contender:
     def __init__(self, settings: Settings, name: str) -> None:
         import torch
 
+        from tools.bench.published import PublishedForm
         from trainer.models.encoder import PatchEncoder
         from trainer.models.mae import DecoderOptions, MaskedAutoencoder
         from trainer.models.mask_utils import draw_mask, num_kept, num_predicted
+        from trainer.models.pixel_statistics import statistics_on
 
         torch.manual_seed(0)
         variant, device = VARIANTS.get(name, Variant()), settings.device
         dtype = torch.bfloat16 if settings.device == "cuda" else torch.float32
         encoder = PatchEncoder(
-            settings.model, image_size=settings.image_size, fixed_positions=True,
-            grad_checkpointing=variant.grad_checkpointing,
+            settings.model, image_size=settings.image_size, patch_size=settings.patch_size,
+            depth=settings.encoder_depth, fixed_positions=True, grad_checkpointing=variant.grad_checkpointing,
         )  # fmt: skip
         decoder = DecoderOptions(decoder_depth=variant.depth, decoder_type=variant.decoder_type)
         mae = MaskedAutoencoder(encoder, decoder)
         keep = num_kept(encoder.num_patches, variant.mask_ratio)
         self.width = encoder.width
         self.flops = mae.flops_per_image(keep, num_predicted(encoder.num_patches - keep, variant.predict_share))
-        self._model = (like(mae, settings.model) if name == PEER else mae).to(device, dtype)
+        model: nn.Module = mae
+        if name == PEER:
+            model = like(mae, settings.model)
+        elif name == PUBLISHED:
+            model = PublishedForm(mae, keep)
+        self._model = model.to(device, dtype).train()
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4, fused=True)
         size = (settings.micro_batch, 3, settings.image_size, settings.image_size)
-        images = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+        images = torch.randint(0, 256, size, dtype=torch.uint8, device=device, generator=_seeded(device))
         forward: Callable[..., Any] = torch.compile(self._model) if variant.compiled else self._model
-        noise_shape = (settings.micro_batch, encoder.num_patches)
+        self._noise_shape, self._device = (settings.micro_batch, encoder.num_patches), device
         how: dict[str, Any] = {"mask_ratio": variant.mask_ratio, "predict_share": variant.predict_share}
+        mean_C11, std_C11 = statistics_on(images.device, "imagenet")
+        pixels = (images.float() / 255 - mean_C11) / std_C11
         if name == PEER:
-            pixels = torch.randn(size, device=device, dtype=dtype)
-            self._loss: Callable[[], Any] = lambda: forward(pixels).loss
+            self._loss: Callable[[Tensor], Tensor] = lambda noise: forward(pixels.to(dtype), noise=noise).loss
+        elif name == PUBLISHED:
+            self._loss = lambda noise: forward(pixels, noise)
         else:
-            self._loss = lambda: forward(
-                images, *draw_mask(torch.rand(noise_shape, device=device), grid=encoder.grid, **how)
-            )
+            self._loss = lambda noise: forward(images, *draw_mask(noise, grid=encoder.grid, **how))
+
+    def first_loss(self) -> float:
+        """Return the loss of fixed images and masks."""
+        import torch
+
+        noise = torch.rand(self._noise_shape, device=self._device, generator=_seeded(self._device))
+        with torch.no_grad():
+            return float(self._loss(noise))
 
     def step(self) -> None:
         """Take one step."""
-        self._loss().backward()
+        import torch
+
+        loss = self._loss(torch.rand(self._noise_shape, device=self._device))
+        loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+
+def _seeded(device: str) -> "Generator":
+    import torch
+
+    return torch.Generator(device).manual_seed(0)
 
 
 def like(mae: "MaskedAutoencoder", name: str) -> "nn.Module":
@@ -190,35 +224,79 @@ class Peak:
         return max(rates)
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured of a variant."""
+
+    step_s: float
+    """Median time of a step [s]."""
+    flops: int
+    """Of one image and step, as this project computes them; the peers are given those of the exact variant."""
+    first_loss: float
+    """Before any step, on the same images and masks."""
+    memory_gib: float
+    """Peak of weights, optimizer and activations on a GPU; NaN on a CPU, where --memory measures it [GiB]."""
+
+
+def measure(settings: Settings) -> tuple[dict[str, Measured], float]:
+    """Time the variants in turns; returns what was measured of each, and the best rate of matrix products [FLOP/s]."""
+    built = {name: _built(settings, name) for name in (PEER, *settings.variants)}
+    contenders = {name: contender for name, (contender, _) in built.items()}
+    losses = {name: contender.first_loss() for name, contender in contenders.items()}
+    peak = Peak(settings, contenders[PEER].width)
+    measures = {name: partial(step_and_peak, contenders[name], peak, settings) for name in contenders}
+    times = take_turns(measures, repeats=settings.repeats, warmup=2)
+    best = statistics.median(flops for pairs in times.values() for _, flops in pairs)
+    medians = {name: statistics.median(taken for taken, _ in pairs) for name, pairs in times.items()}
+    return {
+        name: Measured(medians[name], contender.flops, losses[name], built[name][1])
+        for name, contender in contenders.items()
+    }, best
+
+
+def _built(settings: Settings, name: str) -> tuple[Contender, float]:
+    """Build a variant and take a step; returns it with the memory that this has taken on a GPU [GiB]."""
+    import torch
+
+    if settings.device != "cuda":
+        return Contender(settings, name), math.nan
+    before = torch.cuda.memory_allocated()
+    contender = Contender(settings, name)
+    torch.cuda.reset_peak_memory_stats()  # the peer was converted from a model of the trainer
+    contender.step()
+    contender.step()  # the first one has made the optimizer's state
+    return contender, (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
 def rows(settings: Settings) -> Iterator[str]:
     """Measure, and yield the lines of the table."""
     from trainer.training.throughput import peak_flops
 
-    names = (PEER, *settings.variants)
-    contenders = {name: Contender(settings, name) for name in names}
-    peak = Peak(settings, contenders[PEER].width)
-    measures = {name: partial(step_and_peak, contenders[name], peak, settings.device) for name in names}
-    measured = take_turns(measures, repeats=settings.repeats, warmup=2)
-    best = statistics.median(flops for pairs in measured.values() for _, flops in pairs)
-    step_s = {name: statistics.median(taken for taken, _ in pairs) for name, pairs in measured.items()}
+    measured, best = measure(settings)
     sheet = peak_flops()
     limit = f", data sheet {sheet / 1e12:.0f} TFLOP/s" if sheet else ""
     yield f"medians of {settings.repeats}; GEMM peak {best / 1e9:,.1f} GFLOP/s in the same run{limit}"
     yield f"{'':22}{'ms':>9}{'images/s':>10}{'GFLOP/image':>13}{'GFLOP/s':>10}{'of peak':>9}{'x peer':>8}" + (
         f"{'MFU':>7}" if sheet else ""
     )
-    for name, taken in step_s.items():
-        rate = settings.micro_batch / taken
-        flops = contenders[name].flops * rate
+    for name, found in measured.items():
+        rate = settings.micro_batch / found.step_s
+        flops = found.flops * rate
         yield (
-            f"{name:22}{1000 * taken:9.1f}{rate:10.2f}{contenders[name].flops / 1e9:13.2f}{flops / 1e9:10.1f}"
-            f"{flops / best:9.2f}{step_s[PEER] / taken:8.2f}" + (f"{flops / sheet:7.3f}" if sheet else "")
+            f"{name:22}{1000 * found.step_s:9.1f}{rate:10.2f}{found.flops / 1e9:13.2f}{flops / 1e9:10.1f}"
+            f"{flops / best:9.2f}{measured[PEER].step_s / found.step_s:8.2f}"
+            + (f"{flops / sheet:7.3f}" if sheet else "")
         )
 
 
-def step_and_peak(contender: Contender, peak: Peak, device: str) -> tuple[float, float]:
+def step_and_peak(contender: Contender, peak: Peak, settings: Settings) -> tuple[float, float]:
     """Return the time of a step [s] and, right after it, the peak of the machine [FLOP/s]."""
-    return seconds(contender.step, device), peak.flops()
+
+    def steps() -> None:
+        for _ in range(settings.steps_in_a_row):
+            contender.step()
+
+    return seconds(steps, settings.device) / settings.steps_in_a_row, peak.flops()
 
 
 def peak_gib(settings: Settings, name: str) -> float:

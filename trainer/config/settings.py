@@ -386,6 +386,9 @@ class Runtime:
     """Recompute the encoder's activations in the backward pass: less memory, more time."""
     num_threads: int | None = None
     """CPU threads a rank computes with; none shares the cores among the ranks of the host."""
+    deterministic: bool = False
+    """Let a GPU use only kernels that add in the same order each time, so that a resumed run can be the whole one bit
+    for bit, as on a CPU; slower, by how much was not measured."""
     # Logging and checkpoints
     log_every: int = 20
     """Interval of metrics [steps]."""

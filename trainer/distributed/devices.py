@@ -14,6 +14,7 @@ from trainer.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+_CUBLAS, _CUBLAS_ORDERED = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 _NO_GPU = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES that hide all GPUs; SLURM writes the last one."""
 
@@ -52,10 +53,12 @@ def use_devices(world: World, runtime: Runtime, *, refuse_unusable: bool = True)
         refuse_unusable: refuse a host whose GPUs cannot be used; otherwise it computes on the CPU.
 
     Raises:
-        ConfigError: there are more ranks than devices, or the GPUs cannot be used.
+        ConfigError: there are more ranks than devices, the GPUs cannot be used, or cuBLAS was told to add in any order.
     """
     if refuse_unusable:
         refuse_unusable_gpus()
+    if runtime.deterministic:
+        compute_deterministically()
     cores = len(os.sched_getaffinity(0))
     device = default_device()
     num_devices = torch.cuda.device_count() if device.type == "cuda" else cores
@@ -63,6 +66,27 @@ def use_devices(world: World, runtime: Runtime, *, refuse_unusable: bool = True)
     logger.info("device: %d x %s, for %d ranks on this host", num_devices, name, world.local_size)
     check_devices(world, num_devices, device.type, oversubscribe=runtime.oversubscribe)
     torch.set_num_threads(runtime.num_threads or max(1, cores // world.local_size))
+
+
+def compute_deterministically() -> None:
+    """Have torch use only kernels that give the same bits each time; call before the first work of a GPU.
+
+    An operator that has no such kernel raises an error. torch must not only warn: the backward pass of its
+    memory-efficient attention then keeps adding in any order (torch.use_deterministic_algorithms).
+
+    Raises:
+        ConfigError: CUBLAS_WORKSPACE_CONFIG asks for something else.
+    """
+    given = os.environ.setdefault(_CUBLAS, _CUBLAS_ORDERED[0])  # cuBLAS reads it when it starts
+    if given not in _CUBLAS_ORDERED:
+        raise ConfigError(
+            f"deterministic is true, but {_CUBLAS} is {given!r}, with which matrix products may add in any order: "
+            f"unset it, or set it to {' or '.join(_CUBLAS_ORDERED)}"
+        )
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    # It is a help for debugging, and writes all memory twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def refuse_shared_gpus(world: World) -> None:

@@ -1,6 +1,7 @@
 """What the doctor says of hosts that are not alike, and that it leaves nothing behind."""
 
 import copy
+import dataclasses
 import re
 import subprocess
 import sys
@@ -106,6 +107,23 @@ def test_a_machine_is_examined_and_left_as_it_was(shards: Path, tmp_path: Path) 
     done = ask(global_batch="7")
     assert done.returncode == 2
     assert "global_batch is 7, but must be divisible" in done.stderr
+
+
+@pytest.mark.parametrize(("given", "patience_s"), [(10, 50), (900, 900)])
+def test_ranks_wait_as_long_for_the_last_of_them_as_a_training_does(
+    monkeypatch: pytest.MonkeyPatch, given: int, patience_s: int
+) -> None:
+    class AskedError(Exception):
+        pass
+
+    def connect(world: World, **limits: int) -> World:
+        raise AskedError(limits)
+
+    monkeypatch.setattr(doctor, "connect", connect)
+    recipe, runtime = RECIPES["demo"]()
+    runtime = dataclasses.replace(runtime, start_timeout_s=given, oversubscribe=True, num_threads=1)
+    with pytest.raises(AskedError, match=f"'timeout_s': {patience_s}, 'start_timeout_s': {patience_s}"):
+        doctor.examine(recipe, runtime)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPUs here work")

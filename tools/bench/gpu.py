@@ -263,7 +263,7 @@ def table(figures: Figures) -> str:
 
 def line(row: Row) -> str:
     """Write a row for the terminal."""
-    return f"{row.part:14}{row.name:42}{described(row)}"
+    return f"{row.part:14}{row.name:44}{described(row)}"
 
 
 def described(row: Row) -> str:

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.helpers.runs import ROOT, TINY, launch, metrics
 from tests.helpers.shards import faces, jpeg, write_tar
-from trainer.distributed.zero_state import load_safely
+from tests.helpers.states import last_state
 from trainer.training.probing import batches_of, table
 
 RUN = TINY | {"epochs": "2", "save_every": "100"}
@@ -50,27 +49,6 @@ def probes(output: Path) -> dict[int, dict[str, Any]]:
     return {step: {n: v for n, v in row.items() if n.startswith("probe_")} for step, row in kept.items()}
 
 
-def state(output: Path) -> list[tuple[str, str, Any]]:
-    """Every tensor of the last checkpoint: weights and moments."""
-    root = output / "checkpoints" / "step-00000016"
-    found = []
-
-    def walk(name: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            found.append((name, str(value.dtype), value.contiguous().flatten().view(torch.uint8).numpy().tobytes()))
-        elif isinstance(value, dict):
-            for key, entry in value.items():
-                walk(f"{name}/{key}", entry)
-        elif isinstance(value, list | tuple):
-            for i, entry in enumerate(value):
-                walk(f"{name}/{i}", entry)
-
-    for path in sorted(root.rglob("*.pt")):
-        walk(path.name, load_safely(str(path)))
-    assert len(found) > 20
-    return found
-
-
 def losses(output: Path) -> list[tuple[float, ...]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in metrics(output) if "loss" in row]
 
@@ -81,7 +59,7 @@ def check_that_training_does_not_notice(folder: Path, stage: int) -> Path:
     assert list(probes(probed)) == [0, 3, 6, 9, 12, 15, 16]
     assert losses(probed) == losses(plain)
     assert len(losses(plain)) == 16
-    assert state(probed) == state(plain)
+    assert last_state(probed) == last_state(plain)
     return probed
 
 

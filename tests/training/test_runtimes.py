@@ -39,6 +39,7 @@ BITWISE: dict[str, list[str]] = {
     "oversubscribe": ["true"],
     "deterministic": ["true"],
     "progress_bar": ["true", "false"],
+    "profile_steps": ["1:2", ""],
     # pre-training
     "val_data": ["TRAIN/a.tar", ""],
     "val_every": ["1", "2"],

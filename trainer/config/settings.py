@@ -8,6 +8,7 @@ section of --help to which it and the fields below it belong.
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -420,6 +421,9 @@ class Runtime:
     oversubscribe: bool = False
     """Allow more CPU ranks than cores."""
     # Logging and checkpoints
+    profile_steps: str = ""
+    """Steps that torch.profiler traces on rank 0, as 100:104 for the five steps 100 to 104; empty for none. The trace
+    is in output_dir/profile, for Perfetto."""
     progress_bar: bool = True
     """Show on rank 0 how far the run is: a bar in a terminal, a line every half minute in a log."""
 
@@ -430,6 +434,23 @@ class Runtime:
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
         _require(self, "max_bad_sample_share", 0 <= self.max_bad_sample_share < 1, "must be in [0, 1) (try 0.001)")
         _require(self, "output_dir", bool(self.output_dir), "must name a folder")
+        if self.profile_steps:
+            form = f"must be FIRST:LAST, at least step 1 and at most {_MAX_PROFILED} steps, as 100:104"
+            _require(self, "profile_steps", bool(re.fullmatch(r"\d{1,12}:\d{1,12}", self.profile_steps)), form)
+            first, last = self.profiled_steps or (0, 0)
+            _require(self, "profile_steps", 1 <= first <= last < first + _MAX_PROFILED, form)
+            made = self.stop_at_step is None or first <= self.stop_at_step
+            _require(
+                self, "profile_steps", made, f"begins behind stop_at_step ({self.stop_at_step}): choose earlier steps"
+            )
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """The first and the last step of `profile_steps`; None for none."""
+        if not self.profile_steps:
+            return None
+        first, _, last = self.profile_steps.partition(":")
+        return int(first), int(last)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -620,6 +641,8 @@ class DetectionSettings:
         _require(self, "output", not Path(self.output).is_dir(), "is a folder: name a file in it")
 
 
+_MAX_PROFILED = 100
+"""A step of ViT-B is some megabytes of a trace, and viewers fail at gigabytes."""
 _MIN_COMPILE_S = 600
 """torch.compile of a large model takes minutes in its first step, when its cache is cold."""
 

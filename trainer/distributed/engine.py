@@ -25,6 +25,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.utils.logging import logger as deepspeed_logger
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils._pytree import tree_map_only
 
 from trainer.distributed import zero_state as zero_files
@@ -222,12 +223,16 @@ class Engine:
         for inputs in micro_batches:
             if self._replays_graphs:  # elsewhere the call would only import torch's compiler, seconds of every start
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            loss: Tensor = self._engine(*inputs)
-            self._engine.backward(_spread_nonfinite(loss))
+            with record_function("forward"):
+                loss: Tensor = self._engine(*inputs)
+            with record_function("backward"):
+                self._engine.backward(_spread_nonfinite(loss))
             losses.append(loss.detach().clone())  # a replayed CUDA graph overwrites the tensor
             if self._engine.is_gradient_accumulation_boundary():
-                mean_loss, bad, stop_votes = self._agree(losses, stop)
-            self._engine.step()
+                with record_function("agree over ranks"):
+                    mean_loss, bad, stop_votes = self._agree(losses, stop)
+            with record_function("optimizer step"):
+                self._engine.step()
         applied = not bad and self._engine.was_step_applied()
         return StepResult(mean_loss, applied, stop_votes > 0, () if applied else tuple(map(float, losses)))
 

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.profiler import record_function
 
 from trainer.data.loader import to_device
 from trainer.data.stream import Batch
@@ -22,6 +23,7 @@ from trainer.fault_tolerance.ledger import Ledger
 from trainer.fault_tolerance.watchdog import compare_waits, data_wait_record, set_phase
 from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.training.monitor import Monitor
+from trainer.training.profiling import StepProfiler
 from trainer.training.schedule import Schedule
 from trainer.training.throughput import Speedometer
 
@@ -62,6 +64,7 @@ class Records:
     ledger: Ledger
     speed: Speedometer
     saver: Saver
+    profiler: StepProfiler
 
     def step_done(self, step: int, result: StepResult, batches: Sequence[Batch]) -> None:
         """Count a step; the ledger lists only samples that moved the weights."""
@@ -105,6 +108,7 @@ def train(
         with records.speed.paused():
             task.probe(0, records.monitor)
     while progress.step < schedule.last_step:
+        records.profiler.before_step(progress.step + 1)
         set_phase(Phase.DATA, progress.step + 1)
         micro_batches = _wait_for(batches, engine.accumulation, records.speed)
         set_phase(Phase.STEP, progress.step + 1)
@@ -150,7 +154,8 @@ def _look(step: int, task: Task, schedule: Schedule, monitor: Monitor) -> None:
 
 def _wait_for(batches: Iterator[Batch], count: int, speed: Speedometer) -> list[Batch]:
     start = time.perf_counter()
-    ready = [next(batches) for _ in range(count)]
+    with record_function("wait for data"):
+        ready = [next(batches) for _ in range(count)]
     speed.waited(time.perf_counter() - start)
     return ready
 

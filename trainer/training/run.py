@@ -30,6 +30,7 @@ from trainer.distributed.devices import use_devices
 from trainer.distributed.ds_config import engine_settings
 from trainer.distributed.engine import Engine, connect, disconnect
 from trainer.distributed.world import World, world_from_environment
+from trainer.errors import ConfigError
 from trainer.fault_tolerance import checkpoint, resume
 from trainer.fault_tolerance.exit_codes import EXIT_REQUEUE
 from trainer.fault_tolerance.guards import BadSamples, Guards, StopRequest, name_of_signal
@@ -47,6 +48,7 @@ from trainer.training.loop import Outcome, Records, Task, train
 from trainer.training.model_cost import BuildModel
 from trainer.training.monitor import Monitor, labelled_views
 from trainer.training.plausible import doubts
+from trainer.training.profiling import StepProfiler
 from trainer.training.schedule import Schedule, learning_rate_at
 from trainer.training.throughput import Speedometer
 
@@ -148,6 +150,10 @@ def join(
 def begin(engine: Engine, data: DataSets, recipe: Recipe, runtime: Runtime, *, init_sha256: str) -> Run:
     """Say what the run is, compare it with what the output folder holds, and take the folder; all ranks call."""
     train_index, train_sources = data.index["data"], data.sources["data"]
+    if (profiled := runtime.profiled_steps) and profiled[0] > (last := recipe.num_steps(len(train_index))):
+        raise ConfigError(
+            f"profile_steps is {runtime.profile_steps}, but the schedule ends at step {last}: choose earlier ones"
+        )
     identity = checkpoint.Identity(
         recipe=to_dict(recipe),
         data_fingerprint=train_index.fingerprint,
@@ -335,8 +341,9 @@ class Training:
         speed = Speedometer(
             global_batch=recipe.global_batch, flops_per_image=self.task.flops_per_image, num_ranks=world.size
         )
-        with saver, contextlib.closing(ledger), contextlib.closing(monitor):
-            yield Records(monitor=monitor, ledger=ledger, speed=speed, saver=saver)
+        profiler = StepProfiler(runtime.profiled_steps, run.output / "profile", is_main=world.is_main)
+        with saver, contextlib.closing(ledger), contextlib.closing(monitor), contextlib.closing(profiler):
+            yield Records(monitor=monitor, ledger=ledger, speed=speed, saver=saver, profiler=profiler)
 
     def _guards(self, stop: StopRequest) -> Guards:
         recipe, runtime = self.run.recipe, self.run.runtime

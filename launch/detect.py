@@ -18,12 +18,17 @@ as one that cannot be read is. Any other detector sees photographs whole, and fa
 After a kill, the same command goes on and writes the same file. OUTPUT.json says what the scores depend on. Start it
 with deepspeed to score on several ranks.
 
+--explain FOLDER draws a picture of each photograph that has a score: as the detector sees it, where blurring it changes
+the score, and, where the detector's own MAE is found, what that reconstructs and where it errs. FOLDER/explained.csv
+names the picture and the reconstruction error of each photograph. It costs 145 forward passes of each.
+
 --model also takes an ONNX export of a detector (tools/export.py --format onnx), its folder or the file.
 
 Usage: python launch/detect.py --model runs/detector --images photo.jpg|FOLDER|list.csv|'shards/*.tar'
 
 Examples:
     python launch/detect.py --model runs/detector --images photo.jpg
+    python launch/detect.py --model runs/detector --images photo.jpg --output photo.csv --explain explained
     python launch/detect.py --model runs/detector --images faces --output scores.jsonl --threshold bscer_0.10
     deepspeed --num_gpus 2 launch/detect.py --model runs/detector --images 'detect/test/*.tar' --output test.csv
 """

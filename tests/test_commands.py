@@ -283,6 +283,13 @@ def probed(output: str, *sets: str) -> Callable[[Path, str], None]:
     return look
 
 
+def explained(place: Path, out: str) -> None:
+    scored("photo.csv", 1)(place, out)
+    [row] = csv.DictReader((place / "explained" / "explained.csv").read_text().splitlines())
+    with Image.open(place / "explained" / row["picture"]) as picture:
+        assert picture.width > picture.height
+
+
 def morphed(folder: str) -> Callable[[Path, str], None]:
     def look(place: Path, out: str) -> None:
         with (place / folder / "morphs.csv").open() as file:
@@ -427,6 +434,9 @@ EXPECTED: dict[str, Expected] = {
         scored("scores.csv", PEOPLE * PHOTOGRAPHS)
     ),
     "python launch/detect.py --model runs/detector --images photo.jpg": Expected(scored("scores.csv", 1), before=photo),
+    "python launch/detect.py --model runs/detector --images photo.jpg --output photo.csv --explain explained": Expected(
+        explained, before=photo
+    ),
     "python launch/detect.py --model runs/detector --images faces --output scores.jsonl "
     "--threshold bscer_0.10": Expected(holds("scores.jsonl", "scores.jsonl.json")),
     "deepspeed --num_gpus 2 launch/detect.py --model runs/detector --images 'detect/test/*.tar' "

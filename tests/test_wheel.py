@@ -1,4 +1,4 @@
-"""The door: sdist and wheel hold what they must, and an installed wheel trains, fine-tunes and evaluates anywhere.
+"""The door: sdist and wheel hold what they must, and an installed wheel trains, tunes, evaluates and scores anywhere.
 
 The clean environment sees the libraries of the test environment, but not this repository: a path in a .pth file is put
 on sys.path, and the .pth files there, that of the editable installation among them, are not read.
@@ -128,7 +128,7 @@ def test_the_installed_package_is_that_of_the_wheel(place: tuple[Path, dict[str,
         assert f"face-mae-trainer {__version__}, " in run("python", *words, "--version", cwd=folder, env=env)
 
 
-def test_an_installed_wheel_packs_trains_tunes_and_evaluates(place: tuple[Path, dict[str, str]]) -> None:
+def test_an_installed_wheel_packs_trains_tunes_evaluates_and_scores(place: tuple[Path, dict[str, str]]) -> None:
     folder, env = place
     splits = ("train", "val", "test")
     for number in range(48):
@@ -148,6 +148,7 @@ def test_an_installed_wheel_packs_trains_tunes_and_evaluates(place: tuple[Path, 
     assert [line["step"] for line in metrics(folder / "run") if "loss" in line][-1] == 2
 
     flags = TINY | {"recipe": "detector_demo", "init": "run", "freeze_backbone": "true", "output_dir": "detector"}
+    flags |= {"mix_group": "4", "balance_by": "label"}  # whole groups in the micro batch; these shards name no source
     run(*launcher, "1", "--module", "trainer.launch.finetune", *argv_of(flags), cwd=folder, env=env)
     assert (folder / "detector" / "detector" / "detector.json").exists()
 
@@ -159,6 +160,13 @@ def test_an_installed_wheel_packs_trains_tunes_and_evaluates(place: tuple[Path, 
     [figures] = (folder / "results").glob("*_eval.json")
     assert json.loads(figures.read_text())
     assert len(list((folder / "results").glob("*_report.html"))) == 1
+
+    flags = {"model": "detector", "images": "photos/test/morph", "output": "scores.csv"}
+    run("face-mae-detect", *argv_of(flags), cwd=folder, env=env)
+    with (folder / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == sorted(f"photos/test/morph/{number}.jpg" for number in range(5, 48, 6))
+    assert all(0 <= float(row["score"]) <= 1 for row in rows)
 
 
 def test_a_job_of_an_installed_wheel_runs_its_modules_in_the_folder_of_the_user(

@@ -13,48 +13,23 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 from PIL import Image
 
+from tests.helpers.detectors import THRESHOLD, drawn_detector
 from tests.helpers.runs import ROOT, argv_of, forks, launch
 from tests.helpers.shards import faces
 from tools.demo.orl_faces import find_faces
 from tools.export import CLI as EXPORT
 from tools.export import main as export_main
 from trainer.config.command_line import call
-from trainer.config.record import to_dict
-from trainer.config.settings import DetectionSettings, DetectorRecipe, EvaluationSettings
+from trainer.config.settings import DetectionSettings, EvaluationSettings
 from trainer.data.transforms.faces import FaceCropping, crop_face
 from trainer.detection import Detector
-from trainer.detection.build import build_detector, preprocessing_of
 from trainer.detection.detecting import detect
-from trainer.detection.error_rates import Calibration
 from trainer.detection.evaluation import open_detector, open_test_set, score_set
-from trainer.detection.saved_detector import save_detector
-from trainer.detection.scoring import Decision, share_of
+from trainer.detection.scoring import share_of
 from trainer.distributed.world import World
 from trainer.errors import ConfigError, DataError, SampleError, TrainerError
-from trainer.fault_tolerance.attempts import acquire
-
-THRESHOLD = 0.5
-RECIPE = DetectorRecipe(model="vit_tiny_patch16_224", image_size=32, patch_size=8, encoder_depth=2)
-
-
-def drawn_detector(output: Path, **preprocessing: str) -> Path:
-    """A detector with drawn weights: its scores differ from image to image, and that is all that matters here."""
-    output.mkdir()
-    model, _ = build_detector(RECIPE, None)
-    torch.manual_seed(0)
-    torch.nn.init.normal_(model.head.weight, std=2.0)
-    description = {
-        "recipe": to_dict(RECIPE), "preprocessing": preprocessing_of(RECIPE) | preprocessing,
-        "step": 1, "data": "a.tar",
-        "init": {"source": "", "pretrained": False, "sha256": ""}, "selection": {"figures": None},
-    }  # fmt: skip
-    decision = Decision(Calibration(0.7, 0.1), {"d_eer": THRESHOLD, "macer_0.01": -np.inf})
-    weights = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
-    save_detector(output / "detector", description, weights, decision, {}, lease=acquire(output, num_ranks=1))
-    return output
 
 
 def plain_onnx() -> bytes:

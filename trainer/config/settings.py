@@ -613,6 +613,9 @@ class DetectionSettings:
     """The file of scores: .csv, or .jsonl for one JSON object a line."""
     threshold: str = "d_eer"
     """Which of the detector's thresholds decides isMorph: d_eer, macer_0.01 ... 0.20, bscer_0.01, bscer_0.10."""
+    explain: str | None = None
+    """Folder for a picture of each photograph: where blurring it changes the score, and what the detector's MAE
+    reconstructs; costs 145 forward passes of each photograph. None: no pictures."""
     label: Literal["non-scanned", "scanned", "unknown"] = "unknown"
     """What is known of the photographs; copied into each row and without influence on the score."""
     init: str | None = None
@@ -639,6 +642,8 @@ class DetectionSettings:
         suffix = Path(self.output).suffix
         _require(self, "output", suffix in (".csv", ".jsonl"), "must end in .csv or .jsonl: name such a file")
         _require(self, "output", not Path(self.output).is_dir(), "is a folder: name a file in it")
+        is_folder = self.explain is None or self.explain.lower() not in ("", "true", "false")
+        _require(self, "explain", is_folder, "must name a folder for the pictures, such as explained")
 
 
 _MAX_PROFILED = 100

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,12 +21,17 @@ from trainer.data.images import Images, open_images
 from trainer.data.loader import Loader
 from trainer.detection.detector import Detector
 from trainer.detection.error_rates import json_threshold
+from trainer.detection.occlusion import GRID
 from trainer.detection.score_file import Job, PartialFile, return_code, scores_of
 from trainer.detection.scoring import Scores, joined, over_ranks, score, share_of
 from trainer.distributed.devices import default_device, refuse_unusable_gpus
 from trainer.distributed.ranks import join_ranks, leave_ranks
 from trainer.distributed.world import World
+from trainer.errors import ConfigError
 from trainer.progress import Progress
+
+if TYPE_CHECKING:
+    from trainer.detection.explaining import Explainer
 
 
 def detect(settings: DetectionSettings) -> Path:
@@ -50,8 +55,10 @@ def detect(settings: DetectionSettings) -> Path:
         if world.is_main:
             print(f"{job.output} holds these scores already: nothing to do")
     else:
-        scores = score_images(detector, images, job, settings, world)
-        world.on_main(lambda: finish(detector, images, job, scores, settings))
+        world.on_main(lambda: refuse_used_folder(settings, job))
+        explainer = world.together(lambda: explainer_of(detector, settings, world))
+        scores = score_images(detector, images, job, settings, world, explainer)
+        world.on_main(lambda: finish(detector, images, job, scores, settings, explainer))
     leave_ranks(world)
     return job.output
 
@@ -67,10 +74,42 @@ def describe_job(detector: Detector, fingerprint: str, num_images: int, settings
         "imageLabel": settings.label,
         "micro_batch": settings.micro_batch,
         "format": Path(settings.output).suffix,
+        "explain": settings.explain,
     }
 
 
-def score_images(detector: Detector, images: Images, job: Job, settings: DetectionSettings, world: World) -> Scores:
+def refuse_used_folder(settings: DetectionSettings, job: Job) -> None:
+    """Refuse a folder for pictures that holds files, unless this job has begun it.
+
+    Raises:
+        ConfigError: as said, or it is no folder.
+    """
+    folder = Path(settings.explain or "")
+    if settings.explain and folder.exists() and not (folder.is_dir() and (job.partials() or not any(folder.iterdir()))):
+        what = "holds files of something else" if folder.is_dir() else "is a file"
+        raise ConfigError(f"explain is {settings.explain!r}, but it {what}: name a new folder")
+
+
+def explainer_of(detector: Detector, settings: DetectionSettings, world: World) -> "Explainer | None":
+    """Prepare the pictures that --explain asks for."""
+    if settings.explain is None:
+        return None
+    from trainer.detection.explaining import open_explainer  # imports DeepSpeed and matplotlib, which takes seconds
+
+    explainer, note = open_explainer(detector, Path(settings.explain), init=settings.init, batch=settings.micro_batch)
+    if world.is_main:
+        print(f"explanations: {GRID * GRID + 1} forward passes of each image; {note}")
+    return explainer
+
+
+def score_images(
+    detector: Detector,
+    images: Images,
+    job: Job,
+    settings: DetectionSettings,
+    world: World,
+    explainer: "Explainer | None" = None,
+) -> Scores:
     """Score the batches that an earlier start has not scored, and gather them over ranks; all ranks call."""
     batch, device = settings.micro_batch, default_device()
     with closing(world.together(lambda: PartialFile(job, world.rank))) as partial:
@@ -90,6 +129,10 @@ def score_images(detector: Detector, images: Images, job: Job, settings: Detecti
             def work() -> None:
                 for loaded in loader:
                     parts.append(score(detector.logits, [loaded], device))
+                    if explainer:
+                        threshold = detector.thresholds[settings.threshold]
+                        keys = keys_of(images, loaded.positions)
+                        parts[-1] = explainer.explain(loaded.images_BCHW, parts[-1], keys, threshold, device)
                     partial.add(loaded.positions[0] // batch, parts[-1])
                     bar.update(len(loaded.positions))
 
@@ -97,7 +140,19 @@ def score_images(detector: Detector, images: Images, job: Job, settings: Detecti
         return over_ranks(joined(parts), world)
 
 
-def finish(detector: Detector, images: Images, job: Job, scores: Scores, settings: DetectionSettings) -> None:
+def keys_of(images: Images, samples: list[int]) -> list[str]:
+    """Return the path of each file, or the key of each sample, for the names of pictures."""
+    return [fact["key"] for fact in images.facts(samples)]
+
+
+def finish(
+    detector: Detector,
+    images: Images,
+    job: Job,
+    scores: Scores,
+    settings: DetectionSettings,
+    explainer: "Explainer | None" = None,
+) -> None:
     """Write the file of scores with its description, and print what was decided."""
     decision, threshold = detector.saved.decision, detector.thresholds[settings.threshold]
     score_N = decision.probability(scores.logit_N)
@@ -110,9 +165,16 @@ def finish(detector: Detector, images: Images, job: Job, scores: Scores, setting
         "preprocessing": detector.saved.description["preprocessing"],
     }
     render = {"score_N": score_N.tolist(), "threshold": threshold, "label": settings.label}
-    job.commit(images.names(), scores, more, render)
+    others = {}
+    if explainer:
+        explainer.folder.mkdir(parents=True, exist_ok=True)
+        keys = keys_of(images, scores.sample_N.tolist())
+        others[explainer.table_path] = explainer.table(list(images.names()), keys, scores, render["score_N"])
+    job.commit(images.names(), scores, more, render, others)
     print(summary(scores.code_N, int((score_N >= threshold).sum()), settings.threshold, threshold))
     print(f"  scores   {job.output}")
+    if explainer:
+        print(f"  pictures {explainer.folder}")
 
 
 def summary(codes: Sequence[str], num_morphs: int, name: str, threshold: float) -> str:

@@ -16,7 +16,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,15 @@ class Job:
                 found |= {line["batch"]: line for line in map(json.loads, kept[1:])}
         return found
 
-    def commit(self, names: Iterator[str], scores: Scores, more: Mapping[str, Any], render: Mapping[str, Any]) -> None:
-        """Write output and description together, and remove the partial files.
+    def commit(
+        self,
+        names: Iterable[str],
+        scores: Scores,
+        more: Mapping[str, Any],
+        render: Mapping[str, Any],
+        others: Mapping[Path, str],
+    ) -> None:
+        """Write output, description and other files together, and remove the partial files.
 
         Raises:
             DataError: the storage fails; the partial files stay.
@@ -113,7 +120,7 @@ class Job:
         text = _as_csv(rows) if self.output.suffix == ".csv" else _as_json_lines(rows)
         about = json.dumps({"job": self.description} | dict(more), indent=1, allow_nan=False) + "\n"
         try:
-            write_together({self.about: about, self.output: text})
+            write_together({**others, self.about: about, self.output: text})
         except OSError as error:
             raise DataError(f"output {self.output} cannot be written ({error.strerror}): free space") from error
         self.remove_partials()
@@ -149,7 +156,10 @@ class PartialFile:
         """
         logits = [None if np.isnan(logit) else logit for logit in scores.logit_N.tolist()]
         boxes = [scores.face_boxes.get(i) for i in scores.sample_N.tolist()]
-        self._add({"batch": batch, "logits": logits, "codes": scores.code_N, "boxes": boxes})
+        line = {"batch": batch, "logits": logits, "codes": scores.code_N, "boxes": boxes}
+        if scores.reconstruction_errors:
+            line["errors"] = [scores.reconstruction_errors.get(i) for i in scores.sample_N.tolist()]
+        self._add(line)
 
     def _add(self, line: Mapping[str, Any]) -> None:
         try:
@@ -170,17 +180,19 @@ def scores_of(lines: Mapping[int, Mapping[str, Any]], micro_batch: int) -> Score
     logits: list[float] = []
     codes: list[str] = []
     boxes: dict[int, Box] = {}
+    errors: dict[int, float] = {}
     for batch, line in lines.items():
         mine = range(batch * micro_batch, batch * micro_batch + len(line["codes"]))
         samples += mine
         boxes |= {i: tuple(box) for i, box in zip(mine, line.get("boxes", ()), strict=False) if box}
+        errors |= {i: error for i, error in zip(mine, line.get("errors", ()), strict=False) if error is not None}
         logits += [np.nan if logit is None else logit for logit in line["logits"]]
         codes += line["codes"]
-    return Scores(np.array(samples, dtype=np.int64), np.array(logits, dtype=np.float64), codes, boxes)
+    return Scores(np.array(samples, dtype=np.int64), np.array(logits, dtype=np.float64), codes, boxes, errors)
 
 
 def score_rows(
-    names: Iterator[str], scores: Scores, *, score_N: Sequence[float], threshold: float, label: str
+    names: Iterable[str], scores: Scores, *, score_N: Sequence[float], threshold: float, label: str
 ) -> Iterator[dict[str, Any]]:
     """Yield one row an image, in the order of the images."""
     for sample, name, score, code in zip(scores.sample_N.tolist(), names, score_N, scores.code_N, strict=True):

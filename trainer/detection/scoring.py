@@ -51,6 +51,8 @@ class Scores:
     """`SUCCESS`, or why the image could not be read."""
     face_boxes: dict[int, Box] = field(default_factory=dict)
     """Sample -> the face that its photograph was cropped to [pixels]; empty if photographs are seen whole."""
+    reconstruction_errors: dict[int, float] = field(default_factory=dict)
+    """Sample -> the error of the detector's pre-training on it, in units of val_loss, where it was computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,8 @@ def joined(parts: Sequence[Scores]) -> Scores:
     logit_N, codes = np.concatenate([part.logit_N for part in parts]), [c for part in parts for c in part.code_N]
     order_N = np.argsort(sample_N, kind="stable")
     boxes = {i: box for part in parts for i, box in part.face_boxes.items()}
-    return Scores(sample_N[order_N], logit_N[order_N], [codes[i] for i in order_N.tolist()], boxes)
+    errors = {i: error for part in parts for i, error in part.reconstruction_errors.items()}
+    return Scores(sample_N[order_N], logit_N[order_N], [codes[i] for i in order_N.tolist()], boxes, errors)
 
 
 def share_of(num_samples: int, batch: int, world: World, *, done: Collection[int] = ()) -> list[int]:
@@ -145,9 +148,14 @@ def over_ranks(local: Scores, world: World) -> Scores:
     sample_N, logit_N = gathered.compute()
     failed = [(i, code) for i, code in zip(local.sample_N.tolist(), local.code_N, strict=True) if code != SUCCESS]
     reasons = dict(pair for pairs in world.gather_over_ranks(failed) for pair in pairs)
-    gathered_boxes = world.gather_over_ranks(list(local.face_boxes.items()))
-    boxes = {i: tuple(box) for pairs in gathered_boxes for i, box in pairs}
-    return Scores(sample_N, logit_N, [reasons.get(sample, SUCCESS) for sample in sample_N.tolist()], boxes)
+    boxes = {i: tuple(box) for i, box in _gathered(local.face_boxes, world)}
+    errors = dict(_gathered(local.reconstruction_errors, world))
+    return Scores(sample_N, logit_N, [reasons.get(i, SUCCESS) for i in sample_N.tolist()], boxes, errors)
+
+
+def _gathered(local: dict[int, Any], world: World) -> list[tuple[int, Any]]:
+    """Give every rank what any rank knows of samples; JSON would turn their numbers into text as keys."""
+    return [(i, value) for pairs in world.gather_over_ranks(list(local.items())) for i, value in pairs]
 
 
 def truth_of(index: ShardIndex, sample_N: NDArray[np.int64]) -> Truth:

@@ -95,9 +95,22 @@ def test_a_replicate_that_draws_everyone_once_gives_the_figure_and_one_that_draw
     assert measured.replicates["eer"][1] == pytest.approx(pair.figures["eer"]), "pairs of the two people only"
 
 
+def test_a_person_drawn_twice_counts_twice() -> None:
+    rows = rows_of_people()
+    features = Features(values_of(rows, noise=1.0), rows, {})
+    draws = ({f"p{i}": 1.0} for i in range(PEOPLE))
+    drawn = [*draws, {f"p{i}": float(i) for i in range(PEOPLE)}]
+    weights_RN = np.array([[some.get(row["identity"], 0.0) for row in rows] for some in drawn])
+    measured = measure_set(features.values_ND, make_task(features, "identity"), weights_RN, k=5)
+    for name in ("knn", "ridge", "logistic"):
+        *alone, mixed = measured.replicates[name].tolist()
+        assert mixed == pytest.approx(np.average(alone, weights=range(PEOPLE))), name
+        assert mixed != pytest.approx(np.mean(alone)), name
+
+
 def test_intervals_are_over_people_and_not_over_images(tmp_path: Path) -> None:
     """Images of one person that are all alike hold no more than one image."""
-    rows = rows_of_people(people=10, images=40)
+    rows = rows_of_people(people=14, images=40)
     features = Features(values_of(rows, noise=1e-3, seed=3), rows, {})
     task = make_task(features, "label")
     assert all(

@@ -279,7 +279,7 @@ def test_unfinished_cut_or_missing_features_are_not_read(encoder: Path, shards: 
         ({"model": f"timm:{NAME}"}, "names an architecture without weights: add --weights pretrained"),
         ({"model": "timm:vit_tiny_patch17", "weights": "random"}, "model is 'vit_tiny_patch17', which timm"),
         ({"weights": "pretrained"}, "weights is 'pretrained', but model is"),
-        ({"model": "nowhere"}, "model is 'nowhere', but there is no such file or folder"),
+        ({"model": "nowhere"}, "no such file or folder: name a run, a detector, an export, pixels"),
         ({"model": "pixels", "weights": "random"}, "model is pixels, which has neither weights nor blocks"),
         ({"images": "nowhere"}, "images is 'nowhere', but no such file or folder exists"),
         ({"features": ("mean", "max")}, "features is 'mean,max', but must name mean, cls or both"),
@@ -350,7 +350,8 @@ def test_a_killed_embedding_goes_on_on_two_ranks_and_writes_the_files_of_one_pro
         os.kill(pid, signal.SIGKILL)
     run.wait()
     assert not (output / "features.json").exists()
-    (output / ".part-00003.jsonl.tmp-00000000").write_text("what a kill leaves")
+    for name in (".part-00003.jsonl.tmp-00000000", ".mode.tmp-00000000"):
+        (output / name).write_text("what a kill leaves")
     again = launch(flags | {"output_dir": str(output)}, ranks=2, script="embed.py")
     assert again.returncode == 0, again.stderr
     assert "files are written already" in again.stdout

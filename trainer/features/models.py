@@ -31,6 +31,7 @@ from trainer.models.lora import state_sha256
 from trainer.models.mask_utils import patchify
 from trainer.models.pixel_statistics import STATISTICS, constant
 from trainer.training.pretraining import build_model
+from trainer.weights.hub import is_hub_name
 from trainer.weights.load import Init, check_heads, holds_detector, read_init
 
 _PIXEL_SIDE = 32
@@ -146,6 +147,11 @@ def _encoder_of(
             encoder = PatchEncoder(name, image_size=recipe.image_size)
         origin = f"random weights of timm {name}, seed {settings.seed}"
         return recipe, encoder, STATISTICS[settings.normalisation], origin
+    if not settings.model.startswith(TIMM) and not Path(name).expanduser().exists() and not is_hub_name(name):
+        raise ConfigError(
+            f"model is {name!r}, but there is no such file or folder: name a run, a detector, an export, pixels, or an "
+            f"architecture of timm as {TIMM}NAME"
+        )
     init = read_init(name, pretrained=settings.weights == "pretrained", setting="model")
     assert init is not None
     recipe = _resized(recipe_of_weights(init, name, settings.architecture, setting="architecture"), settings)

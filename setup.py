@@ -29,6 +29,8 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Scientific/Engineering :: Image Recognition",
         "Typing :: Typed",
@@ -47,9 +49,9 @@ setup(
     zip_safe=False,  # trainer/files.py finds files by their paths
     entry_points={"console_scripts": COMMANDS},
     install_requires=[
-        "torch>=2.14",
-        "torchvision>=0.29",  # timm imports it; its version must match torch's
-        "deepspeed==0.19.8",  # trainer/distributed/engine.py knows its files and its faults by version
+        "torch>=2.6.0",
+        "torchvision>=0.21.0",  # timm imports it; its version must match torch's
+        "deepspeed>=0.19.0,<=0.19.8",  # trainer/distributed/engine.py knows its files and its faults by version
         "timm>=1.0.31",
         "webdataset>=1.0.2",
         "braceexpand>=0.1.7",
@@ -60,11 +62,11 @@ setup(
         "opencv-python-headless>=4.10",
         "simplejpeg>=1.9",
         "pillow>=11",
-        "numpy>=2.0",
+        "numpy>=1.26.4",
         "scipy>=1.12",
         "scikit-learn>=1.7",  # probes of features
         "peft>=0.21.2",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "matplotlib>=3.9",  # the report's DET curves
         "jinja2>=3.1",
         "einops>=0.8",
@@ -85,6 +87,6 @@ setup(
             *("onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2"),
             *("s3fs>=2024.6", "aiohttp>=3.9", "boto3", "moto>=5", "flask", "flask-cors", "rangehttpserver"),
         ],
-        "dev": ["ruff", "mypy", "pre-commit", "codespell"],
+        "dev": ["ruff", "mypy", "pre-commit", "codespell", "uv"],
     },
 )

@@ -40,7 +40,7 @@ _STARTS = (
     "source .venv",
     "face-mae-",
 )
-_HIDDEN = {".git", ".venv", "demo", "runs", "build", "dist", ".pytest_cache"}
+_HIDDEN = {".git", "demo", "runs", "build", "dist", ".pytest_cache", "wheels"}
 _COMMANDS = sorted([*ROOT.glob("launch/*.py"), *ROOT.glob("tools/**/*.py")])
 SCRIPTS = [path for path in _COMMANDS if "__main__" in path.read_text()]
 PEOPLE, PHOTOGRAPHS = 20, 2
@@ -76,7 +76,8 @@ def documented() -> dict[str, str]:
     """Command -> the document that shows it."""
     found: dict[str, str] = {}
     for path in sorted(ROOT.rglob("*.md")):
-        if path.relative_to(ROOT).parts[0] not in _HIDDEN:
+        top = path.relative_to(ROOT).parts[0]
+        if top not in _HIDDEN and not top.startswith(".venv"):
             found |= {command: str(path.relative_to(ROOT)) for command in _commands_of(path.read_text())}
     for script in SCRIPTS:
         _, _, examples = help_of(script).partition("Examples:\n")
@@ -113,7 +114,7 @@ def _photograph(path: Path, person: int, number: int, side: int = 96) -> None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's folders, photographs of people, and a CSV that names them and all their morphs."""
     place = tmp_path_factory.mktemp("user")
-    for name in ("trainer", "launch", "tools", "ds_configs", "Makefile", "setup.py", "constraints.txt", "tests"):
+    for name in ("trainer", "launch", "tools", "ds_configs", "Makefile", "setup.py", "constraints", "tests"):
         (place / name).symlink_to(ROOT / name)
     rows = []
     for person in range(PEOPLE):
@@ -526,6 +527,9 @@ ELSEWHERE = {
     "deepspeed --num_gpus 2 $(which face-mae-pretrain)": "tests/test_wheel.py",
     "deepspeed --num_gpus 2 --module trainer.launch.": "tests/test_wheel.py",
     "make lint": "CI",
+    "make versions": ".ci/run, at its end",
+    "make wheels": "tests/test_wheel.py",
+    "pip install --no-index --find-links wheels": "tests/test_wheel.py, beside a torch that is there",
     "make gpu": "needs a GPU; the bodies of its laws run on the CPU in tests",
     "make docs": "tests/config/test_reference.py compares what it writes",
     "make bench": "an hour of timings; its tools answer --help in tests/config/test_help.py",

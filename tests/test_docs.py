@@ -8,8 +8,13 @@ import pytest
 from tests.helpers.runs import ROOT
 from trainer import __version__
 
-_HIDDEN = {".git", ".venv", "demo", "runs", "build", "dist", ".pytest_cache"}
-DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if path.relative_to(ROOT).parts[0] not in _HIDDEN)
+_HIDDEN = {".git", "demo", "runs", "build", "dist", ".pytest_cache", "wheels"}
+DOCUMENTS = sorted(
+    path
+    for folder in ROOT.iterdir()
+    if folder.name not in _HIDDEN and not folder.name.startswith(".venv")
+    for path in ([folder] if folder.suffix == ".md" else folder.rglob("*.md"))
+)
 _MAX_PICTURE_BYTES = 300_000
 
 

@@ -1,12 +1,14 @@
 """The door: sdist and wheel hold what they must, and an installed wheel trains, tunes, evaluates and scores anywhere.
 
 The clean environment sees the libraries of the test environment, but not this repository: a path in a .pth file is put
-on sys.path, and the .pth files there, that of the editable installation among them, are not read.
+on sys.path, and the .pth files there, that of the editable installation among them, are not read. A machine without a
+network, which has only a torch of its own, is imitated in the same way.
 """
 
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.runs import ROOT, argv_of, free_port, metrics
-from tests.helpers.shards import jpeg
+from tests.helpers.shards import jpeg, members_of, write_tar
 from trainer import __version__
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
@@ -181,3 +183,43 @@ def test_a_job_of_an_installed_wheel_runs_its_modules_in_the_folder_of_the_user(
     assert "python -P -m trainer.launch.pretrain --recipe demo" in said
     assert f"export TRAINER_HOME={folder}\n" in job
     assert "/venv/bin/python" in job
+
+
+OWN_TORCH = re.compile(r"(torch|torchvision|torchgen|functorch|triton|nvidia|cuda|numpy)([-._]|$)")
+"""What a machine has of its own, among the names in a folder of packages."""
+
+
+@pytest.mark.skipif("CI" not in os.environ, reason="downloads 200 MB; in CI only")
+def test_the_folder_of_make_wheels_installs_without_an_index_beside_a_torch_that_stays_and_trains(
+    tmp_path: Path,
+) -> None:
+    wheels, machine = tmp_path / "wheels", tmp_path / "machine"
+    its_python = ".".join(map(str, sys.version_info[:2]))
+    make = ["make", "-o", f"{sys.prefix}/.installed", f"VENV={sys.prefix}", f"WHEELS={wheels}", f"FOR={its_python}"]
+    run(*make, "wheels", cwd=ROOT)
+    names = {path.name.partition("-")[0] for path in wheels.glob("*.whl")}
+    assert {"face_mae_trainer", "deepspeed", "timm"} <= names
+    assert not {name for name in names if re.match("torch(vision)?$|triton|nvidia|cuda", name)}
+    assert len(list(wheels.glob("deepspeed-*-py3-none-any.whl"))) == 1
+
+    for library in {Path(sysconfig.get_paths()[name]) for name in ("purelib", "platlib")}:
+        for path in filter(lambda path: OWN_TORCH.match(path.name), library.iterdir()):
+            machine.mkdir(exist_ok=True)
+            (machine / path.name).symlink_to(path)
+    run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=tmp_path)
+    python = str(tmp_path / "env" / "bin" / "python")
+    own = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])", cwd=tmp_path).strip())
+    (own / "machine.pth").write_text(f"{machine}\n")
+    shell = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    shell |= {"PATH": f"{tmp_path / 'env' / 'bin'}:{os.environ['PATH']}", "PIP_CONFIG_FILE": os.devnull}
+    shell |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index", "--find-links", "wheels"]
+    run(*pip, "face-mae-trainer", cwd=tmp_path, env=shell)
+    assert not [path.name for path in own.iterdir() if OWN_TORCH.match(path.name)]
+
+    write_tar(tmp_path / "shards" / "train.tar", members_of(range(16)))
+    flags = TINY | MODEL | {"recipe": "demo", "data": "shards/train.tar", "output_dir": "run"}
+    del flags["val_data"]
+    launcher = [str(tmp_path / "env" / "bin" / "deepspeed"), "--master_port", str(free_port()), "--num_gpus", "2"]
+    run(*launcher, "--module", "trainer.launch.pretrain", *argv_of(flags), cwd=tmp_path, env=shell)
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line][-1] == 2

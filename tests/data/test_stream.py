@@ -54,6 +54,7 @@ def consumed(
 
 
 @pytest.mark.parametrize(("ranks", "micro", "workers"), [(1, 4, 2), (2, 6, 0), (2, 3, 2), (3, 2, 1), (4, 1, 2)])
+@pytest.mark.versions
 def test_the_global_batch_is_the_same_for_every_layout(index: ShardIndex, ranks: int, micro: int, workers: int) -> None:
     assert consumed(index, ranks=ranks, micro=micro, workers=workers) == consumed(index, ranks=1, micro=12, workers=0)
 

@@ -161,6 +161,7 @@ def test_a_killed_fine_tuning_goes_on_bitwise(sets: Path, mae: Path, tmp_path: P
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.law
+@pytest.mark.versions
 def test_lora_under_zero_trains_alike_on_all_ranks_and_resumes_exactly(tmp_path: Path, stage: int) -> None:
     def run(folder: Path, ranks: int, stage: int) -> list[dict[str, Any]]:
         folder.mkdir()

@@ -29,6 +29,7 @@ def train(
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.law
+@pytest.mark.versions
 def test_all_stages_and_one_rank_and_accumulation_compute_the_same(tmp_path: Path) -> None:
     alone = train(tmp_path / "alone", ranks=1, stage=0, micro_batch=8)[0]
     assert alone["losses"][-1] < alone["losses"][0]

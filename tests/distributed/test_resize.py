@@ -180,6 +180,7 @@ def same_losses(one: Path, other: Path) -> None:
 
 
 @pytest.mark.law
+@pytest.mark.versions
 def test_pre_training_killed_in_a_step_and_in_a_conversion_goes_on_with_other_ranks(
     shards: Path, tmp_path: Path
 ) -> None:

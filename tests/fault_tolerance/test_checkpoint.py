@@ -46,6 +46,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
     return Run(tmp_path / "out", background=request.param)
 
 
+@pytest.mark.versions
 def test_the_newest_valid_one_wins_and_old_ones_go(run: Run) -> None:
     for step in (1, 2, 3, 4):
         run.save(step)

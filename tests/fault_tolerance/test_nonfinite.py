@@ -77,6 +77,7 @@ def ledger(folder: Path) -> dict[int, list[dict[str, Any]]]:
 @pytest.mark.ranks
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1)])
 @pytest.mark.law
+@pytest.mark.versions
 def test_a_step_with_numbers_that_are_not_finite_leaves_no_trace(tmp_path: Path, precision: str, stage: int) -> None:
     config = CPU if precision == "fp32" else ROOT / "ds_configs" / "zero1_bf16.json"
     seen = worker(tmp_path, config, stage)

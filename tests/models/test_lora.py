@@ -50,6 +50,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.versions
 def test_merging_gives_a_plain_model_with_equal_logits(options: dict[str, Any]) -> None:
     vit = plain()
     add_lora(vit, **options)
@@ -66,6 +67,7 @@ def test_merging_gives_a_plain_model_with_equal_logits(options: dict[str, Any]) 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.versions
 def test_plain_peft_loads_what_is_saved_on_a_plain_timm_model(
     tmp_path: Path, options: dict[str, Any], pool: str
 ) -> None:

@@ -107,6 +107,7 @@ def translate(theirs: dict[str, torch.Tensor], ours: MaskedAutoencoder) -> dict[
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
+@pytest.mark.versions
 def test_loss_and_gradients_equal_the_published_implementation(norm_pix_loss: bool) -> None:
     ours, theirs = pair(norm_pix_loss=norm_pix_loss)
     generator = torch.Generator().manual_seed(3)

@@ -120,6 +120,7 @@ def ledger(folder: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.law
+@pytest.mark.versions
 def test_a_run_killed_mid_epoch_goes_on_bitwise(shards: Path, tmp_path: Path) -> None:
     validation = write_tar(tmp_path / "val" / "h.tar", members_of(range(100, 107)))
     common = {"val_data": str(validation), "val_every": 5, "picture_every": 10, "save_every": 3, "epochs": 3}

@@ -169,6 +169,7 @@ def logits(folder: Path) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.law
+@pytest.mark.versions
 def test_a_run_at_zero_3_on_two_ranks_goes_out_and_comes_back_bitwise(shards: Path, tmp_path: Path) -> None:
     config = json.loads((ROOT / "ds_configs" / "cpu_fp32.json").read_text())
     config["zero_optimization"] = {"stage": 3}
@@ -215,6 +216,7 @@ def test_a_run_at_zero_3_on_two_ranks_goes_out_and_comes_back_bitwise(shards: Pa
 
 
 @pytest.mark.parametrize("layout", ["saved", "modules", "encoder alone"])
+@pytest.mark.versions
 def test_every_layout_of_transformers_is_read_with_equal_features(tmp_path: Path, layout: str) -> None:
     hf_model = ViTMAEForPreTraining(
         ViTMAEConfig(
@@ -389,6 +391,7 @@ def test_the_onnx_graph_scales_and_cuts_to_the_pixels_of_evaluation(height: int,
 
 
 @pytest.mark.slow
+@pytest.mark.versions
 def test_onnx_gives_the_score_of_any_head_from_uint8_images_in_batches_of_any_size(
     official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

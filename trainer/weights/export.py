@@ -282,7 +282,7 @@ _TIMM_POOLING: dict[str, dict[str, Any]] = {
     "avg_fc_norm": {"global_pool": "avg", "fc_norm": True},
     "cls": {"global_pool": "token", "fc_norm": False},
 }
-_REMEDY = "nothing was written; install the versions of constraints.txt"
+_REMEDY = "nothing was written; install versions that constraints/ lists"
 _BASE = "base.safetensors"
 
 

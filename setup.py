@@ -51,7 +51,7 @@ setup(
     install_requires=[
         "torch>=2.6.0",
         "torchvision>=0.21.0",  # timm imports it; its version must match torch's
-        "deepspeed>=0.19.0,<=0.19.8",  # trainer/distributed/engine.py knows its files and its faults by version
+        "deepspeed==0.19.8",  # trainer/distributed/engine.py knows its files and its faults by version
         "timm>=1.0.31",
         "webdataset>=1.0.2",
         "braceexpand>=0.1.7",

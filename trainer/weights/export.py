@@ -229,7 +229,8 @@ def write_onnx(subject: Subject, draft: Path) -> Loading:
         (torch.zeros(NUM_IMAGES, *traced_at, 3, dtype=torch.uint8),),
         input_names=["images"],
         output_names=names,
-        dynamic_shapes={"images_BHWC": {axis: torch.export.Dim(name) for axis, name in enumerate(free)}},
+        # By place: torch 2.6 looks names up among input_names.
+        dynamic_shapes=({axis: torch.export.Dim(name) for axis, name in enumerate(free)},),
         dynamo=True,
         verbose=False,
     )

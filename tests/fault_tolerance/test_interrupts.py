@@ -87,6 +87,30 @@ def test_ctrl_c_before_the_first_step_is_one_line(shards: Path, tmp_path: Path) 
     assert said.count("interrupted: ") == 1
 
 
+def test_ctrl_c_while_an_object_is_collected_is_not_dropped() -> None:
+    """Python ignores what a finaliser raises, and a signal's handler may run in one."""
+    script = """
+import os, signal, time
+from trainer.fault_tolerance.exit_codes import exit_with
+
+class Collected:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+def work():
+    Collected()
+    time.sleep(20)
+    return 0
+
+exit_with(work)
+"""
+    with started("-c", script) as run:
+        said = run.communicate(timeout=60)[0]
+    assert run.returncode == 130, said
+    assert said == "\ninterrupted: nothing half written stays; the same command starts it again\n"
+
+
 @pytest.mark.parametrize("after_s", [0.0, 0.5])
 def test_ctrl_c_while_a_command_loads_torch_is_one_line(after_s: float, tmp_path: Path) -> None:
     flags = {"recipe": "demo", "data": "nowhere/*.tar", "output_dir": str(tmp_path / "out")}

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ EXIT_REQUEUE = 85
 EXIT_PEER_LOST = 86
 EXIT_SUPERSEDED = 87
 _MAIN_SPEAKS_FIRST_S = 15.0
+_AGAIN_S = 0.05
+"""An interrupt that Python dropped is raised again after this time; the collection that dropped it is over by then."""
 
 
 def run(main: Callable[[L], int], cli: Reader[L]) -> NoReturn:
@@ -113,14 +116,21 @@ class _Interrupt:
     """Answers Ctrl-C with one line and `KeyboardInterrupt`, so that what is half written is removed; a second one ends.
 
     Processes that this one has started get SIGTERM, and forks of it end in silence: a terminal interrupts them too.
+
+    Python drops an exception that is raised while an object is collected, and goes on. An interrupt that falls there is
+    raised once more, a moment later.
     """
 
     def __init__(self) -> None:
-        self.seen, self._pid = False, os.getpid()
+        self.seen, self._pid, self._was_dropped = False, os.getpid(), False
         signal.signal(signal.SIGINT, self._note)
+        self._show_dropped, sys.unraisablehook = sys.unraisablehook, self._note_dropped
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del number, frame
+        if self._was_dropped:
+            self._was_dropped = False
+            raise KeyboardInterrupt
         if self.seen or os.getpid() != self._pid:
             os._exit(EXIT_INTERRUPTED)
         self.seen = True
@@ -128,6 +138,15 @@ class _Interrupt:
         for child in multiprocessing.active_children():
             child.terminate()
         raise KeyboardInterrupt
+
+    def _note_dropped(self, dropped: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            self._show_dropped(dropped)
+            return
+        self._was_dropped = True
+        again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
 
 
 def _main_speaks_first(code: int) -> bool:

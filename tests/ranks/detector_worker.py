@@ -25,6 +25,15 @@ def inputs(positions: list[int]) -> tuple[torch.Tensor, ...]:
     return images_at(positions), labels, torch.zeros(len(positions), 1)
 
 
+def positions_of(step: int, global_batch: int, world) -> list[int]:
+    """A rank's positions of a step. Pairs of neighbours are the groups that `build`'s residual branch normalises over.
+
+    Example: a batch of 8 on two ranks is 0 1 4 5 and 2 3 6 7, so no rank gets half a group.
+    """
+    batch = range(step * global_batch, (step + 1) * global_batch)
+    return [position for position in batch if position // 2 % world.size == world.rank]
+
+
 def build() -> MorphDetector:
     torch.manual_seed(0)
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2)
@@ -43,9 +52,7 @@ def start(model: MorphDetector, config: dict, world) -> Engine:
 def steps(engine: Engine, first: int, end: int, world, micro_batch: int) -> list[float]:
     losses = []
     for step in range(first, end):
-        # Pairs of neighbours are the groups that the residual branch normalises over: no rank gets half of one.
-        batch = range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
-        mine = [position for position in batch if position // 2 % world.size == world.rank]
+        mine = positions_of(step, GLOBAL_BATCH, world)
         parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
         result = engine.step((inputs(part) for part in parts), learning_rate=LR, seed=step)
         losses.append(result.loss)

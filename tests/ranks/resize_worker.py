@@ -59,7 +59,7 @@ def train(engine: Engine, case: str, first: int, end: int, world: World) -> list
     inputs = (detector_worker if case.startswith("lora") else engine_worker).inputs
     losses = []
     for step in range(first, end):
-        mine = list(range(step * GLOBAL_BATCH + world.rank, (step + 1) * GLOBAL_BATCH, world.size))
+        mine = detector_worker.positions_of(step, GLOBAL_BATCH, world)
         parts = [mine[i : i + MICRO_BATCH] for i in range(0, len(mine), MICRO_BATCH)]
         loss = engine.step((inputs(part) for part in parts), learning_rate=LR, seed=step)
         losses.append(loss.loss)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.config.settings import check_types
+from trainer.config.settings import check_at_least_one, check_types
 from trainer.errors import ConfigError
 
 TOKENS = ("cls", "mean")
@@ -67,9 +67,7 @@ class EmbeddingSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("micro_batch", "part_batches", "num_threads", "image_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} is {value}, but must be at least 1")
+        check_at_least_one(self)
         for name in ("num_workers", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")

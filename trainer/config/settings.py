@@ -104,7 +104,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _require_at_least_one(self)
+        check_at_least_one(self)
         _require(self, "seed", 0 <= self.seed < 2**63, "must be an integer from 0 to 2**63 - 1")
         _require(self, "epochs", self.epochs > 0, "must be above 0")
         _require(
@@ -429,7 +429,7 @@ class Runtime:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _require_at_least_one(self)
+        check_at_least_one(self)
         for name in ("num_workers", "max_restarts", "timeout_s", "data_timeout_s", "save_timeout_s"):
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
         _require(self, "max_bad_sample_share", 0 <= self.max_bad_sample_share < 1, "must be in [0, 1) (try 0.001)")
@@ -635,9 +635,7 @@ class DetectionSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("micro_batch", "num_threads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} is {value}, but must be at least 1")
+        check_at_least_one(self)
         _require(self, "num_workers", self.num_workers >= 0, "must not be negative")
         suffix = Path(self.output).suffix
         _require(self, "output", suffix in (".csv", ".jsonl"), "must end in .csv or .jsonl: name such a file")
@@ -655,7 +653,16 @@ _AT_LEAST_ONE = {
     *("image_size", "patch_size", "encoder_depth", "mask_block", "decoder_width", "decoder_depth", "decoder_heads"),
     "aug_repeats",
     *("lora_r", "proj_dim", "proj_hidden_dim", "cls_hidden_dim", "mixstyle_blocks", "advanced_aug_num_ops"),
-    *("global_batch", "micro_batch", "num_lanes", "block_samples", "window_blocks", "cache_bytes", "prefetch"),
+    *(
+        "global_batch",
+        "micro_batch",
+        "part_batches",
+        "num_lanes",
+        "block_samples",
+        "window_blocks",
+        "cache_bytes",
+        "prefetch",
+    ),
     *("log_every", "save_every", "val_every", "picture_every", "probe_every", "keep_checkpoints", "stop_at_step"),
     "max_steps",
     *("num_threads", "max_bad_steps", "spike_patience", "start_timeout_s"),
@@ -670,7 +677,8 @@ def field_names(config: type) -> set[str]:
     return {entry.name for entry in dataclasses.fields(config)}
 
 
-def _require_at_least_one(config: Any) -> None:
+def check_at_least_one(config: Any) -> None:
+    """Raise `ConfigError` for the first field below 1 among those that count something; called by ``__post_init__``."""
     for name in sorted(_AT_LEAST_ONE & field_names(type(config))):
         _require(config, name, (value := getattr(config, name)) is None or value >= 1, "must be at least 1")
 

@@ -215,10 +215,10 @@ def write_onnx(subject: Subject, draft: Path) -> Loading:
 
     Scaling and cutting to the view, normalisation and calibration are inside the graph.
     """
-    scales, native = "antialias" in subject.view, "own resolution" in subject.view
+    scales = subject.scales_exactly
     vit: Any = timm.create_model(subject.name, **subject.timm_options())
     vit.load_state_dict(merged_state(subject.encoder.vit))
-    graph = Graph(subject, vit, scales=scales, native=native).eval()
+    graph = Graph(subject, vit, scales=scales, native=subject.is_native).eval()
     num_bytes = sum(value.numel() * value.element_size() for value in graph.state_dict().values())
     names = ["p_morph", "logits"] if subject.detector else ["tokens"]
     height, width = subject.image_size
@@ -264,7 +264,7 @@ def _compare_onnx(file: OnnxFile, subject: Subject, names: list[str], *, scales:
     height, width = subject.image_size
     for rows, columns in ((3 * height + 5, 2 * width + 1), (height // 2 + 3, width)) if scales else ():
         image_HWC = np.resize(images_BHWC, (rows, columns, 3))
-        seen_HWC = reference_view(image_HWC, height, width, native="own resolution" in subject.view)
+        seen_HWC = reference_view(image_HWC, height, width, native=subject.is_native)
         found, wanted = (file.run(names, one[None])[-1] for one in (image_HWC, np.ascontiguousarray(seen_HWC)))
         _compare("onnxruntime", torch.from_numpy(found), torch.from_numpy(wanted))
 

@@ -24,13 +24,13 @@ def code_until_image(subject: Subject, library: str) -> str:
     size = f"round(side * {height} / min(rows, columns))"
     if height != width:
         size = f"round(side * max({height} / rows, {width} / columns))"
-    if "own resolution" in subject.view:
+    if subject.is_native:
         size = f"round(side * max(1, {height} / rows, {width} / columns))"
     read = """photo = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")  # python score.py PHOTO
 rows, columns = photo.height, photo.width"""
     cut = f"""top, left = (size[0] - {height}) // 2, (size[1] - {width}) // 2
 image = image[:, :, top : top + {height}, left : left + {width}].contiguous()"""
-    if "antialias" in subject.view:
+    if subject.scales_exactly:
         return f"""import sys
 import numpy as np, torch, {library}
 from PIL import Image, ImageOps
@@ -51,7 +51,7 @@ image = torch.from_numpy(image).permute(2, 0, 1)[None]
 
 def code_until_onnx(subject: Subject) -> str:
     """Write the code from a photograph to the uint8 ``image`` (H, W, 3) that the ONNX graph takes."""
-    if "antialias" not in subject.view:
+    if not subject.scales_exactly:
         torch_code = code_until_image(subject, "onnxruntime")
         return f"{torch_code}\nimage = image[0].permute(1, 2, 0).numpy()"
     return """import sys
@@ -95,7 +95,7 @@ def write_view(subject: Subject, draft: Path) -> None:
         "image_processor_type": "CLIPImageProcessor",
         **{
             "do_convert_rgb": True,
-            "do_resize": "own resolution" not in subject.view,
+            "do_resize": not subject.is_native,
             "size": {"shortest_edge": min(height, width)},
             "resample": 3,
         },

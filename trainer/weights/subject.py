@@ -49,6 +49,16 @@ class Subject:
         return rows * self.encoder.patch, columns * self.encoder.patch
 
     @property
+    def scales_exactly(self) -> bool:
+        """Whether its view scales as Pillow does, which graphs and code can repeat; "former" ones cannot."""
+        return "antialias" in self.view
+
+    @property
+    def is_native(self) -> bool:
+        """Whether its view keeps photographs at their own resolution, and scales up only those that do not cover it."""
+        return "own resolution" in self.view
+
+    @property
     def images(self) -> Tensor:
         """Random uint8 images (B, 3, H, W) for the comparison with other libraries, the same ones every time."""
         generator = torch.Generator().manual_seed(0)

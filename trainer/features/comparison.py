@@ -296,7 +296,7 @@ def table(found: Mapping[str, Any], *, markdown: bool = False) -> list[str]:
 _TITLES = {
     "knn": "kNN %", "ridge": "ridge %", "logistic": "logistic %", "eer": "EER %", "rank_me": "RankMe",
     "feature_std": "std",
-} | {tar_name(limit): f"TAR@FAR={limit:g} %" for limit in FAR_LIMITS}  # fmt: skip
+} | {tar_name(limit): f"TAR@FAR={100 * limit:g}%" for limit in FAR_LIMITS}  # fmt: skip
 
 
 def _cell(row: Mapping[str, Any] | None, figure: str) -> str:

@@ -20,7 +20,8 @@ with deepspeed to score on several ranks.
 
 --explain FOLDER draws a picture of each photograph that has a score: as the detector sees it, where blurring it changes
 the score, and, where the detector's own MAE is found, what that reconstructs and where it errs. FOLDER/explained.csv
-names the picture and the reconstruction error of each photograph. It costs 145 forward passes of each.
+names the picture and the reconstruction error of each photograph. The MAE sees photographs whole and scaled, as its
+validation images, so the error compares with val_loss. It costs 145 forward passes of each.
 
 --model also takes an ONNX export of a detector (tools/export.py --format onnx), its folder or the file.
 

@@ -32,7 +32,7 @@ from functools import partial
 from pathlib import Path
 
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_types
+from trainer.config.settings import check_counts, check_types
 from trainer.data.shards.index import list_shards
 from trainer.data.shards.members import GROUP_FIELDS, NO_LABEL, Sample, Tally, check_image_member, samples_of
 from trainer.data.shards.tar import MAX_MEMBER_BYTES, walk_tar
@@ -66,8 +66,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_types(self)
         check_image_member(self.image_member)
-        if self.num_processes is not None and self.num_processes < 1:
-            raise ConfigError(f"num_processes is {self.num_processes}, but must be at least 1")
+        check_counts(self)
 
 
 @dataclass(slots=True)

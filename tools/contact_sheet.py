@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_types
+from trainer.config.settings import check_counts, check_types
 from trainer.data.shards.index import list_shards, open_index
 from trainer.data.shards.members import NO_LABEL
 from trainer.data.shards.reader import ShardReader
@@ -65,8 +65,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.num_images < 1:
-            raise ConfigError(f"num_images is {self.num_images}, but must be at least 1")
+        check_counts(self)
         if not self.output.lower().endswith(".png"):
             raise ConfigError(f"output is {self.output!r}, but must end in .png")
         if not Path(self.output).parent.is_dir():

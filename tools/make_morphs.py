@@ -49,7 +49,7 @@ from scipy.spatial import Delaunay
 
 from trainer.config.command_line import CommandLine
 from trainer.config.record import to_dict
-from trainer.config.settings import check_types
+from trainer.config.settings import check_counts, check_types
 from trainer.data.landmarks import DLIB, Points, dlib_finder, landmarks_of, read_landmarks
 from trainer.data.shards.index import NO_GROUP, SampleRef, describe_index, list_shards, open_index
 from trainer.data.shards.reader import ShardReader
@@ -101,8 +101,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.pairs_per_identity < 1 or self.nearest < 0 or (self.num_processes or 1) < 1:
-            raise ConfigError("pairs_per_identity and num_processes must be at least 1, and nearest not negative")
+        check_counts(self)
         low, high = self.blend_range
         if not 0 < low <= high < 1:
             raise ConfigError(f"blend is {self.blend!r}, but must be two shares in order, above 0 and below 1")

@@ -56,7 +56,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_types
+from trainer.config.settings import check_counts, check_types
 from trainer.data.byte_ranges import ByteRangeReader
 from trainer.data.landmarks import landmarks_of, read_landmarks
 from trainer.data.shards.members import FACE_CROP, LANDMARKS, NO_LABEL, Sample, Tally, samples_of
@@ -141,10 +141,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("max_shard_bytes", "max_shard_samples", "num_processes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}, but must be at least 1")
+        check_counts(self)
         if self.max_side is not None and self.max_side < MIN_SIDE:
             raise ConfigError(f"max_side is {self.max_side}, but must be at least {MIN_SIDE}: smaller is refused later")
         if self.landmarks and self.max_side is not None:

@@ -102,7 +102,7 @@ class Settings:
                 raise ConfigError(f"{entry.name} is {value!r}, but must be above 0: pass --{entry.name}")
         for name, least in (("mfu", 1e-6), ("memory_reserve", 0.0)):
             if (share := getattr(self, name)) is not None and not least <= share < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, but is a share of the whole: give one below 1")
+                raise ConfigError(f"{name} is {share!r}, but must be a share of the whole, from {least:g} to below 1")
         if self.plot and not (self.plot.endswith(".png") and Path(self.plot).absolute().parent.is_dir()):
             raise ConfigError(f"plot is {self.plot!r}, but must be a .png file in a folder that exists")
 

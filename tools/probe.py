@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_types
+from trainer.config.settings import check_counts, check_types
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.startup import loading
@@ -65,11 +65,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.k < 1:
-            raise ConfigError(f"k is {self.k}, but must be at least 1")
-        for name in ("num_replicates", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
+        check_counts(self)
         if Path(self.output).suffix != ".json" or Path(self.output).is_dir():
             raise ConfigError(f"output is {self.output!r}, but must be a file that ends in .json: name one")
 

@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_types
+from trainer.config.settings import check_counts, check_types
 from trainer.data.shards.index import describe_index, list_shards, open_index
 from trainer.errors import DataError
 from trainer.fault_tolerance.exit_codes import run
@@ -69,6 +69,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_counts(self)
 
 
 def radial_spectrum(grey_HW: NDArray[np.float32]) -> NDArray[np.float64]:

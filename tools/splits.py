@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_types
+from trainer.config.settings import check_counts, check_types
 from trainer.data.writing.layouts import read_layout
 from trainer.data.writing.manifest import read_table
 from trainer.data.writing.source_images import Entry, names_tars, plain_text, read_source
@@ -84,6 +84,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_counts(self)
         parse_shares(self.shares)
         if self.identity_pattern is not None:
             compile_pattern(self.identity_pattern)

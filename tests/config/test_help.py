@@ -1,10 +1,12 @@
 """Every command answers help, version and mistakes at once: without torch, and within a second of CPU time."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +18,12 @@ COMMANDS = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if "__main__" in path.read_text()
 )
-ASKED = {"help": ["--help"], "version": ["--version"], "mistake": ["--no_such_setting", "1"]}
+ASKED = {
+    "help": ["--help"],
+    "version": ["--version"],
+    "mistake": ["--no_such_setting", "1"],
+    "help that nobody reads": ["--help", "| head"],
+}
 SLOW = ("torch", "deepspeed", "timm", "webdataset", "albumentations", "transformers", "sklearn", "matplotlib")
 RUN_ALL = f"""
 import json, os, runpy, sys, tempfile
@@ -28,22 +35,27 @@ class Refuse:
             raise SystemExit(f"imports {{name}}")
 
 sys.meta_path.insert(0, Refuse())
+reader, closed = os.pipe()
+os.close(reader)
 found = {{}}
 for script, argv in json.loads(sys.argv[1]):
     with tempfile.TemporaryFile("w+") as said:
         pid = os.fork()
         if pid == 0:
-            os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+            os.dup2(said.fileno(), 2)
+            os.dup2(closed if "| head" in argv else said.fileno(), 1)
             code = 99
             try:
-                sys.argv = [script, *argv]
+                sys.argv = [script, *(word for word in argv if word != "| head")]
                 runpy.run_path(script, run_name="__main__")
             except SystemExit as leaving:
                 print(leaving.code)
                 code = leaving.code if isinstance(leaving.code, int) else 98
             finally:
-                sys.stdout.flush()
-                os._exit(code)
+                try:
+                    sys.stdout.flush()
+                finally:
+                    os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         said.seek(0)
         found[" ".join([script, *argv])] = [code, said.read()]
@@ -73,6 +85,37 @@ def test_every_command_answers_help_without_the_slow_imports(command: str) -> No
     assert command in said
     assert "\nExamples:\n" in said
     assert "--config FILE" in said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_whose_reader_leaves_ends_quietly(command: str) -> None:
+    code, said = answer(command, "help that nobody reads")
+    assert (code, said) == (0, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_does_its_work_although_nobody_reads_what_it_prints(unbuffered: str, tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from trainer.fault_tolerance.exit_codes import exit_with
+
+def work():
+    for stream in (sys.stdout, sys.stderr):
+        for _ in range(3):
+            print("x" * 9999, file=stream, flush=True)
+    Path("result").write_text("whole")
+    return 0
+
+exit_with(work)
+"""
+    reader, closed = os.pipe()
+    os.close(reader)
+    env = environment() | {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, stdout=closed, stderr=closed, cwd=tmp_path)
+    os.close(closed)
+    assert done.returncode == 0
+    assert (tmp_path / "result").read_text() == "whole"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

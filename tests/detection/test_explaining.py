@@ -16,10 +16,9 @@ from tests.helpers.shards import jpeg
 from trainer.config.settings import DetectionSettings, PretrainRecipe
 from trainer.detection import Detector, detecting
 from trainer.detection.detecting import detect
-from trainer.detection.explaining import fixed_masks, pretraining_of, reconstruct
+from trainer.detection.explaining import pretraining_of, reconstruct
 from trainer.detection.occlusion import GRID, occlusion_map, spots
 from trainer.errors import ConfigError
-from trainer.models.mask_utils import MaskIndices
 from trainer.training.pretraining import build_model
 
 CPU = torch.device("cpu")
@@ -85,7 +84,8 @@ def test_each_photograph_with_a_score_has_a_picture_and_a_row_in_the_order_of_th
     model, folder = drawn_detector(tmp_path / "run", mae=mae), tmp_path / "explained"
     detect(settings_of(model, photographs, tmp_path / "plain.csv"))
     detect(settings_of(model, photographs, tmp_path / "out.csv", explain=str(folder)))
-    assert f"145 forward passes of each image; reconstruction errors by {mae}" in capsys.readouterr().out
+    note = f"145 forward passes of each image; reconstruction errors by {mae}, of whole photographs scaled to 32 pixels"
+    assert note in capsys.readouterr().out
     assert (tmp_path / "out.csv").read_text() == (tmp_path / "plain.csv").read_text()
     scores, table = (
         list(csv.DictReader(path.read_text().splitlines())) for path in (tmp_path / "out.csv", folder / "explained.csv")
@@ -96,14 +96,13 @@ def test_each_photograph_with_a_score_has_a_picture_and_a_row_in_the_order_of_th
     assert {path.name for path in folder.iterdir()} == {"explained.csv", *filter(None, names)}
     assert [(row["path"], row["score"]) for row in table] == [(row["path"], row["score"]) for row in scores]
     assert [bool(row["reconstructionError"]) for row in table] == [True, True, False, True, True]
-    autoencoder, _ = pretraining_of(Detector.load(model), None)
-    assert autoencoder is not None
     detector = Detector.load(model)
+    pretraining, _ = pretraining_of(detector, None)
+    assert pretraining is not None
     view_CHW = torch.from_numpy(detector._seen(photographs / "3 a.jpg").copy()).permute(2, 0, 1)
-    masks = fixed_masks(autoencoder)
     with torch.no_grad():
-        expected = autoencoder(view_CHW[None].expand(8, -1, -1, -1), *masks, want="error").mean()
-        rebuilt = reconstruct(autoencoder, MaskIndices(*masks), view_CHW)
+        expected = pretraining.mae(view_CHW[None].expand(8, -1, -1, -1), *pretraining.masks, want="error").mean()
+        rebuilt = reconstruct(pretraining, view_CHW)
     assert (
         rebuilt.error
         == pytest.approx(float(expected), rel=1e-5)
@@ -167,6 +166,21 @@ def test_a_detector_with_a_residual_branch_is_explained_on_photographs_at_their_
     assert np.abs(worth_GG).max() > 1e-3
     with Image.open(tmp_path / "a" / "000000_0_a.png") as picture:
         assert picture.size[0] == 2 * (336 + 12) + 12
+
+
+def test_the_mae_sees_whole_photographs_scaled_as_validation_images_whatever_the_detector_sees(
+    mae: Path, photographs: Path, tmp_path: Path
+) -> None:
+    """A detector of another image size, at the photographs' own resolution: the errors are those of val_loss."""
+    native = dataclasses.replace(RECIPE, view_resize="native", image_size=24)
+    errors = {}
+    for name, recipe in (("scaled", RECIPE), ("native", native)):
+        model, folder = drawn_detector(tmp_path / name, recipe=recipe, mae=mae), tmp_path / f"{name}-explained"
+        detect(settings_of(model, photographs, tmp_path / f"{name}.csv", explain=str(folder)))
+        rows = csv.DictReader((folder / "explained.csv").read_text().splitlines())
+        errors[name] = [row["reconstructionError"] for row in rows]
+    assert errors["native"] == errors["scaled"]
+    assert len(set(errors["native"])) > 1
 
 
 @pytest.mark.parametrize(

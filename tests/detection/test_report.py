@@ -276,6 +276,18 @@ def test_the_matrix_frames_the_worst_tool_of_each_detector_on_each_set(four: lis
     assert framed == expected
 
 
+def test_a_set_with_one_tool_shows_nothing_twice() -> None:
+    """All tools pooled are that tool: one column, no frame, and one DET figure for all detectors."""
+    sets = [scored(model, tools={"splice": 30}) for model in ("lora", "linear")]
+    html = report_html(evaluation_of(sets), sets, [])
+    matrix = html.partition('<table class="heat">')[2].partition("</table>")[0]
+    assert re.findall(r'<th scope="col">([^<]*)</th>', matrix) == ["splice"]
+    assert 'class="worst"' not in html
+    assert html.count("BSCER: bona fides taken for morphs [%]") == 1
+    several = [scored(model) for model in ("lora", "linear")]
+    assert report_html(evaluation_of(several), several, []).count("BSCER: bona fides taken for morphs [%]") == 3
+
+
 def test_many_test_sets_make_several_matrices_and_a_pair_that_was_not_run_is_a_dash() -> None:
     sets = [scored("lora", f"set{n}", {f"tool{n}{i}": 4 for i in range(5)}, num_bona_fide=9) for n in range(3)]
     evaluation = evaluation_of([*sets, replace(sets[0], model="other")])

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trainer.fault_tolerance.attempts import Lease, acquire
 from trainer.fault_tolerance.ledger import Ledger
 from trainer.log import note, print_and_log, start_console, start_logging
-from trainer.training.monitor import Monitor
+from trainer.training.monitor import Monitor, charts, hyperparameters
 from trainer.training.throughput import Speedometer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # tensorboard's own
@@ -115,3 +115,18 @@ def test_the_epoch_stands_beside_the_step(tmp_path: Path) -> None:
     monitor.scalars(2, VALUES)
     monitor.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["epoch"] == 0.666667
+
+
+def test_tensorboard_draws_only_charts_whose_numbers_a_run_records() -> None:
+    """A detector's loss is no masked error, and a run without probes has no empty frames of them."""
+    assert charts({"train/loss"}) == {}
+    assert list(charts({"train/loss", "val/loss", "val/d_eer"})["validation"]) == ["loss", "detection error"]
+    pretraining = charts({"train/loss", "val/loss", "val/mean_face_loss"})
+    assert pretraining["validation"]["masked error"] == ["Multiline", ["val/loss", "val/mean_face_loss"]]
+    assert "probe" not in pretraining
+
+
+def test_a_learning_rate_that_does_not_count_is_no_hyperparameter() -> None:
+    given = {"learning_rate": 0.003, "base_learning_rate": 0.00015, "max_steps": None, "lora_target_modules": ["q"]}
+    assert hyperparameters(given) == {"learning_rate": 0.003, "max_steps": "none", "lora_target_modules": "['q']"}
+    assert hyperparameters(given | {"learning_rate": None}).keys() == given.keys() - {"learning_rate"}

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 from tools.bench.common import Training, machine, seconds, take_turns
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_types
+from trainer.config.settings import check_counts, check_types
 from trainer.fault_tolerance.exit_codes import run
 from trainer.startup import loading
 
@@ -61,6 +61,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_counts(self)
 
 
 CLI = CommandLine(Settings, __doc__)

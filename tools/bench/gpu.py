@@ -51,7 +51,7 @@ from typing import Any, Literal
 
 from tools.bench.gpu_parts import ROOT, Bench, Case, cases, why
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_types
+from trainer.config.settings import check_counts, check_types
 from trainer.distributed.measured import Figures, Row, read_figures
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
@@ -88,8 +88,7 @@ class Settings:
         check_types(self)
         if unknown := [part for part in self.parts if part not in PARTS]:
             raise ConfigError(f"parts has {unknown[0]!r}, but takes only {', '.join(PARTS)}")
-        if self.budget_s < 0:
-            raise ConfigError(f"budget_s is {self.budget_s}, but must not be negative")
+        check_counts(self)
         if self.folder is not None and not Path(self.folder).is_dir():
             raise ConfigError(f"folder is {self.folder!r}, but must be a folder that exists: create it")
         if not self.path.parent.is_dir() or self.path.suffix != ".json":

@@ -42,8 +42,7 @@ from PIL import Image
 
 from tools.bench.common import Training, machine, medians, take_turns
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_types
-from trainer.errors import ConfigError
+from trainer.config.settings import check_counts, check_types
 from trainer.fault_tolerance.exit_codes import run
 from trainer.startup import loading
 
@@ -64,8 +63,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.repeats < 1:
-            raise ConfigError(f"repeats is {self.repeats}, but must be at least 1")
+        check_counts(self)
 
 
 CLI = CommandLine(Settings, __doc__)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tools.bench.common import machine, medians, run_alone, seconds, take_turns
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import DetectorRecipe, check_types
+from trainer.config.settings import DetectorRecipe, check_counts, check_types
 from trainer.fault_tolerance.exit_codes import run
 
 MODES = ("full", "lora")
@@ -52,6 +52,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_counts(self)
 
 
 CLI = CommandLine(Settings, __doc__)

@@ -27,7 +27,7 @@ import numpy as np
 
 from tools.bench.common import machine, run_alone
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_types
+from trainer.config.settings import check_counts, check_types
 from trainer.data.order.plan import Plan, positions_of
 from trainer.data.shards.index import INDEX_VERSION, SHARD_COLUMNS, ShardIndex
 from trainer.data.shards.members import Tally
@@ -163,6 +163,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_counts(self)
 
 
 CLI = CommandLine(Settings, __doc__)

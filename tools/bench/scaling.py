@@ -25,7 +25,8 @@ from functools import partial
 
 from tools.bench.common import Training, machine, run_ranks, seconds, take_turns
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_types
+from trainer.config.settings import check_counts, check_types
+from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 
 WORLDS = {"one": [1], "apart": [1, 1], "two": [2, 2]}
@@ -53,6 +54,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_counts(self)
+        if self.stage is not None and not 0 <= self.stage <= 3:
+            raise ConfigError(f"stage is {self.stage}, but must be from 0 to 3")
 
 
 CLI = CommandLine(Settings, __doc__)

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.bench.common import machine, run_alone, seconds, take_turns
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_types
+from trainer.config.settings import check_counts, check_types
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.startup import loading
@@ -106,6 +106,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_counts(self)
         names = (*self.variants, *((self.only,) if self.only else ()))
         unknown = [name for name in names if name not in (*VARIANTS, PEER)]
         if unknown:

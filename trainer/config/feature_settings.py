@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.config.settings import check_at_least_one, check_types
+from trainer.config.settings import check_counts, check_types
 from trainer.errors import ConfigError
 
 TOKENS = ("cls", "mean")
@@ -67,10 +67,7 @@ class EmbeddingSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_at_least_one(self)
-        for name in ("num_workers", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
+        check_counts(self)
         unknown = [name for name in self.features if name not in TOKENS]
         if unknown or not self.features or len(set(self.features)) < len(self.features):
             raise ConfigError(

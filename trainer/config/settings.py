@@ -104,7 +104,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_at_least_one(self)
+        check_counts(self)
         _require(self, "seed", 0 <= self.seed < 2**63, "must be an integer from 0 to 2**63 - 1")
         _require(self, "epochs", self.epochs > 0, "must be above 0")
         _require(
@@ -429,8 +429,8 @@ class Runtime:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_at_least_one(self)
-        for name in ("num_workers", "max_restarts", "timeout_s", "data_timeout_s", "save_timeout_s"):
+        check_counts(self)
+        for name in ("max_restarts", "timeout_s", "data_timeout_s", "save_timeout_s"):
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
         _require(self, "max_bad_sample_share", 0 <= self.max_bad_sample_share < 1, "must be in [0, 1) (try 0.001)")
         _require(self, "output_dir", bool(self.output_dir), "must name a folder")
@@ -586,12 +586,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("micro_batch", "num_threads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} is {value}, but must be at least 1")
-        for name in ("num_workers", "num_replicates", "num_hardest"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
+        check_counts(self)
         if self.markdown is not None:
             path = Path(self.markdown)
             will_exist = path.parent.is_dir() or path.parent == Path(self.output_dir)
@@ -635,8 +630,7 @@ class DetectionSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_at_least_one(self)
-        _require(self, "num_workers", self.num_workers >= 0, "must not be negative")
+        check_counts(self)
         suffix = Path(self.output).suffix
         _require(self, "output", suffix in (".csv", ".jsonl"), "must end in .csv or .jsonl: name such a file")
         _require(self, "output", not Path(self.output).is_dir(), "is a folder: name a file in it")
@@ -666,7 +660,10 @@ _AT_LEAST_ONE = {
     *("log_every", "save_every", "val_every", "picture_every", "probe_every", "keep_checkpoints", "stop_at_step"),
     "max_steps",
     *("num_threads", "max_bad_steps", "spike_patience", "start_timeout_s"),
+    *("num_processes", "num_images", "steps", "repeats", "steps_in_a_row", "k", "pairs_per_identity", "largest", "one"),
+    *("max_shard_bytes", "max_shard_samples"),
 }
+_NOT_NEGATIVE = {"seed", "num_workers", "num_replicates", "num_hardest", "nearest", "budget_s"}
 
 R = TypeVar("R", bound=Recipe)
 T = TypeVar("T", bound=Runtime)
@@ -677,10 +674,13 @@ def field_names(config: type) -> set[str]:
     return {entry.name for entry in dataclasses.fields(config)}
 
 
-def check_at_least_one(config: Any) -> None:
-    """Raise `ConfigError` for the first field below 1 among those that count something; called by ``__post_init__``."""
-    for name in sorted(_AT_LEAST_ONE & field_names(type(config))):
+def check_counts(config: Any) -> None:
+    """Raise `ConfigError` for the first field that counts something and is too small; called by ``__post_init__``."""
+    names = field_names(type(config))
+    for name in sorted(_AT_LEAST_ONE & names):
         _require(config, name, (value := getattr(config, name)) is None or value >= 1, "must be at least 1")
+    for name in sorted(_NOT_NEGATIVE & names):
+        _require(config, name, getattr(config, name) >= 0, "must not be negative")
 
 
 def _require(config: Any, name: str, holds: bool, rule: str) -> None:

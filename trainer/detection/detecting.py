@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from datetime import datetime
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,18 +122,20 @@ def score_images(
             print(f"going on: {sum(len(line['codes']) for line in done.values())} images are scored already")
         mine = share_of(len(images), batch, world, done=done_batches)
         parts = [scores_of(done, batch)]
-        loader = Loader(images.stream(mine, images.view(detector), batch=batch), num_workers=settings.num_workers)
+        workers = settings.num_workers
+        loader = Loader(images.stream(mine, images.view(detector), batch=batch), num_workers=workers)
+        others = explainer.batches(images, mine, batch=batch, num_workers=workers) if explainer else repeat(None)
         what = f"rank 0 of {world.size}" if world.size > 1 else ""
         shown = settings.progress_bar and world.is_main
         with Progress(len(mine), what=what, unit="image", shown=shown) as bar, torch.inference_mode():
 
             def work() -> None:
-                for loaded in loader:
+                for loaded, other in zip(loader, others, strict=False):
                     parts.append(score(detector.logits, [loaded], device))
                     if explainer:
                         threshold = detector.thresholds[settings.threshold]
                         keys = keys_of(images, loaded.positions)
-                        parts[-1] = explainer.explain(loaded.images_BCHW, parts[-1], keys, threshold, device)
+                        parts[-1] = explainer.explain(loaded, other, parts[-1], keys, threshold)
                     partial.add(loaded.positions[0] // batch, parts[-1])
                     bar.update(len(loaded.positions))
 

@@ -5,9 +5,10 @@ FOLDER/000012_NAME.png shows photograph 12, counted from 0, as the detector sees
 reconstructs of hidden patches and where it errs. FOLDER/explained.csv has a row for each photograph, in the order of
 the scores.
 
-The reconstruction error is the mean squared error over the hidden patches of `NUM_MASKS` fixed masks, in the units of
-the pre-training's val_loss. It says how unlike the faces of pre-training a photograph is, and not whether it is a
-morph.
+The autoencoder sees the photograph as the pre-training sees validation images: whole, scaled to its own image size.
+That is another view than the detector's, if the detector sees the centre at its own resolution. The reconstruction
+error is the mean squared error over the hidden patches of `NUM_MASKS` masks of the pre-training, so it compares with
+its val_loss. It says how unlike the faces of pre-training a photograph is, and not whether it is a morph.
 
 Shapes: B images, H, W view, N patches, K kept, M masked, P values of a patch, G places a side.
 """
@@ -15,8 +16,10 @@ Shapes: B images, H, W view, N patches, K kept, M masked, P values of a patch, G
 import csv
 import dataclasses
 import io
+import itertools
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +30,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from trainer.config.settings import PretrainRecipe
+from trainer.data.images import Images
+from trainer.data.loader import Loader
+from trainer.data.sources import pixels_of
+from trainer.data.stream import Batch
+from trainer.data.transforms.views import CenterView
 from trainer.detection.detector import Detector, TrainedDetector
 from trainer.detection.exporting import build_mae, recipe_of_weights
 from trainer.detection.occlusion import occlusion_map
@@ -35,8 +44,9 @@ from trainer.distributed.devices import default_device
 from trainer.errors import ConfigError, DataError
 from trainer.files import atomic_draft, readable
 from trainer.models.mae import MaskedAutoencoder
-from trainer.models.mask_utils import MaskIndices, draw_mask
+from trainer.models.mask_utils import MaskIndices
 from trainer.seeds import Purpose, uniforms
+from trainer.training.pretraining import mask_of
 from trainer.weights.load import find_again, read_init
 
 TABLE = "explained.csv"
@@ -56,11 +66,27 @@ class Reconstruction:
     """What the masked autoencoder makes of one view."""
 
     error: float
-    """In the units of val_loss."""
+    """As val_loss measures it."""
+    view_HWC: NDArray[np.uint8]
+    """What is reconstructed."""
     error_GG: NDArray[np.float64]
     """Of each patch, over the masks that hide it; NaN where none does."""
     picture_HWC: NDArray[np.uint8]
     """With the patches that the first mask hides filled in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pretraining:
+    """The masked autoencoder that a detector started from."""
+
+    mae: MaskedAutoencoder
+    masks: MaskIndices
+    """Which every photograph gets."""
+    recipe: PretrainRecipe
+
+    def view(self, seen: CenterView) -> CenterView:
+        """Return how it sees the photographs that a detector sees so: cropped to the same face."""
+        return CenterView(size=self.recipe.image_size, pixels=pixels_of(self.recipe), crop=seen.crop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +96,13 @@ class Explainer:
     Args:
         detector: whose scores.
         folder: for the pictures.
-        mae: the detector's pre-training, if it is found.
+        pretraining: the detector's own, if it is found.
         batch: images in one forward pass.
     """
 
     detector: Detector
     folder: Path
-    mae: MaskedAutoencoder | None
-    masks: MaskIndices | None
+    pretraining: Pretraining | None
     batch: int
 
     @property
@@ -90,23 +115,35 @@ class Explainer:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(key).stem)[:60]
         return self.folder / f"{position:06d}_{stem}.png"
 
-    def explain(
-        self, views_BCHW: Tensor, scores: Scores, keys: list[str], threshold: float, device: torch.device
-    ) -> Scores:
+    def batches(self, images: Images, samples: list[int], *, batch: int, num_workers: int) -> Iterable[Batch | None]:
+        """Yield batches of the same images as the pre-training sees them; nothing but None without one."""
+        if self.pretraining is None:
+            return itertools.repeat(None)
+        view = self.pretraining.view(images.view(self.detector))
+        return Loader(images.stream(samples, view, batch=batch), num_workers=num_workers)
+
+    def explain(self, seen: Batch, whole: Batch | None, scores: Scores, keys: list[str], threshold: float) -> Scores:
         """Draw the picture of each image of a batch that has a score; returns the scores with reconstruction errors.
+
+        Args:
+            seen: as the detector sees them.
+            whole: as its pre-training sees them.
+            scores: of the batch.
+            keys: for the names of the pictures.
+            threshold: from which on an image is called a morph.
 
         Raises:
             DataError: the storage fails.
         """
         errors: dict[int, float] = {}
-        for view_CHW, position, logit, code, key in zip(
-            views_BCHW, scores.sample_N.tolist(), scores.logit_N, scores.code_N, keys, strict=True
+        for number, (view_CHW, position, logit, code, key) in enumerate(
+            zip(seen.images_BCHW, scores.sample_N.tolist(), scores.logit_N, scores.code_N, keys, strict=True)
         ):
             if code != SUCCESS:
                 continue
             slope = self.detector.saved.decision.calibration.slope
-            worth_GG = slope * occlusion_map(self.detector.logits, view_CHW, batch=self.batch, device=device)
-            rebuilt = reconstruct(self.mae, self.masks, view_CHW) if self.mae and self.masks else None
+            worth_GG = slope * occlusion_map(self.detector.logits, view_CHW, batch=self.batch, device=default_device())
+            rebuilt = reconstruct(self.pretraining, whole.images_BCHW[number]) if self.pretraining and whole else None
             score = float(self.detector.saved.decision.probability(np.array([logit]))[0])
             view_HWC: NDArray[np.uint8] = view_CHW.permute(1, 2, 0).cpu().numpy()
             called = "morph" if score >= threshold else "bona fide"
@@ -137,12 +174,11 @@ class Explainer:
 
 def open_explainer(detector: Detector, folder: Path, *, init: str | None, batch: int) -> tuple[Explainer, str]:
     """Prepare explanations; returns them, and a line on the reconstruction error for the user."""
-    mae, note = pretraining_of(detector, init)
-    masks = fixed_masks(mae) if mae else None
-    return Explainer(detector, folder, mae, masks, batch), note
+    pretraining, note = pretraining_of(detector, init)
+    return Explainer(detector, folder, pretraining, batch), note
 
 
-def pretraining_of(detector: Detector, init: str | None) -> tuple[MaskedAutoencoder | None, str]:
+def pretraining_of(detector: Detector, init: str | None) -> tuple[Pretraining | None, str]:
     """Find the masked autoencoder that a detector started from; returns it, or None, and a line that says so."""
     without = "no reconstruction error: "
     if not isinstance(detector, TrainedDetector):
@@ -160,20 +196,24 @@ def pretraining_of(detector: Detector, init: str | None) -> tuple[MaskedAutoenco
         mae = build_mae(found, recipe)
     except ConfigError as error:
         return None, f"{without}{error}"
-    if recipe.image_size != detector.image_size:
-        return None, f"{without}{place} sees images of {recipe.image_size} pixels, the detector {detector.image_size}"
-    return mae.eval().to(default_device()), f"reconstruction errors by {os.path.normpath(place)}"
+    note = (
+        f"reconstruction errors by {os.path.normpath(place)}, of whole photographs scaled to {recipe.image_size} "
+        "pixels, comparable with its val_loss"
+    )
+    mae = mae.eval().to(default_device())
+    return Pretraining(mae, fixed_masks(mae, recipe), recipe), note
 
 
-def fixed_masks(mae: MaskedAutoencoder, mask_ratio: float = 0.75) -> MaskIndices:
-    """Draw the masks that every photograph gets, as in pre-training of He et al. 2021."""
+def fixed_masks(mae: MaskedAutoencoder, recipe: PretrainRecipe) -> MaskIndices:
+    """Draw the masks that every photograph gets, as the pre-training draws those of validation images."""
     drawn_BN = uniforms(0, Purpose.HELD_OUT_MASK, np.arange(NUM_MASKS), mae.encoder.num_patches)
     noise_BN = torch.from_numpy(drawn_BN).to(mae.mask_token.device)
-    return draw_mask(noise_BN, mask_ratio=mask_ratio, grid=mae.encoder.grid)
+    return mask_of(recipe, mae.encoder, mask_ratio=recipe.mask_ratio)(noise_BN)
 
 
-def reconstruct(mae: MaskedAutoencoder, masks: MaskIndices, view_CHW: Tensor) -> Reconstruction:
+def reconstruct(pretraining: Pretraining, view_CHW: Tensor) -> Reconstruction:
     """Hide patches of a view and compare what the autoencoder predicts there."""
+    mae, masks = pretraining.mae, pretraining.masks
     images_BCHW = view_CHW[None].to(mae.mask_token.device).expand(NUM_MASKS, -1, -1, -1)
     predicted_BMP = mae(images_BCHW, *masks, want="prediction").float()
     error_BM = (predicted_BMP - mae.target(images_BCHW, masks.masked_BM)).square().mean(dim=2).double().cpu()
@@ -185,6 +225,7 @@ def reconstruct(mae: MaskedAutoencoder, masks: MaskIndices, view_CHW: Tensor) ->
     picture_CHW = mae(images_BCHW[:1], masks.keep_BK[:1], masks.masked_BM[:1], want="pictures")[2, 0].cpu()
     return Reconstruction(
         float(error_BM.mean()),
+        view_CHW.permute(1, 2, 0).cpu().numpy(),
         (total_N / count_N).numpy().reshape(mae.encoder.grid),
         picture_CHW.permute(1, 2, 0).numpy(),
     )
@@ -209,9 +250,13 @@ def draw(
     if rebuilt is not None:
         top = float(np.nanmax(rebuilt.error_GG))
         panels += [
-            (Image.fromarray(rebuilt.picture_HWC), "MAE: hidden patches filled in", "by the detector's pre-training"),
             (
-                _overlaid(view_HWC, np.nan_to_num(rebuilt.error_GG / max(top, 1e-9)), "magma", centred=False),
+                Image.fromarray(rebuilt.picture_HWC),
+                "MAE: hidden patches filled in",
+                "the photograph as pre-training sees it",
+            ),
+            (
+                _overlaid(rebuilt.view_HWC, np.nan_to_num(rebuilt.error_GG / max(top, 1e-9)), "magma", centred=False),
                 f"reconstruction error {rebuilt.error:.3f}",
                 f"bright: up to {top:.2f}; no sign of a morph in itself",
             ),

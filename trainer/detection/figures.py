@@ -149,7 +149,7 @@ def score_figure(scored: ScoredSet) -> Figure:
     """Draw a histogram of the scores of bona fides and of each attack tool, each as shares of its own samples."""
     groups = _groups(scored)
     with style.context(_STYLE):
-        figure = Figure(figsize=(5.6, 0.5 + 0.82 * len(groups)), layout="constrained")
+        figure = Figure(figsize=(5.6, max(3.2, 0.5 + 0.82 * len(groups))), layout="constrained")
         axes = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
         for number, (axis, (name, label, score_N)) in enumerate(zip(axes, groups, strict=True)):
             _histogram(axis, score_N, "#555555" if label == 0 else _look(number - 1)[0])
@@ -191,14 +191,17 @@ def reliability_figure(scored: ScoredSet) -> Figure:
 
 
 def report_figures(sets: Sequence[ScoredSet], baselines: Sequence[Row]) -> list[dict[str, Any]]:
-    """Draw the figures of each test set: DET of all detectors; of each detector DET by tool, scores, reliability."""
+    """Draw the figures of each test set: DET of all detectors; of each detector DET by tool, scores, reliability.
+
+    A set with one tool has no DETs by tool: they are the pooled ones.
+    """
     found: list[dict[str, Any]] = []
     for test_set in dict.fromkeys(scored.test_set for scored in sets):
         of_set = [scored for scored in sets if scored.test_set == test_set]
         pooled = [curve for s in of_set for curve in _curve(s.model, s, s.summary["pooled"], None)]
         pooled += [_baseline_curve(row) for row in baselines if row["test_set"] == test_set]
         dets = [det_figure(f"{test_set}: all attack tools pooled", pooled)]
-        for s in of_set:
+        for s in of_set if any(len(s.summary["tools"]) > 1 for s in of_set) else []:
             curves = [curve for tool, row in s.summary["tools"].items() for curve in _curve(tool, s, row, tool)]
             dets.append(det_figure(f"{s.model}, by attack tool", curves))
         prefix = f"set{len(found)}"

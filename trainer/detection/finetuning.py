@@ -343,6 +343,7 @@ class DetectionTask:
         self.val_every = runtime.val_every
         self.probe_every: int | None = None
         self.draw_every: int | None = None
+        self.tags = frozenset(("val/loss", "val/d_eer") if runtime.val_data else ())
 
     def loss_inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         """Return images, classes, and the numbers that mixing and dropout draw from."""

@@ -186,16 +186,17 @@ def _detectors(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _matrices(test_sets: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Split the test sets into tables that fit on a page."""
+    """Split the test sets into tables that fit on a page; a column is a tool, or None for all tools of several."""
     tables: list[list[dict[str, Any]]] = []
     width = 0
     for test_set in test_sets:
-        columns = 1 + len(test_set["tools"])
-        if not tables or width + columns > _MAX_TABLE_COLUMNS:
+        tools = list(test_set["tools"])
+        columns = tools if len(tools) == 1 else [None, *tools]
+        if not tables or width + len(columns) > _MAX_TABLE_COLUMNS:
             tables.append([])
             width = 0
-        tables[-1].append(test_set)
-        width += columns
+        tables[-1].append({"name": test_set["name"], "columns": columns})
+        width += len(columns)
     return tables
 
 

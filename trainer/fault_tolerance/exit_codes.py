@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from trainer.config.command_line import Reader, call, given_places
 from trainer.config.parse import expand_home
@@ -50,9 +50,7 @@ def exit_with(work: Callable[[], int]) -> NoReturn:
     another rank or its host was lost, which the same command may survive; 87 if a newer attempt has taken over; 130
     with one line after Ctrl-C; 1 with a traceback for anything else.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name from data must not end a command that has done its work
-            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = _patient(sys.stdout), _patient(sys.stderr)
     interrupt = _Interrupt()
     try:
         try:
@@ -66,6 +64,38 @@ def exit_with(work: Callable[[], int]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a rank that failed must not wait in the clean-up of a group that lost its members
+
+
+class _PatientFile(io.FileIO):
+    """Standard output that takes text although its reader has left, as ``head`` does; nobody sees that text.
+
+    Other commands are ended by SIGPIPE there. But what these ones have to write into files does not depend on who reads
+    what they print: a training goes on.
+    """
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())  # for processes that are started later, too
+            os.close(nowhere)
+            return memoryview(data).nbytes
+
+
+def _patient(stream: TextIO) -> TextIO:
+    """Return a stream of text that no character and no lost reader breaks: what was printed must not end the work."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.flush()
+    file = _PatientFile(stream.fileno(), "wb", closefd=False)
+    return io.TextIOWrapper(
+        file if stream.write_through else io.BufferedWriter(file),
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def explain(error: Exception) -> int:

@@ -39,6 +39,8 @@ class Task(Protocol):
     """Steps between two calls of `draw`; None for a task that draws nothing."""
     probe_every: int | None
     """Steps between two calls of `probe`, which is also called before the first step; None without probes."""
+    tags: frozenset[str]
+    """Names in TensorBoard of the figures that validation and probes record."""
 
     def loss_inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return what the model's forward turns into the loss of a micro batch, which is on the device already."""

@@ -12,14 +12,14 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -34,20 +34,22 @@ from trainer.training.throughput import Forecast
 logger = logging.getLogger(__name__)
 _CHARTS = {
     "validation": {
-        "masked error": ["Multiline", ["val/loss", "val/mean_face_loss"]],
-        "error rates": ["Multiline", ["val/d_eer"]],
-        "loss": ["Multiline", ["train/loss", "val/loss"]],
+        "loss": ["train/loss", "val/loss"],
+        "masked error": ["val/loss", "val/mean_face_loss"],
+        "detection error": ["val/d_eer"],
     },
     "probe": {
-        "accuracy": ["Multiline", ["probe/knn_accuracy", "probe/linear_accuracy", "probe/chance"]],
-        "verification": ["Multiline", ["probe/eer", "probe/tar_at_far_0.01", "probe/tar_at_far_0.001"]],
-        "effective rank": ["Multiline", ["probe/rank_me"]],
+        "accuracy": ["probe/knn_accuracy", "probe/linear_accuracy", "probe/chance"],
+        "verification": ["probe/eer", "probe/tar_at_far_0.01", "probe/tar_at_far_0.001"],
+        "effective rank": ["probe/rank_me"],
     },
 }
 """TensorBoard's custom scalars: what belongs into one chart."""
 _COMPARED = ("train/loss", "val/loss", "val/d_eer", "probe/knn_accuracy", "probe/linear_accuracy")
 """Numbers beside the hyperparameters."""
-_LABEL_PIXELS = 14
+_COLUMNS = 4
+"""Images of a row: TensorBoard shows a picture 270 pixels wide, where names below more of them cannot be read."""
+_MIN_LABEL_PIXELS = 14
 """Height of the name below a drawn image."""
 
 
@@ -90,16 +92,22 @@ class Monitor:
             lease.detach(events)
         self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self._progress = Progress(total_steps, initial=first_step, unit="step", shown=progress_bar)
-        self._board.add_custom_scalars(_CHARTS)
 
-    def describe(self, step: int, tables: Mapping[str, Mapping[str, Any]]) -> None:
-        """Show in TensorBoard what runs: tables, and the one named recipe as hyperparameters, by which runs compare."""
+    def describe(self, step: int, tables: Mapping[str, Mapping[str, Any]], tags: Collection[str]) -> None:
+        """Show in TensorBoard what runs: tables, and the one named recipe as hyperparameters, by which runs compare.
+
+        Args:
+            step: where this attempt begins.
+            tables: name -> setting -> value.
+            tags: of the numbers that the run will record, as far as `charts` or hyperparameters show them.
+        """
         if not self._is_main:
             return
         for name, values in tables.items():
             self._board.add_text(f"run/{name}", _markdown(values), step)
-        plain = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in tables["recipe"].items()}
-        for summary in hparams(plain, dict.fromkeys(_COMPARED, 0.0)):  # type: ignore[no-untyped-call]
+        self._board.add_custom_scalars(charts(tags))
+        compared = {tag: 0.0 for tag in _COMPARED if tag in tags}
+        for summary in hparams(hyperparameters(tables["recipe"]), compared):  # type: ignore[no-untyped-call]
             self._board._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
 
     def step_done(self) -> None:
@@ -165,24 +173,50 @@ class Monitor:
             self._metrics.close()
 
 
+def charts(tags: Collection[str]) -> dict[str, dict[str, list[Any]]]:
+    """Return the charts all of whose numbers a run records: TensorBoard draws one without numbers as an empty frame."""
+    kept = {
+        name: {title: ["Multiline", shown] for title, shown in group.items() if set(shown) <= set(tags)}
+        for name, group in _CHARTS.items()
+    }
+    return {name: group for name, group in kept.items() if group}
+
+
+def hyperparameters(recipe: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Return a recipe as TensorBoard takes it, without the learning rate that another one overrides."""
+    overridden = "base_learning_rate" if recipe.get("learning_rate") is not None else "learning_rate"
+    return {
+        name: value if isinstance(value, bool | int | float | str) else _text(value)
+        for name, value in recipe.items()
+        if name != overridden
+    }
+
+
 def labelled_views(batch: Batch, num_shown: int = 16) -> torch.Tensor:
     """Draw the first images of a batch, each above the name of its class; uint8 (3, H, W)."""
     tiles = []
     for image_CHW, label in zip(batch.images_BCHW[:num_shown], batch.labels[:num_shown], strict=True):
         size = image_CHW.shape[-1]
-        tile = Image.new("RGB", (size, size + _LABEL_PIXELS), "white")
+        height = max(_MIN_LABEL_PIXELS, size // 7)
+        tile = Image.new("RGB", (size, size + height), "white")
         tile.paste(Image.fromarray(image_CHW.permute(1, 2, 0).contiguous().numpy()))
-        ImageDraw.Draw(tile).text((2, size), dict(enumerate(CLASSES)).get(label, str(label)), fill="black")
+        font = ImageFont.load_default(0.75 * height)
+        ImageDraw.Draw(tile).text((2, size), dict(enumerate(CLASSES)).get(label, str(label)), fill="black", font=font)
         tiles.append(torch.from_numpy(np.array(tile)).permute(2, 0, 1))
-    tiles += [torch.full_like(tiles[0], 255)] * (-len(tiles) % min(8, len(tiles)))
-    rows = [torch.cat(tiles[i : i + 8], dim=2) for i in range(0, len(tiles), 8)]
+    tiles += [torch.full_like(tiles[0], 255)] * (-len(tiles) % min(_COLUMNS, len(tiles)))
+    rows = [torch.cat(tiles[i : i + _COLUMNS], dim=2) for i in range(0, len(tiles), _COLUMNS)]
     return torch.cat(rows, dim=1)
 
 
 def _markdown(values: Mapping[str, Any]) -> str:
     """Write a table."""
-    rows = (f"| {name} | `{without_secrets(str(value))}` |" for name, value in values.items())
-    return "\n".join(["| | |", "|---|---|", *rows])
+    rows = (f"| {name} | `{without_secrets(_text(value))}` |" for name, value in values.items())
+    return "\n".join(["| name | value |", "|---|---|", *rows])
+
+
+def _text(value: Any) -> str:
+    """Write a value as a command line takes it."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _plain(value: Any) -> Any:

@@ -239,6 +239,8 @@ class PretrainingTask:
         self.val_every = runtime.val_every
         self.draw_every: int | None = runtime.picture_every
         self.probe_every = runtime.probe_every if probe else None
+        validated = ("val/loss", "val/mean_face_loss") if validation else ()
+        self.tags = frozenset(validated).union(probe.tags if probe else ())
 
     def loss_inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         """Return images, patches that the encoder sees, and patches to predict."""

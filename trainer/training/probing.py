@@ -50,6 +50,8 @@ _COLUMNS = {
     "tar_at_far_0.01": "TAR@FAR=1%",
     "tar_at_far_0.001": "TAR@FAR=0.1%",
 }
+_VERIFICATION = ("eer", "tar_at_far_0.01", "tar_at_far_0.001")
+"""Figures of identities only."""
 _PLAIN = ("rank_me", "feature_std")
 """Figures that are no shares."""
 
@@ -86,6 +88,12 @@ class Probe:
         self._begun_s, self._spent_s, self._count = time.perf_counter(), 0.0, 0
         if world.is_main:
             logger.info("%s: %s", SETTING, describe(self._set, len(unreadable)))
+
+    @property
+    def tags(self) -> set[str]:
+        """Return the names of the figures in TensorBoard."""
+        names = {*_COLUMNS, "chance"} - (set() if self._set.field == IDENTITY else set(_VERIFICATION))
+        return {f"{GROUP}/{name}" for name in names}
 
     def measure(self, engine: Engine, step: int) -> dict[str, float]:
         """Embed the set and compute all figures; all ranks call, with equally many forwards on each.

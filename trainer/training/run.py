@@ -376,7 +376,7 @@ class Training:
         """Show what runs, and once what the first step sees."""
         if not self.run.world.is_main:
             return
-        monitor.describe(step, resume.what_starts(self.run))
+        monitor.describe(step, resume.what_starts(self.run), {"train/loss", *self.task.tags})
         if step == 0 and self.data.show_labels:
             batch = next(iter(Loader(self._stream(0, rank=0))))
             monitor.picture(0, "training_views", labelled_views(batch), file="training-views")

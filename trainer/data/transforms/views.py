@@ -302,7 +302,7 @@ class CenterView:
     """What a detector records of its view of test images."""
 
     def __init__(self, *, size: int, pixels: Pixels = AS_STORED, crop: FaceCropping | None = None) -> None:
-        self.size, self._crop, self._native = size, crop, pixels.resize == "native"
+        self.size, self.crop, self._native = size, crop, pixels.resize == "native"
         self.srgb = pixels.srgb or crop is not None  # crops are stored in sRGB
         self._former: A.Compose | None = None
         if pixels.resize == "former":
@@ -333,8 +333,8 @@ class CenterView:
             SampleError: it is to be cropped, but has no usable face.
         """
         face_box = None
-        if self._crop is not None:
-            face = crop_face(image_HWC, self._crop.margin)
+        if self.crop is not None:
+            face = crop_face(image_HWC, self.crop.margin)
             image_HWC, face_box = face.image_HWC, face.face_box
         view_SSC = self._former(image=image_HWC)["image"] if self._former else self._centre(image_HWC)
         return np.asarray(view_SSC, dtype=np.uint8), face_box

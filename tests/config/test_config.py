@@ -17,6 +17,8 @@ from trainer.data.shards.index import list_shards
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import explain
 from trainer.fault_tolerance.resume import check_run
+from trainer.fault_tolerance.watchdog import Limits, backend_timeout_s
+from trainer.fault_tolerance.watchdog_process import Phase
 
 PRETRAIN = TrainingCommandLine(Launch, "Doc.\n", (PRETRAINING,), required=("data",), trains=True)
 FINETUNE = TrainingCommandLine(Launch, "Doc.\n", (FINETUNING,), required=("data",), trains=True)
@@ -60,6 +62,7 @@ def test_every_repeated_override_counts() -> None:
         ("--output_dir --seed 1", "output_dir has no value"),
         ("--epochs", "epochs has no value"),
         ("--epochs 3 --max_steps 7", "epochs and max_steps are both given"),
+        ("--compile_mode default --timeout_s 599", "timeout_s is 599, but must be at least 600: compile_mode makes"),
         ("--warmup_epochs 900", r"must be from 0 to epochs \(800\): set both"),
         ("--deepspeed a.json --ds_config b.json", "ds_config is given twice"),
         ("--lr 1e-3", "--lr: here it is --learning_rate or --base_learning_rate"),
@@ -80,6 +83,18 @@ def test_every_repeated_override_counts() -> None:
 def test_a_wrong_setting_is_refused_by_name(words: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         configure(words.split(), PRETRAINING)
+
+
+@pytest.mark.parametrize("words", ["", "--timeout_s 0", "--timeout_s 600"])
+def test_a_first_step_has_time_to_compile(words: str) -> None:
+    """By default, for ever, and at the least; without compile_mode a step may have any limit."""
+    recipe = ["--recipe", "demo", *words.split()]
+    for mode in ("default", "reduce-overhead"):
+        _, runtime = configure([*recipe, "--compile_mode", mode], PRETRAINING)
+        _, limit_s = Limits(runtime.timeout_s, 0, 0).of_phases()[Phase.STEP]
+        assert limit_s == 0 or limit_s >= 600
+        assert backend_timeout_s(runtime) > 600, "a rank that has compiled waits in the collectives for the others"
+    assert configure(["--recipe", "demo", "--timeout_s", "1"], PRETRAINING)[1].timeout_s == 1
 
 
 def test_a_boolean_needs_no_value_whatever_its_name() -> None:
@@ -183,7 +198,7 @@ def test_help_lists_every_recipe_and_setting_with_its_default(capsys: pytest.Cap
     text = capsys.readouterr().out
     assert all(f"--recipe {name}\n" in text for name in RECIPES)
     assert "--mask_ratio float = 0.75\n        Share of patches hidden, strictly between 0 and 1." in text
-    assert "  --save_timeout_s int = 7200\n        Saving, measuring or drawing longer ends the job, likewise" in text
+    assert "  --save_timeout_s int = 7200\n        Saving, measuring, drawing or starting DeepSpeed longer ends" in text
 
 
 def test_recipes_are_valid_and_the_published_ones_scale_their_learning_rate() -> None:

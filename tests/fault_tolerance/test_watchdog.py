@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.runs import ROOT, TINY, Run, argv_of, command, environment, forks, free_port
-from trainer.fault_tolerance.watchdog import SlowRanks
+from tests.helpers.runs import ROOT, TINY, TINY_DETECTOR, Run, argv_of, command, environment, forks, free_port
+from tests.helpers.shards import faces
+from trainer.fault_tolerance.watchdog import Limits, SlowRanks
 from trainer.fault_tolerance.watchdog_process import Phase, blame, grace_s
 
 HOST = socket.gethostname()
@@ -115,6 +116,33 @@ def test_who_keeps_the_others_waiting_is_named_once_and_everybody_is_ended(
 def test_a_rank_without_a_heartbeat_is_named(tmp_path: Path, watched: Callable[..., Run]) -> None:
     assert watched("STEP:2", rank=0, num_ranks=2, limit_s=2).wait(30) == -signal.SIGKILL
     assert "rank 1 has sent no heartbeat in this attempt" in verdict_in(tmp_path)
+
+
+def test_every_phase_ends_sometime_but_the_building_of_indices() -> None:
+    limits = Limits(timeout_s=1, data_timeout_s=2, save_timeout_s=3).of_phases()
+    assert set(limits) == set(Phase) - {Phase.STARTING}
+    assert limits[Phase.CONNECTING] == ("save_timeout_s", 3)
+    assert all(seconds <= 300 for phase, (_, seconds) in limits.items() if phase >= Phase.LEAVING)
+    assert sorted(Phase) == list(Phase), "blame compares how far ranks are"
+
+
+def test_a_rank_that_hangs_in_the_start_of_nccl_is_ended_and_named(tmp_path: Path, watched: Callable[..., Run]) -> None:
+    process = watched("STARTING:0", "CONNECTING:0", limit_s=2)
+    assert process.wait(30) == -signal.SIGKILL
+    assert "is starting DeepSpeed and loading the state" in verdict_in(tmp_path)
+    assert "but save_timeout_s is 2 s" in verdict_in(tmp_path)
+
+
+def test_a_rank_that_nothing_ends_is_killed_after_another_was(tmp_path: Path, watched: Callable[..., Run]) -> None:
+    """NCCL's kernels wait on after a peer was killed, and no time-out of a phase is near; gloo's raise an error."""
+    second = watched("STEP:3", rank=1, num_ranks=2)
+    first = watched("STEP:3", rank=0, num_ranks=2)
+    assert wait_until(lambda: len(list((tmp_path / "heartbeats").glob("rank-*.json"))) == 2)
+    os.kill(second.pid, signal.SIGKILL)
+    killed_s = time.monotonic()
+    assert first.wait(60) == -signal.SIGKILL
+    assert time.monotonic() - killed_s < grace_s(2) + LATE_S
+    assert f"rank 1 on {HOST} (pid {second.pid}) died in step 3" in verdict_in(tmp_path)
 
 
 def test_time_in_which_the_whole_machine_slept_is_not_the_ranks(tmp_path: Path, watched: Callable[..., Run]) -> None:
@@ -284,6 +312,27 @@ next(iter(Loader(Hung(), num_workers=1)))""",
 
 
 # -------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "flags"), [("pretrain", TINY), ("finetune", TINY_DETECTOR)])
+def test_a_run_that_hangs_in_deepspeeds_start_is_ended(command: str, flags: dict[str, str], tmp_path: Path) -> None:
+    faces(tmp_path / "shards" / "train.tar", range(64))
+    faces(tmp_path / "shards" / "val.tar", range(100, 132))
+    places = {"data": "train.tar", "val_data": "val.tar"}
+    places = {name: str(tmp_path / "shards" / file) for name, file in places.items()}
+    argv = argv_of(flags | places | {"output_dir": str(tmp_path / "out"), "save_timeout_s": "2"})
+    process = script(
+        tmp_path,
+        f"""
+import runpy, sys, time
+from trainer.distributed.engine import Engine
+Engine.__init__ = lambda self, model, **options: time.sleep(120)
+sys.argv[1:] = {argv}
+runpy.run_path({str(ROOT / "launch" / f"{command}.py")!r}, run_name="__main__")""",
+    )
+    assert process.wait(100) == -signal.SIGKILL, process.err.read_text()
+    assert "is starting DeepSpeed and loading the state in step 0" in verdict_in(tmp_path / "out" / "logs")
 
 
 def run_flags(shards: Path, output: Path, **changes: object) -> dict[str, str]:

@@ -416,7 +416,7 @@ class Runtime:
     data_timeout_s: int = 1200
     """Waiting longer for the batches of a step ends the job, likewise; 0 for ever [seconds]."""
     save_timeout_s: int = 7200
-    """Saving, measuring or drawing longer ends the job, likewise; 0 for ever [seconds]."""
+    """Saving, measuring, drawing or starting DeepSpeed longer ends the job, likewise; 0 for ever [seconds]."""
     # Speed and memory
     oversubscribe: bool = False
     """Allow more CPU ranks than cores."""

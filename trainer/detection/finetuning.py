@@ -37,6 +37,8 @@ from trainer.distributed.engine import Engine
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.attempts import Lease
 from trainer.fault_tolerance.resume import recording_refusals
+from trainer.fault_tolerance.watchdog import set_phase
+from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.log import print_and_log
 from trainer.models.detector import MorphDetector
 from trainer.models.lora import save_adapter
@@ -85,6 +87,7 @@ def finetune(
     overlap = world.on_main(lambda: check_sets(sets.index, recipe, runtime))
     data = training_data(model, sets, recipe)
     announce("starting DeepSpeed")
+    set_phase(Phase.CONNECTING)
     engine = Engine(
         model,
         ds_config=ds_config,

@@ -55,7 +55,8 @@ class Limits:
         return {
             Phase.DATA: ("data_timeout_s", self.data_timeout_s),
             Phase.STEP: ("timeout_s", self.timeout_s),
-            **dict.fromkeys((Phase.MEASURING, Phase.DRAWING, Phase.SAVING), slow),
+            # NCCL connects at its first collective, in DeepSpeed's start; before it, indices of any size are built.
+            **dict.fromkeys((Phase.CONNECTING, Phase.MEASURING, Phase.DRAWING, Phase.SAVING), slow),
             Phase.LEAVING: ("the time to leave", _EXIT_TIMEOUT_S),  # all is saved; NCCL may hang at its end
             **dict.fromkeys((Phase.FAILED, Phase.LOST), ("the time to leave after an error", _EXIT_TIMEOUT_S)),
         }

@@ -56,18 +56,20 @@ class Phase(enum.IntEnum):
     """What a rank is doing within a step, in the order of the loop; the last three are ways out of the run."""
 
     STARTING = 0
-    DATA = 1
-    STEP = 2
-    MEASURING = 3
-    DRAWING = 4
-    SAVING = 5
-    LEAVING = 6
-    FAILED = 7
-    LOST = 8
+    CONNECTING = 1
+    DATA = 2
+    STEP = 3
+    MEASURING = 4
+    DRAWING = 5
+    SAVING = 6
+    LEAVING = 7
+    FAILED = 8
+    LOST = 9
 
 
 PHASE_TEXT = {
     Phase.STARTING: "starting",
+    Phase.CONNECTING: "starting DeepSpeed and loading the state",
     Phase.DATA: "waiting for data",
     Phase.STEP: "computing the step and its collectives",
     Phase.MEASURING: "measuring",

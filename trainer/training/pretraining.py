@@ -20,6 +20,8 @@ from trainer.distributed.engine import Engine
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.resume import recording_refusals
+from trainer.fault_tolerance.watchdog import set_phase
+from trainer.fault_tolerance.watchdog_process import Phase
 from trainer.log import print_and_log
 from trainer.models.encoder import PatchEncoder
 from trainer.models.lora import backbone_sha256
@@ -56,6 +58,7 @@ def pretrain(recipe: PretrainRecipe, runtime: PretrainRuntime, *, dry_run: bool 
     validation = Validation(model, recipe, runtime, sets.index, world) if "val_data" in sets.index else None
     probe = Probe(recipe, runtime, sets.index["probe_data"], world) if "probe_data" in sets.index else None
     announce("starting DeepSpeed")
+    set_phase(Phase.CONNECTING)
     engine = Engine(model, ds_config=ds_config, weight_decay=recipe.weight_decay, world=world)
     if runtime.compile_mode != "off":
         engine.compile(runtime.compile_mode)

@@ -11,6 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.runs import ROOT
+from trainer.distributed import devices
 from trainer.distributed import engine as engines
 from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.distributed.engine import Engine
@@ -72,6 +73,43 @@ def test_the_host_reads_a_few_numbers_at_the_end_of_a_step_and_none_in_a_micro_b
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("clip_grad", [0.01, 1e9])
+def test_norms_of_flat_gradients_clip_alike_in_a_tenth_of_the_kernels(
+    world: World, monkeypatch: pytest.MonkeyPatch, clip_grad: float
+) -> None:
+    """GPUs take them; here a CPU does, which is told to. All steps are clipped, or none, or skipped for a NaN."""
+    torch.manual_seed(0)
+    batches = [list(micro_batches()) for _ in range(4)]
+    found = {}
+    for devices_of_flat_norms in ((), ("cpu",)):
+        monkeypatch.setattr(engines, "_FLAT_NORM_DEVICES", devices_of_flat_norms)
+        engine = engine_of("zero1_bf16", world)
+        engine._engine.optimizer.clip_grad = clip_grad
+        losses, norms, applied = [], [], []
+        for number, batch in enumerate(batches):
+            if number == 2:
+                unclean = next(p for p in engine.module.parameters() if p.requires_grad)
+                hook = unclean.register_hook(lambda gradient: gradient * float("nan"))
+            with Reads() as seen:
+                result = engine.step(batch, learning_rate=1e-2, seed=number)
+            if number == 2:
+                hook.remove()
+            losses.append(result.loss)
+            norms.append(engine.grad_norm())
+            applied.append(result.applied)
+        assert applied == [True, True, False, True]
+        found[devices_of_flat_norms] = losses, norms, seen.calls["norm"] + seen.calls["linalg_vector_norm"]
+        trained = sum(p.requires_grad for p in engine.module.parameters())
+    (losses, norms, kernels), (flat_losses, flat_norms, flat_kernels) = found.values()
+    assert all((norm > clip_grad) == (clip_grad < 1) for norm in norms if norm < float("inf"))
+    assert flat_norms == pytest.approx(norms, rel=1e-5)
+    assert flat_losses == pytest.approx(losses, rel=1e-5)
+    assert len(set(losses)) == 4
+    assert kernels >= trained
+    assert flat_kernels <= kernels / 10
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 def test_what_compiled_code_would_do_wrong_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="ZeRO stage 3 gathers weights in hooks"):
         engine_of("zero3_bf16", world).compile("default")
@@ -96,10 +134,10 @@ def test_a_compiler_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
-    assert "install g++" in engines.missing_compiler("cpu")
-    assert "Triton needs a C compiler" in engines.missing_compiler("cuda")
+    assert "install g++" in devices.missing_compiler("cpu")
+    assert "Triton needs a C compiler" in devices.missing_compiler("cuda")
     (tmp_path / "gcc").touch(mode=0o755)
-    monkeypatch.setattr(engines.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    assert "python3-dev" in engines.missing_compiler("cuda")
+    monkeypatch.setattr(devices.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "python3-dev" in devices.missing_compiler("cuda")
     (tmp_path / "Python.h").touch()
-    assert engines.missing_compiler("cuda") == ""
+    assert devices.missing_compiler("cuda") == ""

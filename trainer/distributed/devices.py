@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shutil
 import socket
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -158,3 +160,16 @@ def default_device() -> torch.device:
         return torch.device("cpu")
     index = 0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", "0"))
     return torch.device(get_accelerator().device_name(), index)
+
+
+def missing_compiler(device_type: str) -> str:
+    """Say what torch.compile needs and this host lacks, with the remedy; empty if nothing is missing.
+
+    On a CPU it compiles C++. On a GPU Triton builds the launcher of its kernels in C, with Python's header.
+    """
+    if device_type == "cpu":
+        return "" if shutil.which(os.environ.get("CXX", "g++")) else "there is no C++ compiler: install g++"
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
+        return "Triton needs a C compiler and there is none: install gcc"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return "" if header.exists() else f"Triton needs {header}, which is missing: install python3-dev"

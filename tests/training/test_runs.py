@@ -273,6 +273,29 @@ def test_a_bad_image_is_counted_alike_on_every_world_size(tmp_path: Path) -> Non
     assert counts[0][-1] >= 2  # once an epoch, and wherever it was chosen as a substitute
 
 
+def test_a_log_costs_one_gather_over_the_ranks(shards: Path, tmp_path: Path) -> None:
+    """A gather is one all-gather of lengths and one of payloads. Nothing else in a run depends on how often it logs."""
+    counts = {}
+    for log_every in (1, 4):
+        output, seen = tmp_path / f"out{log_every}", tmp_path / f"gathers{log_every}-"
+        words = argv_of(flags(shards, output, epochs=1, log_every=log_every))
+        program = tmp_path / "counting.py"
+        program.write_text(
+            f"""
+import os, runpy, sys
+import torch.distributed as dist
+seen, all_gather = open({str(seen)!r} + os.environ["RANK"], "ab", buffering=0), dist.all_gather
+dist.all_gather = lambda *given, **options: (seen.write(b"1"), all_gather(*given, **options))
+sys.argv[1:] = {words}
+runpy.run_path({str(ROOT / "launch" / "pretrain.py")!r}, run_name="__main__")"""
+        )
+        log = tmp_path / f"log{log_every}"
+        assert forks().start(program, [], log, ranks=2).wait() == 0, log.read_text()[-3000:]
+        [counts[log_every]] = {Path(f"{seen}{rank}").stat().st_size for rank in (0, 1)}
+        assert [row["step"] for row in metrics(output)] == list(range(log_every, 9, log_every))
+    assert counts[1] - counts[4] == 2 * (8 - 2)
+
+
 def test_rotten_data_end_a_run_with_the_keys(tmp_path: Path) -> None:
     shards = with_bad_images(tmp_path / "shards", set(range(0, 64, 2)))
     done = launch(flags(shards, tmp_path / "out"))

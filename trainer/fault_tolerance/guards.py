@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 from trainer.data.stream import Batch
 from trainer.distributed.engine import StepResult
@@ -43,13 +44,19 @@ class BadSamples:
         self.reasons.update(batch.bad)
         self.keys = (self.keys + batch.bad_keys)[:20]
 
-    def agree(self, world: World) -> dict[str, int]:
-        """Sum the reasons over the ranks; all ranks call.
+    def record(self) -> list[Any]:
+        """Return this rank's counts, for `agree`."""
+        return [dict(self.reasons), self.keys, self.num_read]
+
+    def agree(self, found: Sequence[Sequence[Any]]) -> dict[str, int]:
+        """Sum the reasons over the ranks, alike on each.
+
+        Args:
+            found: the `record` of each rank.
 
         Raises:
-            DataError: on all ranks, when the share of bad samples is above the limit.
+            DataError: when the share of bad samples is above the limit.
         """
-        found = world.gather_over_ranks([dict(self.reasons), self.keys, self.num_read])
         reasons: Counter[str] = sum((Counter(f[0]) for f in found), Counter())
         num_read, num_bad = sum(f[2] for f in found), reasons.total()
         if num_bad > self.max_share * max(num_read, _MIN_SAMPLES_FOR_SHARE):

@@ -9,7 +9,12 @@ import pytest
 from tests.helpers.runs import ROOT, TINY, launch, metrics
 from tests.helpers.shards import faces, jpeg, write_tar
 from tests.helpers.states import last_state
-from trainer.training.probing import batches_of, table
+from trainer.config.command_line import configure
+from trainer.config.recipes import PRETRAINING, RECIPES
+from trainer.errors import ConfigError
+from trainer.training.model_cost import flops_of, on_meta_device
+from trainer.training.pretraining import build_model
+from trainer.training.probing import affordable_interval, batches_of, table
 
 RUN = TINY | {"epochs": "2", "save_every": "100"}
 
@@ -126,16 +131,39 @@ def test_an_unreadable_image_is_left_out_on_every_rank(folder: Path, tmp_path: P
     assert "probe by identity: 58 images of 6 classes" in (found[1] / "stdout").read_text()
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--probe_field identity", "probe_field is 'identity', but needs labelled shards"),
+        ("--probe_data a.tar", "probe_field is 'none', but must name what --probe_data is probed by"),
+        ("--probe_data a.tar --probe_field age", "must be one of none, label, identity"),
+        ("--probe_data a.tar --probe_field label --probe_samples 20", "probe_samples is 20"),
+        ("--probe_data a.tar --probe_field label --probe_every 0", "probe_every is 0"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(argv: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configure(argv.split(), PRETRAINING)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_default_interval_keeps_probes_of_every_recipe_below_two_percent_of_the_flops(name: str) -> None:
+    recipe, runtime = RECIPES[name]()
+    model = on_meta_device(lambda grad_checkpointing: build_model(recipe), grad_checkpointing=False, precision="fp32")
+    probe = runtime.probe_samples * model.encoder.flops(model.encoder.num_patches)
+    step = recipe.global_batch * flops_of(model, recipe)
+    every = affordable_interval(probe, step)
+    assert runtime.probe_every is None
+    assert probe <= 0.02 * every * step
+    assert every == 500 or probe > 0.02 * (every - 1) * step
+    assert (every == 500) == (name != "demo"), "small steps pay for a probe of 2,048 images after more of them"
+
+
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"probe_field": "identity"}, "probe_field is 'identity', but needs labelled shards"),
-        ({"probe_data": "PROBE"}, "probe_field is 'none', but must name what --probe_data is probed by"),
-        ({"probe_data": "PROBE", "probe_field": "age"}, "must be one of none, label, identity"),
-        ({"probe_data": "PROBE", "probe_field": "label", "probe_samples": "20"}, "probe_samples is 20"),
-        ({"probe_data": "PROBE", "probe_field": "label", "probe_every": "0"}, "probe_every is 0"),
         ({"probe_data": "/nowhere/*.tar", "probe_field": "label"}, "/nowhere"),
         ({"probe_data": "PROBE", "probe_field": "source"}, "--probe_data by source: no sample has that field"),
     ],

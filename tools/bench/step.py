@@ -58,6 +58,8 @@ class Variant:
     mask_ratio: float = 0.75
     grad_checkpointing: bool = False
     compiled: bool = False
+    embeds: bool = False
+    """In place of a step, a forward pass of the encoder on whole images, as a probe makes it."""
 
 
 PEER, PUBLISHED = "transformers", "published"
@@ -72,6 +74,7 @@ VARIANTS = {
     "fast": Variant(decoder_type="cross", predict_share=0.33, depth=4, mask_ratio=0.8),
     "checkpointing": Variant(grad_checkpointing=True),
     "compiled": Variant(compiled=True),
+    "probe": Variant(embeds=True),
 }
 
 
@@ -97,8 +100,11 @@ class Settings:
     """Side of a patch; none keeps the model's own [pixels]."""
     encoder_depth: int | None = None
     """Transformer blocks in the encoder; none keeps the model's own."""
-    variants: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if not variant.compiled)
-    """Which to time, beside transformers' ViTMAE; compiling takes minutes on a CPU, hence it must be named."""
+    variants: tuple[str, ...] = tuple(
+        name for name, variant in VARIANTS.items() if not (variant.compiled or variant.embeds)
+    )
+    """Which to time, beside transformers' ViTMAE. Compiling takes minutes on a CPU and a probe is no step, hence these
+    must be named."""
     memory: bool = False
     """Measure the peak memory of each instead, in a process of its own on the CPU."""
     only: str | None = None
@@ -135,8 +141,10 @@ class Contender:
         decoder = DecoderOptions(decoder_depth=variant.depth, decoder_type=variant.decoder_type)
         mae = MaskedAutoencoder(encoder, decoder)
         keep = num_kept(encoder.num_patches, variant.mask_ratio)
-        self.width = encoder.width
+        self.width, self._embeds = encoder.width, variant.embeds
         self.flops = mae.flops_per_image(keep, num_predicted(encoder.num_patches - keep, variant.predict_share))
+        if variant.embeds:
+            self.flops = encoder.flops(encoder.num_patches)
         model: nn.Module = mae
         if name == PEER:
             model = like(mae, settings.model)
@@ -145,7 +153,7 @@ class Contender:
         self._model = model.to(device, dtype).train()
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4, fused=True)
         size = (settings.micro_batch, 3, settings.image_size, settings.image_size)
-        images = torch.randint(0, 256, size, dtype=torch.uint8, device=device, generator=_seeded(device))
+        self._images = images = torch.randint(0, 256, size, dtype=torch.uint8, device=device, generator=_seeded(device))
         forward: Callable[..., Any] = torch.compile(self._model) if variant.compiled else self._model
         self._noise_shape, self._device = (settings.micro_batch, encoder.num_patches), device
         how: dict[str, Any] = {"mask_ratio": variant.mask_ratio, "predict_share": variant.predict_share}
@@ -170,6 +178,10 @@ class Contender:
         """Take one step."""
         import torch
 
+        if self._embeds:
+            with torch.no_grad():
+                self._model(self._images, None, None, want="features")
+            return
         loss = self._loss(torch.rand(self._noise_shape, device=self._device))
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()

@@ -478,8 +478,9 @@ class PretrainRuntime(Runtime):
     probe_field: Literal["none", "label", "identity", "source", "attack"] = "none"
     """What the probes tell apart: the label, or a field of the samples' json. identity adds verification; for others,
     no person is on both sides, if the samples name people."""
-    probe_every: int = 500
-    """Interval of the probes; they also run before the first step and after the last [steps]."""
+    probe_every: int | None = None
+    """Interval of the probes; they also run before the first step and after the last. None: 500, or as many steps as
+    keep the probes' forward passes below 2 % of the training's FLOPs [steps]."""
     probe_samples: int = 2048
     """At most so many images are probed, evenly over the classes; they stay in host memory [images]."""
     # Speed and memory

@@ -241,7 +241,14 @@ class PretrainingTask:
         self.flops_per_image = flops_of(engine.module, recipe)
         self.val_every = runtime.val_every
         self.draw_every: int | None = runtime.picture_every
-        self.probe_every = runtime.probe_every if probe else None
+        self.probe_every: int | None = None
+        if probe:
+            encoder = engine.module.encoder
+            self.probe_every = probe.interval(
+                runtime.probe_every,
+                forward_flops=encoder.flops(encoder.num_patches),
+                step_flops=self.flops_per_image * recipe.global_batch,
+            )
         validated = ("val/loss", "val/mean_face_loss") if validation else ()
         self.tags = frozenset(validated).union(probe.tags if probe else ())
 

@@ -215,6 +215,7 @@ def make_plan(settings: Settings, recipe: Recipe, runtime: Runtime) -> Plan:
     node_images = recipe.global_batch / settings.nodes
     step = planning.step_time(
         zero,
+        trained=model.weights.trained,
         compute_s=recipe.global_batch / ranks * flops / (hardware.dense_flops[zero.precision] * mfu),
         sent=sent,
         link=link,
@@ -414,7 +415,8 @@ def describe_assumptions(plan: Plan) -> list[str]:
     lines = ["\nassumptions (each is a setting; --help)", *(f"  {n:12s} {value:16s} {why}" for n, value, why in rows)]
     return [
         *lines,
-        "  Rings over all GPUs without latency; with overlap_comm traffic hides behind the backward pass.",
+        "  Rings over all GPUs without latency; with overlap_comm traffic hides behind the backward pass,",
+        "  but for the last bucket of gradients (reduce_bucket_size).",
         "  Memory is a sum of parts that are not all there at once; ZeRO 0 adds gradients up in the type of weights.",
         "  Validation, pictures and start-up are left out.",
     ]

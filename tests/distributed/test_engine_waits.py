@@ -110,6 +110,35 @@ def test_norms_of_flat_gradients_clip_alike_in_a_tenth_of_the_kernels(
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_all_gradients_but_those_of_the_last_bucket_leave_in_the_backward_pass(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What plans count on (`cost_model.step_time`). The model is smaller than one bucket of ds_configs/."""
+    early: dict[str | int, int] = {}
+    for bucket in (10_000, 50_000_000):
+        engine = engine_of("zero2_bf16", world, zero_optimization={"reduce_bucket_size": bucket})
+        optimizer, left = engine._engine.optimizer, []
+        reduce, finish = optimizer.reduce_ipg_grads, optimizer.overlapping_partition_gradients_reduce_epilogue
+
+        def reducing(reduce: Any = reduce, optimizer: Any = optimizer, left: Any = left, **options: Any) -> None:
+            left.append(sum(bucket.elements for bucket in optimizer.ipg_buckets.values()))
+            reduce(**options)
+
+        def finishing(finish: Any = finish, left: Any = left, bucket: int = bucket) -> None:
+            early[bucket] = sum(left)
+            finish()
+            early["all"] = sum(left)
+            left.clear()
+
+        monkeypatch.setattr(optimizer, "reduce_ipg_grads", reducing)
+        monkeypatch.setattr(optimizer, "overlapping_partition_gradients_reduce_epilogue", finishing)
+        engine.step(micro_batches(), learning_rate=1e-3, seed=0)
+        assert early["all"] == sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
+    assert early["all"] - 10_000 <= early[10_000] < early["all"] < 50_000_000
+    assert early[50_000_000] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 def test_what_compiled_code_would_do_wrong_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="ZeRO stage 3 gathers weights in hooks"):
         engine_of("zero3_bf16", world).compile("default")

@@ -252,6 +252,22 @@ def test_more_nodes_and_higher_stages_never_take_more_memory_for_the_state(
         assert above.optimizer + above.parameters <= few.optimizer + few.parameters + slack
 
 
+@pytest.mark.parametrize(
+    ("stage", "bucket", "exposed_s"),
+    [(1, 10**7, 0.3), (2, 10**8, 0.3), (2, 5 * 10**8, 0.3), (2, 2 * 10**7, 0.14), (2, 10**7, 0.12), (3, 10**8, 0.2)],
+)
+def test_what_leaves_before_the_last_bucket_hides_behind_the_backward_pass(
+    stage: int, bucket: int, exposed_s: float
+) -> None:
+    """100 M elements, 0.2 s of gradients and 0.1 s of parameters; at most 0.4 s of the 0.6 s of computation hide."""
+    zero = Zero(stage=stage, overlap=stage > 1, bucket=bucket)
+    sent, link = (2e9, 1e9), 1e10
+    step = planning.step_time(zero, trained=10**8, compute_s=0.6, sent=sent, link=link, decode_s=0, storage_s=0)
+    assert step.exposed == pytest.approx(exposed_s)
+    hurried = planning.step_time(zero, trained=10**8, compute_s=0.06, sent=sent, link=link, decode_s=0, storage_s=0)
+    assert hurried.exposed == pytest.approx(max(exposed_s, 0.26))
+
+
 WORDS = ["--recipe", "mae_vit_base", "--nodes", "2", "--gpus", "8", "--images", "1000000"]
 
 

@@ -244,15 +244,26 @@ class StepTime:
 
 
 def step_time(
-    zero: Zero, *, compute_s: float, sent: tuple[float, float], link: float, decode_s: float, storage_s: float
+    zero: Zero,
+    *,
+    trained: int,
+    compute_s: float,
+    sent: tuple[float, float],
+    link: float,
+    decode_s: float,
+    storage_s: float,
 ) -> StepTime:
     """Combine the parts of a step.
 
     With overlap_comm, gradients (at stage 3 also parameters) travel during the backward pass. The computation waits for
     the rest: with 300 ms of computation and 250 ms of gradients, 200 ms hide behind the backward pass and 50 ms do not.
+
+    A bucket of gradients leaves when it is full, and the last one after the backward pass. A ViT-L trains 330 M
+    elements: with a reduce_bucket_size of 5e8, DeepSpeed's default, none leaves earlier; with 5e7, at least 85 % do.
     """
     gradients_s, parameters_s = (size / link for size in sent)
-    hideable = (gradients_s + parameters_s * (zero.stage == 3)) * zero.overlap
+    early = max(0.0, 1 - zero.bucket / trained)
+    hideable = (gradients_s * early + parameters_s * (zero.stage == 3)) * zero.overlap
     exposed = gradients_s + parameters_s - min(hideable, BACKWARD_SHARE * compute_s)
     return StepTime(
         compute=compute_s,

@@ -398,7 +398,8 @@ class Runtime:
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay on disk."""
     background_saves: bool = True
-    """Write checkpoints while the training goes on; it waits for a copy of the state only. Needs host memory for it."""
+    """Write checkpoints while the training goes on; it waits for a copy of the state only. Needs host memory for it,
+    on a GPU up to twice as much: torch rounds pinned memory up to powers of two, and keeps it for the next save."""
     # Run
     max_restarts: int = 10
     """Refuse to start after so many attempts died in a row without a newer checkpoint; 0 never refuses."""

@@ -6,6 +6,7 @@ Their outputs are looked into. What cannot end on a small machine, such as ViT-B
 it stands and stopped with Ctrl-C, as a user would.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -577,7 +578,10 @@ def _own_tracebacks(out: str) -> list[str]:
 
 
 def typed(command: str, place: Path, *, stop_after: str = "") -> tuple[int, str]:
-    """Type a command into a shell; with ``stop_after``, Ctrl-C twice once that is printed."""
+    """Type a command into a shell; with ``stop_after``, Ctrl-C twice once that is printed.
+
+    DeepSpeed's launcher returns before its ranks do, so the end is that of the last process of the shell's group.
+    """
     log = place / "terminal.txt"
     with log.open("w") as file:
         shell = subprocess.Popen(
@@ -591,10 +595,25 @@ def typed(command: str, place: Path, *, stop_after: str = "") -> tuple[int, str]
                 time.sleep(0.1)
             if stop_after:
                 assert shell.poll() is None, log.read_text()[-3000:]
-                for _ in range(2):
+                os.killpg(shell.pid, signal.SIGINT)
+                time.sleep(3)  # one within a second of the first would be the same request
+                with contextlib.suppress(ProcessLookupError):  # the first may have ended everything
                     os.killpg(shell.pid, signal.SIGINT)
-                    time.sleep(1)
-            return shell.wait(240), log.read_text()
+            code = shell.wait(240)
+            assert _ends(shell.pid, within_s=60), f"processes of {command} go on\n{log.read_text()[-3000:]}"
+            return code, log.read_text()
         finally:
-            if shell.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(shell.pid, signal.SIGKILL)
+
+
+def _ends(group: int, *, within_s: float) -> bool:
+    """Wait until no process of a group is left; False if some are after the time."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -105,7 +106,18 @@ def test_a_worker_that_cannot_send_its_batch_ends_the_run_at_once(
     index: ShardIndex, capfd: pytest.CaptureFixture[str]
 ) -> None:
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"DataLoader worker .* exited unexpectedly"):
+    with pytest.raises(DataError, match=r"loader worker \d+ exited unexpectedly: .* lower num_workers"):
         next(iter(Loader(Unsendable(stream_of(index)), num_workers=1)))
     assert time.monotonic() - began < 30
     assert "a loader worker cannot hand over its batch (TypeError" in capfd.readouterr().err
+
+
+def test_a_worker_that_is_killed_is_a_plain_error(index: ShardIndex) -> None:
+    """The kernel ends the largest process when memory runs out, and that may be a worker."""
+    batches = iter(Loader(stream_of(index), num_workers=1, prefetch=1))
+    next(batches)
+    (worker,) = psutil.Process().children()
+    worker.kill()
+    with pytest.raises(DataError, match=rf"worker {worker.pid} (exited unexpectedly|was killed by signal: Killed)"):
+        for _ in batches:
+            pass

@@ -7,6 +7,7 @@ import math
 import mmap
 import multiprocessing.queues
 import os
+import re
 import signal
 import sys
 import warnings
@@ -23,6 +24,10 @@ from trainer.errors import DataError, TrainerError
 
 _PR_SET_PDEATHSIG = 1
 """Linux: send this process a signal when its parent dies."""
+_LOST_WORKER = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (exited unexpectedly|is killed by signal: \w+)"
+)
+"""What torch says in the training process when a worker is gone."""
 
 
 class Loader:
@@ -51,21 +56,31 @@ class Loader:
         """Yield batches in plan order.
 
         Raises:
-            DataError: a worker's error, with the sample's key and shard.
+            DataError: a worker's error, with the sample's key and shard; or a worker was killed.
             RuntimeError: a sample arrived twice, in another order, or not at all: a bug of this program.
         """
         expected = self._stream.expected_positions()
         # The iterator has no name here: a kept traceback would keep it, and with it the workers, which ignore SIGTERM.
-        for item in self._start():
+        for item in self._items():
             if isinstance(item, TrainerError):
                 raise item
             _compare(next(expected, None), item.positions)
             yield item
         _compare(next(expected, None), None)
 
-    def _start(self) -> Iterator[Batch | TrainerError]:
+    def _items(self) -> Iterator[Batch | TrainerError]:
         with _many_workers_allowed():
-            return iter(self._loader)
+            items = iter(self._loader)
+        while True:
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if lost := _LOST_WORKER.match(str(error)):
+                    raise _lost(*lost.groups()) from error
+                raise
+            yield item
 
 
 @contextlib.contextmanager
@@ -82,6 +97,14 @@ def _compare(expected: list[int] | None, delivered: list[int] | None) -> None:
             f"the loader delivered {_describe(delivered)} where {_describe(expected)} had to come, so figures would be "
             "wrong: this is a fault of the trainer, please report it; --num_workers 0 may avoid it"
         )
+
+
+def _lost(pids: str, how: str) -> DataError:
+    return DataError(
+        f"loader worker {pids} {how.replace('is killed', 'was killed')}: most often the machine or the job ran out of "
+        "memory (the kernel's log says so), or somebody ended the process; lower num_workers, prefetch or micro_batch, "
+        "or give the job more memory"
+    )
 
 
 def _describe(positions: list[int] | None) -> str:

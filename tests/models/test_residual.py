@@ -1,112 +1,103 @@
-"""The branch on high-pass residuals, and its normalisation over groups."""
+"""The branch on an image's texture, and the gate in front of the ViT."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from scipy import ndimage
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.config.settings import DetectorRecipe
-from trainer.detection.build import load_trained
+from trainer.errors import ConfigError
 from trainer.models.detector import HeadOptions, MorphDetector
 from trainer.models.encoder import PatchEncoder
-from trainer.models.residual import GhostNorm, ResidualBranch
+from trainer.models.residual import ResidualBranch
 
 
 def detector(*, residual: bool, seed: int = 0) -> MorphDetector:
     torch.manual_seed(seed)
     encoder = PatchEncoder("vit_tiny_patch16_224", image_size=32, patch_size=8, depth=1)
-    head = HeadOptions.of(DetectorRecipe(pooling="avg", mix_group=4))
+    head = HeadOptions.of(DetectorRecipe(pooling="avg"))
     return MorphDetector(encoder, normalisation="imagenet", head=head, residual=residual).eval()
 
 
-def noise(num_images: int, *, side: int = 30) -> torch.Tensor:
-    return 128 + 3 * torch.randn(num_images, 1, side, side - 4).expand(-1, 3, -1, -1)
+def noise(num_images: int, *, deviation: float = 3.0) -> torch.Tensor:
+    return 128 + deviation * torch.randn(num_images, 1, 28, 40).expand(-1, 3, -1, -1)
 
 
-def test_even_slopes_leave_no_residual_and_a_point_leaves_each_kernel() -> None:
-    branch = ResidualBranch(16, group=4)
-    slope_BCHW = (torch.arange(24.0)[:, None] * 3 + torch.arange(24.0) * 2).expand(1, 3, 24, 24)
-    assert branch.residuals(slope_BCHW)[:, :, 2:-2, 2:-2].abs().max() < 1e-4
-    point_BCHW = torch.zeros(1, 3, 9, 9)
-    point_BCHW[:, :, 4, 4] = 8.0
-    # Each kernel's centre is divided by its size: a point of 8 leaves 8, a quarter of which the branch sees.
-    assert branch.residuals(point_BCHW)[0, :, 4, 4].abs().tolist() == pytest.approx([2.0] * 5)
-
-
-def test_one_group_is_pytorchs_batch_norm_with_gradients_and_measured_statistics() -> None:
+def test_energies_are_those_of_scipys_filters() -> None:
     torch.manual_seed(0)
-    ghost, batch = GhostNorm(3, group=8), nn.BatchNorm2d(3, momentum=1.0)
-    x_BCHW = torch.randn(8, 3, 5, 4) * 3 + 1
-    a_BCHW, b_BCHW = x_BCHW.clone().requires_grad_(), x_BCHW.clone().requires_grad_()
-    torch.testing.assert_close(ghost(a_BCHW), batch(b_BCHW))
-    (ghost(a_BCHW) ** 3).sum().backward()
-    (batch(b_BCHW) ** 3).sum().backward()
-    torch.testing.assert_close(a_BCHW.grad, b_BCHW.grad)
-    ghost.eval().measures = True
-    ghost(x_BCHW)
-    ghost.measures = False
-    mean_C, variance_C = ghost.statistics
-    torch.testing.assert_close(mean_C, batch.running_mean)
-    torch.testing.assert_close(variance_C * 160 / 159, batch.running_var)  # PyTorch divides by n - 1
+    branch, image_BCHW = ResidualBranch(16, (28, 40)), noise(1, deviation=20)
+    grey_HW = image_BCHW[0, 0].double().numpy()
+    kernels = branch.kernels_K1HW[:, 0].numpy()
+    found = [ndimage.correlate(grey_HW, kernel / np.abs(kernel).max(), mode="mirror") for kernel in kernels]
+    scales = [grey_HW, *(ndimage.gaussian_filter(grey_HW, sigma, mode="mirror", truncate=3) for sigma in (1, 2, 4))]
+    found += [finer - coarser for finer, coarser in itertools.pairwise(scales)]
+    cells_FRS = np.abs(found).reshape(8, 7, 4, 10, 4).mean(axis=(2, 4))
+    expected_FRS = torch.from_numpy(np.log(cells_FRS + 0.3) - 1).float()
+    torch.testing.assert_close(branch.energies(image_BCHW)[0], expected_FRS, rtol=1e-4, atol=1e-4)
 
 
-def test_in_training_features_depend_on_the_own_group_alone() -> None:
+def test_even_slopes_and_brightness_have_no_texture() -> None:
+    """What remains is the logarithm of the least energy. Edges are reflected, which the coarsest band sees from far."""
+    branch = ResidualBranch(16, (64, 64))
+    slope_BCHW = (torch.arange(64.0)[:, None] + torch.arange(64.0) * 2).expand(1, 3, 64, 64)
+    least = float(np.log(0.3)) - 1
+    for image_BCHW in (slope_BCHW, slope_BCHW + 20):
+        inside_FRS = branch.energies(image_BCHW)[0, :, 7:9, 7:9]
+        torch.testing.assert_close(inside_FRS, torch.full_like(inside_FRS, least), rtol=0, atol=1e-2)
+
+
+def test_an_image_counts_by_itself_and_where_its_texture_lies_matters() -> None:
     torch.manual_seed(0)
-    branch, images_BCHW = ResidualBranch(16, group=4), noise(8)
-    together_BD = branch(images_BCHW)
-    apart_BD = torch.cat([branch(images_BCHW[:4]), branch(images_BCHW[4:])])
-    torch.testing.assert_close(together_BD, apart_BD, rtol=1e-4, atol=1e-5)
-    swapped_BD = branch(torch.cat([images_BCHW[:4], noise(4)]))
-    torch.testing.assert_close(together_BD[:4], swapped_BD[:4], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(together_BD[:4], branch(images_BCHW[[0, 1, 2, 7]]), atol=1e-3)
+    branch, images_BCHW, pooled_BD = ResidualBranch(16, (28, 40)).eval(), noise(5), torch.zeros(5, 16)
+    together_BD = branch(images_BCHW, pooled_BD)
+    alone_BD = torch.cat([branch(image_CHW[None], pooled_BD[:1]) for image_CHW in images_BCHW])
+    torch.testing.assert_close(together_BD, alone_BD, rtol=1e-4, atol=1e-5)
+    smooth_left, smooth_right = noise(1), noise(1)
+    smooth_left[..., :20], smooth_right[..., 20:] = 128, 128
+    apart = branch(smooth_left, pooled_BD[:1]) - branch(smooth_right, pooled_BD[:1])
+    assert apart.abs().max() > 1e-3
 
 
-def test_evaluation_uses_the_measured_statistics_whatever_the_batch() -> None:
+def test_what_fills_no_token_is_not_seen() -> None:
     torch.manual_seed(0)
-    branch, images_BCHW = ResidualBranch(16, group=4).eval(), noise(6)
-    before_BD = branch(images_BCHW)
-    measured_BD = branch.measure(images_BCHW)
-    torch.testing.assert_close(branch(images_BCHW), measured_BD, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(before_BD, measured_BD, atol=1e-2)
-    alone_BD = torch.cat([branch(image_CHW[None]) for image_CHW in images_BCHW])
-    torch.testing.assert_close(measured_BD, alone_BD, rtol=1e-4, atol=1e-5)
+    branch, image_BCHW = ResidualBranch(16, (36, 36)), 128 + torch.randn(1, 3, 44, 41)
+    changed_BCHW = image_BCHW.clone()
+    changed_BCHW[:, :, :, 40:] = 0  # cells are averages of 4 pixels, and the coarsest filter reaches 12
+    energies = [branch.energies(images)[:, :5, :9, :9] for images in (image_BCHW, changed_BCHW)]
+    torch.testing.assert_close(*energies)
+    with pytest.raises(ConfigError, match="image_size is 20, but use_residual_branch needs at least 24"):
+        ResidualBranch(16, (64, 20))
 
 
-def test_measured_statistics_stay_float32_in_bf16_and_are_saved() -> None:
-    torch.manual_seed(0)
-    model, images_BCHW = detector(residual=True), torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    model(images_BCHW, want="measure")
-    exact = {name: value.clone() for name, value in model.measured.items()}
-    assert any(value.to(torch.bfloat16).float().ne(value).any() for value in exact.values())
-    for name, value in model.to(torch.bfloat16).measured.items():
-        torch.testing.assert_close(value, exact[name], rtol=0, atol=0)
-
-    model.float()
-    other = detector(residual=True, seed=1)
-    load_trained(other, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad} | exact)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            other.get_parameter(name).copy_(value)
-    torch.testing.assert_close(other(images_BCHW, want="logits"), model(images_BCHW, want="logits"))
-
-
-def test_a_detector_with_a_branch_is_the_plain_one_and_the_branchs_features() -> None:
+def test_a_detector_with_a_branch_is_the_gated_vit_and_the_branchs_features() -> None:
     plain, joined = detector(residual=False), detector(residual=True)
-    assert plain.measured == {}
     images_BCHW = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         for name, value in plain.named_parameters():
             joined.get_parameter(name).copy_(value)
         assert joined.residual is not None
-        joined(images_BCHW, want="measure")
-        added_BC = joined.residual(images_BCHW.float()) @ joined.head.weight.T
-        expected_BC = plain(images_BCHW, want="logits") + added_BC
+        joined.residual.gate.fill_(0.25)
+        features_BD = joined.residual(images_BCHW.float(), torch.zeros(3, 192))
+        expected_BC = 0.25 * plain(images_BCHW, want="logits") + features_BD @ joined.head.weight.T
         torch.testing.assert_close(joined(images_BCHW, want="logits"), expected_BC, rtol=1e-3, atol=1e-4)
 
 
+def test_filters_are_exact_in_bf16() -> None:
+    torch.manual_seed(0)
+    branch, images_BCHW = ResidualBranch(16, (28, 40)), noise(2)
+    exact = branch.energies(images_BCHW)
+    torch.testing.assert_close(branch.to(torch.bfloat16).energies(images_BCHW), exact, rtol=0, atol=0)
+    assert branch(images_BCHW, torch.zeros(2, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_the_branch_counts_its_flops() -> None:
-    branch, counted = ResidualBranch(16, group=4), FlopCounterMode(display=False)
+    branch, counted = ResidualBranch(16, (44, 52)), FlopCounterMode(display=False)
     with counted:
-        branch(torch.rand(1, 3, 44, 52))
-    assert branch.flops(44, 52) == pytest.approx(counted.get_total_flops(), rel=0.02)
+        branch(torch.rand(1, 3, 44, 52), torch.zeros(1, 16))
+    # The counter leaves out the CPU's attention: 4 N^2 E in each block.
+    attention = 4 * 4 * 12**2 * 64
+    assert branch.flops(44, 52) == pytest.approx(counted.get_total_flops() + attention, rel=1e-3)
     assert detector(residual=True).flops_per_image() > detector(residual=False).flops_per_image()

@@ -26,22 +26,16 @@ def inputs(positions: list[int]) -> tuple[torch.Tensor, ...]:
 
 
 def positions_of(step: int, global_batch: int, world) -> list[int]:
-    """A rank's positions of a step. Pairs of neighbours are the groups that `build`'s residual branch normalises over.
-
-    Example: a batch of 8 on two ranks is 0 1 4 5 and 2 3 6 7, so no rank gets half a group.
-    """
-    batch = range(step * global_batch, (step + 1) * global_batch)
-    return [position for position in batch if position // 2 % world.size == world.rank]
+    """A rank's positions of a step."""
+    return list(range(step * global_batch + world.rank, (step + 1) * global_batch, world.size))
 
 
 def build() -> MorphDetector:
     torch.manual_seed(0)
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2)
     add_lora(encoder.vit, dropout=0.0, targets=("query", "value"))
-    model = MorphDetector(
-        encoder, normalisation="imagenet", head=HeadOptions.of(DetectorRecipe(mix_group=2)), residual=True
-    )
-    model.residual = ResidualBranch(encoder.width, group=2, channels=(8, 8))  # smaller than the frozen encoder
+    model = MorphDetector(encoder, normalisation="imagenet", head=HeadOptions.of(DetectorRecipe()), residual=True)
+    model.residual = ResidualBranch(encoder.width, (32, 32), token_width=16, depth=1)  # smaller than the frozen encoder
     return model
 
 

@@ -148,9 +148,7 @@ def detector(folder: Path, init: Path, *, decision: Decision = UNCALIBRATED, dat
         "selection": {"data": "", "figures": {"d_eer": 0.25}},
         "data": data,
     }
-    if model.residual is not None:
-        model.eval()(IMAGES, want="measure")
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad} | model.measured
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     seen, lease = Fingerprints(*(np.arange(3, dtype=np.uint64),) * 2), leases.acquire(folder, num_ranks=1)
     save_detector(folder / "detector", description, weights, decision, {"train": seen}, lease=lease)
     return folder

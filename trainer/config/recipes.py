@@ -236,7 +236,7 @@ def detector_demo() -> tuple[DetectorRecipe, DetectorRuntime]:
         global_batch=32,
         view_resize="native",
         use_residual_branch=True,
-        mix_group=16,
+        use_basic_aug=False,
         use_lora=True,
         epochs=6,
         warmup_epochs=0.2,

@@ -25,6 +25,7 @@ LEGACY_VALUES: dict[str, Any] = {
     "decay_embeddings": True,
     "head_lr_scale": 1.0,
     "use_residual_branch": False,
+    "use_basic_aug": True,
 }
 """Recipe field -> the value, as JSON gives it, under which a run begun before the field existed behaved, or a run begun
 before its default changed. Whoever adds a field, or changes a default that changes numbers, adds a line: without it no

@@ -87,7 +87,7 @@ def training_view(recipe: DetectorRecipe) -> DetectorView:
     Raises:
         ConfigError: ``passport_aug`` names an unknown kind, or RandAugment's settings are out of range.
     """
-    after: list[Any] = [BasicAugment()]
+    after: list[Any] = [BasicAugment()] if recipe.use_basic_aug else []
     if recipe.use_advanced_aug:
         how = {"num_ops": recipe.advanced_aug_num_ops, "magnitude": recipe.advanced_aug_magnitude}
         after.append(RandAugment(**how))
@@ -155,12 +155,12 @@ def rebuild(saved: SavedDetector, recipe: DetectorRecipe, *, name: str, init: st
 
 
 def load_trained(model: MorphDetector, weights: Mapping[str, Tensor]) -> None:
-    """Copy the weights that training changed, and what it measured, into a model that was built from the same recipe.
+    """Copy the weights that training changed into a model that was built from the same recipe.
 
     Raises:
         CheckpointError: they do not fit.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad} | model.measured
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     wanted = parameters.keys()
     wrong = sorted(wanted ^ weights.keys()) or [n for n in sorted(wanted) if parameters[n].shape != weights[n].shape]
     if wrong:

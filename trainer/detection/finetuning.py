@@ -16,7 +16,7 @@ from trainer.config.settings import DetectorRecipe, DetectorRuntime
 from trainer.data.loader import Loader, numbers_on
 from trainer.data.shards.index import ShardIndex
 from trainer.data.sources import byte_range_reader, find_sources, order_of, pixels_of
-from trainer.data.stream import Batch, BatchLoader, LoadOptions, Request, fixed_stream
+from trainer.data.stream import Batch, fixed_stream
 from trainer.data.transforms.views import CenterView
 from trainer.detection.build import assemble_detector, build_detector, preprocessing_of, training_view
 from trainer.detection.cropping import check_same_crop, described_crop
@@ -43,7 +43,6 @@ from trainer.log import print_and_log
 from trainer.models.detector import MorphDetector
 from trainer.models.lora import save_adapter
 from trainer.progress import announce
-from trainer.seeds import Purpose
 from trainer.training.monitor import Monitor
 from trainer.training.reconstruction import share_of
 from trainer.training.run import DataSets, Ending, Training, TrainingData, begin, join, leave, prepare, show
@@ -51,7 +50,6 @@ from trainer.weights.detector_folder import read_description
 from trainer.weights.load import Init, describe, fitting_recipe, place_of, read_init
 
 logger = logging.getLogger(__name__)
-_REFERENCE_IMAGES = 64
 _POOLINGS = {
     "avg": "the mean of the normed tokens (the published MAE norms the mean: --pooling avg_fc_norm)",
     "avg_fc_norm": "the norm of the tokens' mean, as in the published MAE's fine-tuning",
@@ -101,8 +99,7 @@ def finetune(
     origin = origin_of(init, init_sha256, runtime) | {"overlap": overlap, "data": runtime.data}
     run = begin(engine, sets, recipe, runtime, init_sha256=init_sha256)
     with recording_refusals(run):
-        reference = Reference(engine, data, recipe, runtime) if recipe.use_residual_branch else None
-        best = BestDetector(engine, sets.index, recipe, runtime, origin, run.lease, reference)
+        best = BestDetector(engine, sets.index, recipe, runtime, origin, run.lease)
         log_what_trains(engine.module, recipe)
         ending = Training(run, DetectionTask(engine, runtime, best), data).train()
     return leave(run, ending, lambda: print_summary(run.output, ending, best))
@@ -117,8 +114,7 @@ def check_groups(recipe: DetectorRecipe, micro_batch: int) -> None:
     group, batch = recipe.mix_group, recipe.global_batch
     if not recipe.mixes_samples:
         return
-    whole = {"mixup_alpha": recipe.mixup_alpha > 0, "use_mixstyle": recipe.use_mixstyle, "use_residual_branch": True}
-    mixing = next(name for name, is_on in whole.items() if is_on)
+    mixing = "mixup_alpha" if recipe.mixup_alpha > 0 else "use_mixstyle"
     if group < 2 or batch % group:
         fitting = next((size for size in (8, 6, 4, 10, 5, 3, 2) if batch % size == 0), batch)
         raise ConfigError(
@@ -175,9 +171,8 @@ class BestDetector:
         runtime: DetectorRuntime,
         origin: dict[str, Any],
         lease: Lease,
-        reference: "Reference | None",
     ) -> None:
-        self._lease, self._reference = lease, reference
+        self._lease = lease
         self._engine, self._index, self._recipe, self._runtime, self._origin = engine, index, recipe, runtime, origin
         self.folder = Path(runtime.output_dir) / "detector"
         self._best: Validated | None = None
@@ -190,8 +185,6 @@ class BestDetector:
         """Validate, and keep the detector unless an earlier one was better; all ranks call. None without validation."""
         if "val_data" not in self._index:
             return None
-        if self._reference is not None:
-            self._reference.measure()
         scores = over_ranks(self._score(), self._engine.world)
         label_N = self._index["val_data"].labels[scores.sample_N].astype(np.int64)
         read_N = ~np.isnan(scores.logit_N)
@@ -204,8 +197,6 @@ class BestDetector:
     def keep_last(self, step: int) -> None:
         """Keep the detector as it is, where no validation data could choose one; all ranks call."""
         if "val_data" not in self._index:
-            if self._reference is not None:
-                self._reference.measure()
             self._keep(step, None, None)
 
     def _judge(self, step: int, scores: Scores, label_N: NDArray[np.int64]) -> bool:
@@ -230,8 +221,7 @@ class BestDetector:
         return score(forward, Loader(stream), self._engine.device)
 
     def _keep(self, step: int, figures: dict[str, float] | None, scores: Scores | None) -> None:
-        measured = {name: value.cpu().clone() for name, value in self._engine.module.measured.items()}
-        weights = self._engine.trainable_state() | measured
+        weights = self._engine.trainable_state()
 
         def write() -> None:
             decision, seen = UNCALIBRATED, {"train": fingerprints_of(self._index["data"])}
@@ -280,32 +270,6 @@ class BestDetector:
             self._best = Validated.load(path)
         else:
             logger.warning("%s was chosen by another version or other data: the next step replaces it", self.folder)
-
-
-class Reference:
-    """The first images of a run, on which a residual branch measures the statistics that evaluation uses.
-
-    They are seen as test images are, and are the same for any number of ranks and after a resume. Every rank measures
-    all of them, so no rank waits for another.
-    """
-
-    def __init__(self, engine: Engine, data: TrainingData, recipe: DetectorRecipe, runtime: DetectorRuntime) -> None:
-        self._engine, self._data, self._recipe, self._runtime = engine, data, recipe, runtime
-        self._images_BCHW: torch.Tensor | None = None
-
-    def measure(self) -> None:
-        """Measure with the weights as they are now; all ranks call."""
-        if self._images_BCHW is None:
-            self._images_BCHW = self._load().to(self._engine.device)
-        self._engine.evaluate(self._images_BCHW, want="measure")
-
-    def _load(self) -> torch.Tensor:
-        index, order = self._data.index, self._data.order
-        view = CenterView(size=self._recipe.image_size, pixels=pixels_of(self._recipe))
-        options = LoadOptions(noise_per_sample=1, purpose=Purpose.HELD_OUT_MASK)
-        position_B = np.arange(_REFERENCE_IMAGES, dtype=np.int64)
-        load = BatchLoader(index, order, view, byte_range_reader(self._runtime), options)
-        return load(Request(position_B, order.locate(position_B))).images_BCHW
 
 
 def origin_of(init: Init | None, init_sha256: str, runtime: DetectorRuntime) -> dict[str, Any]:

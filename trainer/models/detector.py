@@ -23,7 +23,7 @@ from trainer.models.mask_utils import patchify
 from trainer.models.mixstyle import NUM_DRAWS as DRAWS_A_MIX
 from trainer.models.mixstyle import BetaDraws, MixStyle, partners
 from trainer.models.pixel_statistics import statistics_on
-from trainer.models.residual import GhostNorm, ResidualBranch
+from trainer.models.residual import ResidualBranch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class MorphDetector(nn.Module):
         normalisation: see `trainer.models.pixel_statistics`.
         head: pooling, head and loss.
         mixstyle: layers after the first blocks of the encoder.
-        residual: whether a branch on high-pass residuals adds its features to the pooled tokens.
+        residual: whether a branch on the image's texture adds its features to the pooled tokens.
 
     Raises:
         ConfigError: the pooling needs a class token, and the encoder has none.
@@ -79,7 +79,8 @@ class MorphDetector(nn.Module):
         self.encoder, self.options = encoder, head
         self.head = build_head(encoder.width, head)
         self.mixstyle = nn.ModuleList(mixstyle or [])
-        self.residual = ResidualBranch(encoder.width, group=head.mix_group) if residual else None
+        rows, columns = (side * encoder.patch for side in encoder.grid)
+        self.residual = ResidualBranch(encoder.width, (rows, columns)) if residual else None
         self._normalisation = normalisation
         self._mixup = BetaDraws(head.mixup_alpha) if head.mixup_alpha else None
         self._keys = key_dropouts(self)
@@ -99,7 +100,7 @@ class MorphDetector(nn.Module):
         images_BCHW: Tensor,
         labels_B: Tensor | None = None,
         draws_BK: Tensor | None = None,
-        want: Literal["loss", "logits", "attention", "measure"] = "loss",
+        want: Literal["loss", "logits", "attention"] = "loss",
     ) -> Tensor:
         """Compute the loss, the logits or an attention map of images.
 
@@ -113,12 +114,7 @@ class MorphDetector(nn.Module):
             ``loss``: float32 scalar.
             ``logits``: float32 (B, 2); P(morph) is their softmax's second column.
             ``attention``: float32 (B, rows, columns), see `PatchEncoder.attention_rollout`.
-            ``measure``: features (B, D) of the residual branch, which from now on evaluates with these images'
-                statistics (`ResidualBranch.measure`).
         """
-        if want == "measure":
-            assert self.residual is not None
-            return self.residual.measure(images_BCHW.float())
         pixels_BCHW = self._normalise(images_BCHW)
         if want == "attention":
             return self.encoder.attention_rollout(self._patches(pixels_BCHW))
@@ -164,11 +160,6 @@ class MorphDetector(nn.Module):
         """Factor from the head's output to logits."""
         return self.options.margin_scale if self.options.use_margin_loss else 1.0
 
-    @property
-    def measured(self) -> dict[str, Tensor]:
-        """Statistics of the residual branch by name, float32 (2, channels); saved with the parameters."""
-        return {name: module.statistics for name, module in self.named_modules() if isinstance(module, GhostNorm)}
-
     def _decide(self, pixels_BCHW: Tensor, labels_B: Tensor | None = None, draws_BK: Tensor | None = None) -> Tensor:
         def mix(i: int, tokens_BTD: Tensor) -> Tensor:
             if draws_BK is None or i >= len(self.mixstyle):
@@ -182,7 +173,7 @@ class MorphDetector(nn.Module):
         pooled_BD = pool(tokens_BTD, self.options.pooling, self.encoder.vit)
         if self.residual is not None:
             mean_C11, std_C11 = statistics_on(pixels_BCHW.device, self._normalisation)
-            pooled_BD = pooled_BD + self.residual((pixels_BCHW * std_C11 + mean_C11) * 255)
+            pooled_BD = self.residual((pixels_BCHW * std_C11 + mean_C11) * 255, pooled_BD)
         output_BC: Tensor = self.head(pooled_BD)
         return output_BC
 

@@ -1,29 +1,31 @@
-"""A small convolutional branch on what high-pass filters leave of an image, beside a detector's ViT.
+"""A small transformer on how much fine texture each part of an image has, beside a detector's ViT.
 
-Blending and warping change the finest texture. A ViT averages that away in its patches, and a scaled image has lost it,
-so the branch belongs to views at the image's own resolution (view_resize native). The filters are fixed: a Laplacian,
-and kernels of the spatial rich model of steganalysis (Fridrich and Kodovsky 2012, IEEE TIFS 7(3)). R-FLoRA
-(Ramachandra 2026, arXiv 2604.17321) joins Laplacian residuals to a frozen CLIP by a gate; this branch adds its features
-to the pooled tokens instead.
+Blending and warping average neighbouring pixels, so a morph's texture is weaker than a photograph's, everywhere or
+where it was blended. A ViT loses that among all it learns of the few people in a training set, and a scaled image has
+lost it. So this branch sees no pixels, only energies: the mean absolute value of high-pass and band-pass residuals in
+cells of 4 pixels, as logarithms. A face cannot be known from them, and the branch belongs to views at the image's own
+resolution (view_resize native).
 
-The energy of residuals, which blending lowers, is by far the strongest direction in these features. Without batch
-statistics training stops at it: whole morphs are found and spliced ones are not. Group, layer and weight normalisation
-and batch statistics at the start alone did not help. So the branch normalises over a batch, but over small groups of it
-(`GhostNorm`), which neither the micro batch nor the ranks change.
+The filters are fixed: a Laplacian, kernels of the spatial rich model of steganalysis (Fridrich and Kodovsky 2012, IEEE
+TIFS 7(3)), and differences of Gaussians. R-FLoRA (Ramachandra 2026, arXiv 2604.17321) joins Laplacian residuals to a
+frozen CLIP by a gate; here the gate is on the ViT, and starts nearly closed.
 
-Shapes: B images, C channels, H, W image, F = 5 filters, G samples of a group, D width of the ViT.
+Shapes: B images, C channels, H, W image, F = 8 filters, R, S rows and columns of cells, N tokens, E width of the
+branch, D width of the ViT.
 """
 
-import copy
 import itertools
+import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.errors import ConfigError
+from trainer.models.cross_block import CrossBlock
 from trainer.models.pixel_statistics import constant
 
-CHANNELS = (16, 32, 64, 128)
 _KERNELS = (
     ((0, 0, 0, 0, 0), (0, 0, 1, 0, 0), (0, 1, -4, 1, 0), (0, 0, 1, 0, 0), (0, 0, 0, 0, 0)),
     ((0, 0, 0, 0, 0), (0, -1, 2, -1, 0), (0, 2, -4, 2, 0), (0, -1, 2, -1, 0), (0, 0, 0, 0, 0)),
@@ -33,162 +35,88 @@ _KERNELS = (
 )
 _LARGEST = (4.0, 4.0, 12.0, 2.0, 2.0)
 """The size of each kernel's centre, which its residual is divided by."""
-_CLIP = 12.0
-"""Residuals beyond this are edges, not texture [grey levels]."""
-_SCALE = 4.0
+_BLURS = (1, 2, 4)
+"""Deviations of the Gaussians [pixels]."""
+_NUM_FILTERS = len(_KERNELS) + len(_BLURS)
 _GREY = (0.299, 0.587, 0.114)
-_EPSILON = 1e-5
-_LEAST_ENERGY = 0.03
-
-
-class GhostNorm(nn.Module):
-    """Batch normalisation over groups of G consecutive samples in training ("ghost batches").
-
-    PyTorch's running averages depend on how a batch is cut into micro batches and ranks. Here the groups are those that
-    the loader never cuts (`trainer.data.stream.Slice`), and evaluation uses statistics that `ResidualBranch.measure`
-    took from fixed images.
-
-    Source: Hoffer et al. 2017, arXiv 1705.08741, algorithm 1, without its running averages.
-    """
-
-    def __init__(self, channels: int, group: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.measures, self._group = False, group
-        # Mean and variance. An engine in bf16 casts buffers of floats, which would round them, but no integers.
-        self._bits: Tensor
-        self.register_buffer(
-            "_bits", torch.stack([self.bias, self.weight]).detach().view(torch.int32), persistent=False
-        )
-
-    @property
-    def statistics(self) -> Tensor:
-        """Mean and variance of each channel that evaluation uses, float32 (2, C)."""
-        return self._bits.view(torch.float32)
-
-    @statistics.setter
-    def statistics(self, values_2C: Tensor) -> None:
-        self._bits.copy_(values_2C.float().view(torch.int32))
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Normalise each channel; the dtype stays, statistics are float32."""
-        if self.training:
-            groups = torch.split(x_BCHW, self._group)
-            parts = [F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=_EPSILON) for x in groups]
-            return torch.cat(parts)
-        if self.measures:
-            variance_C, mean_C = torch.var_mean(x_BCHW.float(), dim=(0, 2, 3), correction=0)
-            self.statistics = torch.stack([mean_C, variance_C])
-        mean_C, variance_C = self.statistics
-        scale_C = self.weight.float() * torch.rsqrt(variance_C + _EPSILON)
-        shift_C = self.bias.float() - mean_C * scale_C
-        normed_BCHW: Tensor = x_BCHW.float() * scale_C[:, None, None] + shift_C[:, None, None]
-        return normed_BCHW.to(x_BCHW.dtype)
-
-    def as_batch_norm(self) -> nn.BatchNorm2d:
-        """Return PyTorch's module that evaluates to the same, for exports."""
-        norm = nn.BatchNorm2d(len(self.weight), eps=_EPSILON).eval()
-        norm.load_state_dict(self.state_dict(), strict=False)
-        norm.running_mean, norm.running_var = self.statistics.clone()
-        return norm
-
-
-class _Convolution(nn.Conv2d):
-    """A convolution without a bias; with odd sides it keeps height and width, or divides them by the stride."""
-
-    def __init__(self, channels: int, out_channels: int, side: int, stride: int = 1) -> None:
-        super().__init__(channels, out_channels, side, stride=stride, padding=side // 2, bias=False)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        # Channels last: 1.2 times as fast on a CPU, and what tensor cores want. DeepSpeed broadcasts parameters as
-        # bytes, which takes plain ones only, so the copy is made here.
-        kernels = self.weight.contiguous(memory_format=torch.channels_last)
-        found_BCHW: Tensor = self._conv_forward(x_BCHW, kernels, None)
-        return found_BCHW
-
-
-class _Block(nn.Module):
-    """Two convolutions beside a shortcut of one; a stride of 2 halves the sides, rounded up."""
-
-    def __init__(self, channels: int, out_channels: int, stride: int, group: int) -> None:
-        super().__init__()
-        self.first, self.first_norm = _Convolution(channels, out_channels, 3, stride), GhostNorm(out_channels, group)
-        self.second, self.second_norm = _Convolution(out_channels, out_channels, 3), GhostNorm(out_channels, group)
-        self.shortcut, self.shortcut_norm = _Convolution(channels, out_channels, 1), GhostNorm(out_channels, group)
-        self._stride = stride
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        small_BCHW = F.avg_pool2d(x_BCHW, self._stride, ceil_mode=True) if self._stride > 1 else x_BCHW
-        changed_BCHW = self.second_norm(self.second(F.relu(self.first_norm(self.first(x_BCHW)))))
-        return F.relu(self.shortcut_norm(self.shortcut(small_BCHW)) + changed_BCHW)
+_CELL = 4
+"""Side of a cell, over which energies are averaged [pixels]."""
+_TOKEN = 3
+"""Side of a token [cells]."""
+_LEAST_ENERGY, _USUAL_LOG = 0.3, 1.0
+"""Added to energies, so that a flat area has a logarithm, and about their mean logarithm on photographs."""
+_FIRST_GATE = 0.1
 
 
 class ResidualBranch(nn.Module):
-    """From an image to features that are added to a ViT's pooled tokens.
+    """Adds features of an image's texture to a ViT's pooled tokens.
 
     Args:
         width: D.
-        group: G.
-        channels: of the first convolution and of each block.
+        size: rows and columns of the images [pixels]; what does not fill a token at the right and lower edge is not
+            seen. Example: 224 pixels are 18 tokens of 12, and 8 pixels are left over.
+        token_width: E.
+        depth: number of blocks.
+
+    Raises:
+        ConfigError: the images are too small.
     """
 
-    kernels_F1HW: Tensor
+    kernels_K1HW: Tensor
 
-    def __init__(self, width: int, *, group: int, channels: tuple[int, ...] = CHANNELS) -> None:
+    def __init__(self, width: int, size: tuple[int, int], *, token_width: int = 64, depth: int = 4) -> None:
         super().__init__()
+        side = _CELL * _TOKEN
+        if min(size) < 2 * side:
+            raise ConfigError(f"image_size is {min(size)}, but use_residual_branch needs at least {2 * side}")
+        self._rows, self._columns = size[0] // side, size[1] // side
         # Whole numbers, so that bf16 holds them exactly; not saved, because they never change.
-        self.register_buffer("kernels_F1HW", torch.tensor(_KERNELS, dtype=torch.float32)[:, None], persistent=False)
-        self.stem, self.stem_norm = _Convolution(len(_KERNELS), channels[0], 3, 2), GhostNorm(channels[0], group)
-        pairs = enumerate(itertools.pairwise(channels))
-        self.blocks = nn.ModuleList(_Block(before, after, 1 if i == 0 else 2, group) for i, (before, after) in pairs)
-        self.project = nn.Linear(channels[-1] + len(_KERNELS), width)
+        self.register_buffer("kernels_K1HW", torch.tensor(_KERNELS, dtype=torch.float32)[:, None], persistent=False)
+        self.embed = nn.Linear(_NUM_FILTERS * _TOKEN**2, token_width)
+        self.positions_1NE = nn.Parameter(torch.zeros(1, self._rows * self._columns, token_width))
+        self.blocks = nn.ModuleList(CrossBlock(token_width, token_width // 16) for _ in range(depth))
+        self.norm = nn.LayerNorm(token_width, eps=1e-6)
+        self.project = nn.Linear(token_width, width)
+        self.gate = nn.Parameter(torch.full((1,), _FIRST_GATE))
+        nn.init.trunc_normal_(self.positions_1NE, std=0.02)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Return the features (B, D) of images with values from 0 to 255, float32."""
-        residuals_BFHW = self.residuals(images_BCHW)
-        energy_BF = torch.log(residuals_BFHW.abs().mean(dim=(2, 3)) + _LEAST_ENERGY)
-        x_BCHW = F.relu(self.stem_norm(self.stem(residuals_BFHW.to(self.stem.weight.dtype))))
+    def forward(self, images_BCHW: Tensor, pooled_BD: Tensor) -> Tensor:
+        """Return the ViT's pooled tokens times the gate, plus the features of images with values from 0 to 255."""
+        energy_BFRS = self.energies(images_BCHW)[:, :, : self._rows * _TOKEN, : self._columns * _TOKEN]
+        energy_BNQ = rearrange(energy_BFRS, "b f (n r) (m s) -> b (n m) (f r s)", r=_TOKEN, s=_TOKEN)
+        token_BNE = self.embed(energy_BNQ.to(self.embed.weight.dtype)) + self.positions_1NE
         for block in self.blocks:
-            x_BCHW = block(x_BCHW)
-        pooled_BE = torch.cat([x_BCHW.mean(dim=(2, 3)), energy_BF.to(x_BCHW.dtype)], dim=1)
-        features_BD: Tensor = self.project(pooled_BE)
-        return features_BD
+            token_BNE = block(token_BNE, token_BNE)  # attention to itself
+        features_BD: Tensor = self.project(self.norm(token_BNE).mean(dim=1))
+        return pooled_BD * self.gate + features_BD
 
-    def measure(self, images_BCHW: Tensor) -> Tensor:
-        """Take the statistics that evaluation uses from images; returns the images' features (B, D)."""
-        norms = [module for module in self.modules() if isinstance(module, GhostNorm)]
-        for norm in norms:
-            norm.measures = True
-        try:
-            features_BD: Tensor = self(images_BCHW)
-        finally:
-            for norm in norms:
-                norm.measures = False
-        return features_BD
-
-    def with_batch_norms(self) -> "ResidualBranch":
-        """Return a copy for evaluation alone, with PyTorch's batch normalisation."""
-        branch = copy.deepcopy(self).eval()
-        for parent in list(branch.modules()):
-            for name, module in list(parent.named_children()):
-                if isinstance(module, GhostNorm):
-                    setattr(parent, name, module.as_batch_norm())
-        return branch
-
-    def residuals(self, images_BCHW: Tensor) -> Tensor:
-        """Filter the grey image; returns (B, F, H, W), clipped."""
+    def energies(self, images_BCHW: Tensor) -> Tensor:
+        """Return the logarithms of the residuals' mean absolute values in each cell, float32 (B, F, R, S)."""
         weights_C11 = constant(_GREY, images_BCHW.device)[:, None, None]
         grey_B1HW = (images_BCHW.float() * weights_C11).sum(dim=1, keepdim=True)
-        found_BFHW = F.conv2d(F.pad(grey_B1HW, (2, 2, 2, 2), mode="reflect"), self.kernels_F1HW.float())
-        sizes_F11 = constant(_LARGEST, images_BCHW.device)[:, None, None]
-        return (found_BFHW / sizes_F11).clamp(-_CLIP, _CLIP) / _SCALE
+        found_BKHW = F.conv2d(F.pad(grey_B1HW, (2, 2, 2, 2), mode="reflect"), self.kernels_K1HW.float())
+        scales = [grey_B1HW, *(_blurred(grey_B1HW, deviation) for deviation in _BLURS)]
+        bands = [finer - coarser for finer, coarser in itertools.pairwise(scales)]
+        residual_BFHW = torch.cat([found_BKHW / constant(_LARGEST, images_BCHW.device)[:, None, None], *bands], dim=1)
+        return torch.log(F.avg_pool2d(residual_BFHW.abs(), _CELL) + _LEAST_ENERGY) - _USUAL_LOG
 
     def flops(self, height: int, width: int) -> int:
-        """Count multiply-adds times two of the convolutions of one image in a forward pass."""
-        rows, columns = (height + 1) // 2, (width + 1) // 2
-        total = 2 * height * width * len(_KERNELS) * 25 + 2 * self.stem.weight.numel() * rows * columns
-        for i, block in enumerate(self.blocks):
-            if i:
-                rows, columns = (rows + 1) // 2, (columns + 1) // 2
-            total += 2 * sum(p.numel() for p in block.parameters() if p.ndim == 4) * rows * columns
-        return total
+        """Count multiply-adds times two of one image in a forward pass."""
+        taps = len(_KERNELS) * 25 + sum(2 * (6 * deviation + 1) for deviation in _BLURS)
+        num_tokens = self.positions_1NE.shape[1]
+        blocks = sum(block.flops(num_tokens, num_tokens) for block in self.blocks if isinstance(block, CrossBlock))
+        ends = num_tokens * self.embed.weight.numel() + self.project.weight.numel()
+        return 2 * (taps * height * width + ends) + blocks
+
+
+def _blurred(grey_B1HW: Tensor, deviation: int) -> Tensor:
+    """Blur with a Gaussian that is cut off at three deviations."""
+    reach = 3 * deviation
+    taps = [math.exp(-((x / deviation) ** 2) / 2) for x in range(-reach, reach + 1)]
+    taps_T = constant(tuple(tap / sum(taps) for tap in taps), grey_B1HW.device)
+    across_B1HW = F.conv2d(F.pad(grey_B1HW, (reach, reach, 0, 0), mode="reflect"), taps_T[None, None, None])
+    return F.conv2d(F.pad(across_B1HW, (0, 0, reach, reach), mode="reflect"), taps_T[None, None, :, None])

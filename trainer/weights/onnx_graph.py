@@ -44,7 +44,7 @@ class Graph(nn.Module):
         super().__init__()
         self.vit, detector = vit, subject.detector
         self.head = detector.head if detector else None
-        self.residual = detector.residual.with_batch_norms() if detector and detector.residual else None
+        self.residual = detector.residual if detector else None
         self._size, self._scales, self._native = subject.image_size, scales, native
         self._pooling, self._scale = (detector.options.pooling, detector.scale) if detector else ("", 1.0)
         self._calibration = subject.calibration
@@ -62,7 +62,7 @@ class Graph(nn.Module):
             return tokens_BTD
         pooled_BD = pool(tokens_BTD, self._pooling, self.vit)
         if self.residual is not None:
-            pooled_BD = pooled_BD + self.residual(view_BCHW.float())
+            pooled_BD = self.residual(view_BCHW.float(), pooled_BD)
         logits_BC = self.head(pooled_BD) * self._scale
         return calibrated(logits_BC, *self._calibration), logits_BC
 

@@ -238,7 +238,7 @@ def detector_demo() -> tuple[DetectorRecipe, DetectorRuntime]:
         use_residual_branch=True,
         use_basic_aug=False,
         use_lora=True,
-        epochs=6,
+        epochs=8,
         warmup_epochs=0.2,
         learning_rate=2e-3,
         weight_decay=0.05,

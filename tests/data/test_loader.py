@@ -1,6 +1,7 @@
 """Batches reach the training process whatever the size of /dev/shm; a worker that cannot send one says so at once."""
 
 import dataclasses
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -10,7 +11,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -115,8 +115,9 @@ def test_a_worker_that_cannot_send_its_batch_ends_the_run_at_once(
 def test_a_worker_that_is_killed_is_a_plain_error(index: ShardIndex) -> None:
     """The kernel ends the largest process when memory runs out, and that may be a worker."""
     batches = iter(Loader(stream_of(index), num_workers=1, prefetch=1))
+    others = set(multiprocessing.active_children())
     next(batches)
-    (worker,) = psutil.Process().children()
+    (worker,) = set(multiprocessing.active_children()) - others
     worker.kill()
     with pytest.raises(DataError, match=rf"worker {worker.pid} (exited unexpectedly|was killed by signal: Killed)"):
         for _ in batches:

@@ -39,6 +39,6 @@ def drawn_detector(
         "selection": {"figures": None},
     }  # fmt: skip
     decision = Decision(Calibration(0.7, 0.1), {"d_eer": THRESHOLD, "macer_0.01": -np.inf})
-    weights = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad} | model.measured
+    weights = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     save_detector(output / "detector", description, weights, decision, {}, lease=acquire(output, num_ranks=1))
     return output

@@ -93,7 +93,9 @@ def use_gpu(device: torch.device) -> None:
 
 def disconnect() -> None:
     """End the process group, so that the interpreter can leave without complaints."""
-    if dist.is_initialized():
+    # Before 2.8, torch destroys a gloo group with the GIL held, and waits there for a thread that may want the GIL: a
+    # finished run hung. The groups stay, and commands end with os._exit. pytorch/pytorch#154976; delete with torch 2.7.
+    if dist.is_initialized() and torch.__version__ >= "2.8":  # compares as versions: 2.14 is newer
         dist.destroy_process_group()
 
 

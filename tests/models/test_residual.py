@@ -34,7 +34,7 @@ def test_energies_are_those_of_scipys_filters() -> None:
     found = [ndimage.correlate(grey_HW, kernel / np.abs(kernel).max(), mode="mirror") for kernel in kernels]
     scales = [grey_HW, *(ndimage.gaussian_filter(grey_HW, sigma, mode="mirror", truncate=3) for sigma in (1, 2, 4))]
     found += [finer - coarser for finer, coarser in itertools.pairwise(scales)]
-    cells_FRS = np.abs(found).reshape(8, 7, 4, 10, 4).mean(axis=(2, 4))
+    cells_FRS = np.abs(found)[:, :, :35].reshape(8, 4, 7, 5, 7).mean(axis=(2, 4))
     expected_FRS = torch.from_numpy(np.log(cells_FRS + 0.3) - 1).float()
     torch.testing.assert_close(branch.energies(image_BCHW)[0], expected_FRS, rtol=1e-4, atol=1e-4)
 
@@ -45,7 +45,7 @@ def test_even_slopes_and_brightness_have_no_texture() -> None:
     slope_BCHW = (torch.arange(64.0)[:, None] + torch.arange(64.0) * 2).expand(1, 3, 64, 64)
     least = float(np.log(0.3)) - 1
     for image_BCHW in (slope_BCHW, slope_BCHW + 20):
-        inside_FRS = branch.energies(image_BCHW)[0, :, 7:9, 7:9]
+        inside_FRS = branch.energies(image_BCHW)[0, :, 4:5, 4:5]
         torch.testing.assert_close(inside_FRS, torch.full_like(inside_FRS, least), rtol=0, atol=1e-2)
 
 
@@ -61,13 +61,14 @@ def test_an_image_counts_by_itself_and_where_its_texture_lies_matters() -> None:
     assert apart.abs().max() > 1e-3
 
 
-def test_what_fills_no_token_is_not_seen() -> None:
+def test_what_fills_no_cell_is_not_seen() -> None:
     torch.manual_seed(0)
-    branch, image_BCHW = ResidualBranch(16, (36, 36)), 128 + torch.randn(1, 3, 44, 41)
+    branch, image_BCHW = ResidualBranch(16, (34, 34)), 128 + torch.randn(1, 3, 34, 34)
+    assert branch.energies(image_BCHW).shape[-2:] == (4, 4)
     changed_BCHW = image_BCHW.clone()
-    changed_BCHW[:, :, :, 40:] = 0  # cells are averages of 4 pixels, and the coarsest filter reaches 12
-    energies = [branch.energies(images)[:, :5, :9, :9] for images in (image_BCHW, changed_BCHW)]
-    torch.testing.assert_close(*energies)
+    changed_BCHW[:, :, :, 31:] += 50  # the kernels reach two pixels beyond the last cell, which ends at 28
+    kernels = [branch.energies(images)[:, :5] for images in (image_BCHW, changed_BCHW)]
+    torch.testing.assert_close(*kernels)
     with pytest.raises(ConfigError, match="image_size is 20, but use_residual_branch needs at least 24"):
         ResidualBranch(16, (64, 20))
 
@@ -98,6 +99,6 @@ def test_the_branch_counts_its_flops() -> None:
     with counted:
         branch(torch.rand(1, 3, 44, 52), torch.zeros(1, 16))
     # The counter leaves out the CPU's attention: 4 N^2 E in each block.
-    attention = 4 * 4 * 12**2 * 64
+    attention = 4 * 4 * (6 * 7) ** 2 * 64
     assert branch.flops(44, 52) == pytest.approx(counted.get_total_flops() + attention, rel=1e-3)
     assert detector(residual=True).flops_per_image() > detector(residual=False).flops_per_image()

@@ -3,14 +3,14 @@
 Blending and warping average neighbouring pixels, so a morph's texture is weaker than a photograph's, everywhere or
 where it was blended. A ViT loses that among all it learns of the few people in a training set, and a scaled image has
 lost it. So this branch sees no pixels, only energies: the mean absolute value of high-pass and band-pass residuals in
-cells of 4 pixels, as logarithms. A face cannot be known from them, and the branch belongs to views at the image's own
+cells of 7 pixels, as logarithms. A face cannot be known from them, and the branch belongs to views at the image's own
 resolution (view_resize native).
 
 The filters are fixed: a Laplacian, kernels of the spatial rich model of steganalysis (Fridrich and Kodovsky 2012, IEEE
 TIFS 7(3)), and differences of Gaussians. R-FLoRA (Ramachandra 2026, arXiv 2604.17321) joins Laplacian residuals to a
 frozen CLIP by a gate; here the gate is on the ViT, and starts nearly closed.
 
-Shapes: B images, C channels, H, W image, F = 8 filters, R, S rows and columns of cells, N tokens, E width of the
+Shapes: B images, C channels, H, W image, F = 8 filters, R, S rows and columns of cells, N = R * S tokens, E width of the
 branch, D width of the ViT.
 """
 
@@ -39,13 +39,14 @@ _BLURS = (1, 2, 4)
 """Deviations of the Gaussians [pixels]."""
 _NUM_FILTERS = len(_KERNELS) + len(_BLURS)
 _GREY = (0.299, 0.587, 0.114)
-_CELL = 4
-"""Side of a cell, over which energies are averaged [pixels]."""
-_TOKEN = 3
-"""Side of a token [cells]."""
+_CELL = 7
+"""Side of a cell, over which energies are averaged; each is a token [pixels]. Of 4 pixels, nine to a token, they found
+spliced morphs worse: see tools/bench/README.md."""
 _LEAST_ENERGY, _USUAL_LOG = 0.3, 1.0
 """Added to energies, so that a flat area has a logarithm, and about their mean logarithm on photographs."""
 _FIRST_GATE = 0.1
+_LEAST_SIDE = 24
+"""The widest Gaussian reaches 12 pixels beyond an edge, into the image's reflection [pixels]."""
 
 
 class ResidualBranch(nn.Module):
@@ -53,8 +54,8 @@ class ResidualBranch(nn.Module):
 
     Args:
         width: D.
-        size: rows and columns of the images [pixels]; what does not fill a token at the right and lower edge is not
-            seen. Example: 224 pixels are 18 tokens of 12, and 8 pixels are left over.
+        size: rows and columns of the images [pixels]; what does not fill a cell at the right and lower edge is not
+            seen. Example: 256 pixels are 36 cells, and 4 pixels are left over.
         token_width: E.
         depth: number of blocks.
 
@@ -66,14 +67,13 @@ class ResidualBranch(nn.Module):
 
     def __init__(self, width: int, size: tuple[int, int], *, token_width: int = 64, depth: int = 4) -> None:
         super().__init__()
-        side = _CELL * _TOKEN
-        if min(size) < 2 * side:
-            raise ConfigError(f"image_size is {min(size)}, but use_residual_branch needs at least {2 * side}")
-        self._rows, self._columns = size[0] // side, size[1] // side
+        if min(size) < _LEAST_SIDE:
+            raise ConfigError(f"image_size is {min(size)}, but use_residual_branch needs at least {_LEAST_SIDE}")
+        num_tokens = (size[0] // _CELL) * (size[1] // _CELL)
         # Whole numbers, so that bf16 holds them exactly; not saved, because they never change.
         self.register_buffer("kernels_K1HW", torch.tensor(_KERNELS, dtype=torch.float32)[:, None], persistent=False)
-        self.embed = nn.Linear(_NUM_FILTERS * _TOKEN**2, token_width)
-        self.positions_1NE = nn.Parameter(torch.zeros(1, self._rows * self._columns, token_width))
+        self.embed = nn.Linear(_NUM_FILTERS, token_width)
+        self.positions_1NE = nn.Parameter(torch.zeros(1, num_tokens, token_width))
         self.blocks = nn.ModuleList(CrossBlock(token_width, token_width // 16) for _ in range(depth))
         self.norm = nn.LayerNorm(token_width, eps=1e-6)
         self.project = nn.Linear(token_width, width)
@@ -86,9 +86,8 @@ class ResidualBranch(nn.Module):
 
     def forward(self, images_BCHW: Tensor, pooled_BD: Tensor) -> Tensor:
         """Return the ViT's pooled tokens times the gate, plus the features of images with values from 0 to 255."""
-        energy_BFRS = self.energies(images_BCHW)[:, :, : self._rows * _TOKEN, : self._columns * _TOKEN]
-        energy_BNQ = rearrange(energy_BFRS, "b f (n r) (m s) -> b (n m) (f r s)", r=_TOKEN, s=_TOKEN)
-        token_BNE = self.embed(energy_BNQ.to(self.embed.weight.dtype)) + self.positions_1NE
+        energy_BNF = rearrange(self.energies(images_BCHW), "b f r s -> b (r s) f")
+        token_BNE = self.embed(energy_BNF.to(self.embed.weight.dtype)) + self.positions_1NE
         for block in self.blocks:
             token_BNE = block(token_BNE, token_BNE)  # attention to itself
         features_BD: Tensor = self.project(self.norm(token_BNE).mean(dim=1))

@@ -10,8 +10,8 @@ The filters are fixed: a Laplacian, kernels of the spatial rich model of stegana
 TIFS 7(3)), and differences of Gaussians. R-FLoRA (Ramachandra 2026, arXiv 2604.17321) joins Laplacian residuals to a
 frozen CLIP by a gate; here the gate is on the ViT, and starts nearly closed.
 
-Shapes: B images, C channels, H, W image, F = 8 filters, R, S rows and columns of cells, N = R * S tokens, E width of the
-branch, D width of the ViT.
+Shapes: B images, C channels, H, W image, F = 8 filters, R, S rows and columns of cells, N = R * S tokens, E width of
+the branch, D width of the ViT.
 """
 
 import itertools

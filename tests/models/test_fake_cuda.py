@@ -100,6 +100,7 @@ MODELS = {
     "detector, margin": lambda: detector(use_margin_loss=True),
     "lora": lambda: detector(use_lora=True),
     "frozen": lambda: detector(freeze_backbone=True),
+    "residual branch": lambda: detector(use_lora=True, use_residual_branch=True),
 }
 
 

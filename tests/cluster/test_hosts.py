@@ -85,8 +85,9 @@ def test_the_doctor_names_hosts_that_are_not_ready(hosts: Lab, run: Run, shards:
 def test_a_fault_on_one_host_is_named_and_ends_the_job_in_time(
     hosts: Lab, run: Run, shards: Path, fault: str, message: str, limit_s: float
 ) -> None:
-    flags = flags_of(shards, run.output, 100_000, timeout_s=str(TIMEOUT_S), max_restarts="0")
-    process = run.launch("pretrain.py", flags)
+    # A fault may fall into a save, which comes every 10 steps and has its own limit.
+    limits = {"timeout_s": str(TIMEOUT_S), "save_timeout_s": str(2 * TIMEOUT_S)}
+    process = run.launch("pretrain.py", flags_of(shards, run.output, 100_000, **limits, max_restarts="0"))
     done = num_steps(run.output)
     wait_for(lambda: num_steps(run.output) >= done + 12, lambda: run.log.read_text()[-5000:])
     began = time.monotonic()

@@ -225,7 +225,7 @@ def madation() -> tuple[DetectorRecipe, DetectorRuntime]:
 def detector_demo() -> tuple[DetectorRecipe, DetectorRuntime]:
     """A small detector on the demo's faces and encoder.
 
-    Source: this project. Hardware: 2 CPU cores. Cost: about a minute.
+    Source: this project. Hardware: 2 CPU cores. Cost: two to three minutes of one.
     Expected: see the table at the end of `make demo`.
     """
     recipe = DetectorRecipe(

@@ -146,14 +146,14 @@ class MorphDetector(nn.Module):
 
         The forward pass counts once, the gradients of activations once if anything in the encoder trains, and the
         gradients of weights for the trained share of them. So a full fine-tuning costs 3 forward passes, a linear probe
-        1, and LoRA on 1 % of the weights 2.01. A residual branch trains in full and costs 3 of its own.
+        1, and LoRA on 1 % of the weights 2.01. A residual branch trains in full (`ResidualBranch.flops`).
         """
         forward = self.encoder.flops(self.encoder.num_patches)
         weights = [(p.numel(), p.requires_grad) for p in self.encoder.parameters() if p.ndim > 1]
         trained = sum(n for n, trains in weights if trains) / max(1, sum(n for n, _ in weights))
         rows, columns = (side * self.encoder.patch for side in self.encoder.grid)
         beside = self.residual.flops(rows, columns) if self.residual is not None else 0
-        return round(forward * (1 + (trained > 0) + trained)) + 3 * beside
+        return round(forward * (1 + (trained > 0) + trained)) + beside
 
     @property
     def scale(self) -> float:

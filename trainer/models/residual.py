@@ -104,12 +104,16 @@ class ResidualBranch(nn.Module):
         return torch.log(F.avg_pool2d(residual_BFHW.abs(), _CELL) + _LEAST_ENERGY) - _USUAL_LOG
 
     def flops(self, height: int, width: int) -> int:
-        """Count multiply-adds times two of one image in a forward pass."""
+        """Count multiply-adds times two of a training step of one image.
+
+        The filters are fixed and see the image, so they have a forward pass alone; the layers have three passes' work.
+        """
         taps = len(_KERNELS) * 25 + sum(2 * (6 * deviation + 1) for deviation in _BLURS)
         num_tokens = self.positions_1NE.shape[1]
         blocks = sum(block.flops(num_tokens, num_tokens) for block in self.blocks if isinstance(block, CrossBlock))
-        ends = num_tokens * self.embed.weight.numel() + self.project.weight.numel()
-        return 2 * (taps * height * width + ends) + blocks
+        # The first layer's input needs no gradient: two passes.
+        embed = 2 * num_tokens * self.embed.weight.numel()
+        return 2 * taps * height * width + 2 * embed + 3 * (blocks + 2 * self.project.weight.numel())
 
 
 def _blurred(grey_B1HW: Tensor, deviation: int) -> Tensor:

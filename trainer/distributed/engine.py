@@ -160,6 +160,8 @@ class Engine:
             # line and 843 with it. In fp16 the scan comes before the norm, so that the loss scale falls.
             optimizer.check_overflow = lambda **options: None
         self.device = torch.device(self._engine.device)
+        if self.zero_stage == 3:
+            _clear_padding(module, optimizer, world.rank)
         if self.device.type in _FLAT_NORM_DEVICES and hasattr(optimizer, "fp32_groups_actual_gradients_flat"):
             _take_norms_of_flat_gradients(optimizer)
         self._basic_grad_norm: Tensor | None = None
@@ -469,6 +471,33 @@ def _on_host(tensor: Tensor) -> Tensor:
     """Copy a tensor to the host, without waiting for the device where the memory allows it."""
     copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
     return copy.copy_(tensor.detach(), non_blocking=True)
+
+
+@torch.no_grad()
+def _clear_padding(module: nn.Module, optimizer: Any, rank: int) -> None:
+    """Fill up the last rank's shares of weights with zeros at stage 3.
+
+    All shares of a parameter have one size, and DeepSpeed leaves what lies beyond the parameter as it finds the memory.
+    NaN there would look like weights that are not finite. Example: 10 weights on 3 ranks are shares of 4; the last
+    rank has 2 weights and 2 that belong to nobody.
+    """
+    weights: Iterable[Any] = module.parameters()
+    for parameter in weights:
+        parameter.ds_tensor.data.view(-1)[_num_own(parameter, rank) :].zero_()
+    groups = zip(
+        getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_partitioned_groups_flat", []), strict=True
+    )
+    for parameters, masters in groups:
+        first = 0
+        for parameter in parameters:
+            end = first + parameter.partition_numel()
+            masters.data[first + _num_own(parameter, rank) : end].zero_()  # no effect on masters that lie on a disk
+            first = end
+
+
+def _num_own(parameter: Any, rank: int) -> int:
+    size, total = int(parameter.partition_numel()), int(parameter.ds_numel)
+    return max(0, min(size, total - rank * size))
 
 
 def _spread_nonfinite(loss: Tensor) -> Tensor:

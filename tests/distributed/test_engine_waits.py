@@ -10,10 +10,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.ds_configs import filled_ds_config
 from tests.helpers.runs import ROOT
 from trainer.distributed import devices
 from trainer.distributed import engine as engines
-from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.distributed.engine import Engine
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
@@ -25,11 +25,7 @@ MICRO_BATCH, ACCUMULATION = 2, 3
 
 
 def engine_of(name: str, world: World, **changes: Any) -> Engine:
-    owned = owned_by_recipe(
-        global_batch=MICRO_BATCH * ACCUMULATION, micro_batch=MICRO_BATCH, num_ranks=1,
-        learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.05, clip_grad_norm=1.0,
-    )  # fmt: skip
-    config = fill_ds_config(read_ds_config(ROOT / "ds_configs" / f"{name}.json"), owned)
+    config = filled_ds_config(ROOT / "ds_configs" / f"{name}.json", global_batch=MICRO_BATCH * ACCUMULATION)
     for block, values in changes.items():
         config[block] |= values
     torch.manual_seed(0)
@@ -56,7 +52,6 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 @pytest.mark.parametrize(("name", "reads"), [("zero1_bf16", 2), ("zero2_bf16", 3), ("zero3_bf16", 1), ("cpu_fp32", 3)])
 def test_the_host_reads_a_few_numbers_at_the_end_of_a_step_and_none_in_a_micro_batch(
     world: World, monkeypatch: pytest.MonkeyPatch, name: str, reads: int
@@ -72,7 +67,6 @@ def test_the_host_reads_a_few_numbers_at_the_end_of_a_step_and_none_in_a_micro_b
     assert seen.calls["_local_scalar_dense"] == reads
 
 
-@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("clip_grad", [0.01, 1e9])
 def test_norms_of_flat_gradients_clip_alike_in_a_tenth_of_the_kernels(
     world: World, monkeypatch: pytest.MonkeyPatch, clip_grad: float
@@ -109,7 +103,6 @@ def test_norms_of_flat_gradients_clip_alike_in_a_tenth_of_the_kernels(
     assert flat_kernels <= kernels / 10
 
 
-@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 def test_all_gradients_but_those_of_the_last_bucket_leave_in_the_backward_pass(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +131,6 @@ def test_all_gradients_but_those_of_the_last_bucket_leave_in_the_backward_pass(
     assert early[50_000_000] == 0
 
 
-@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 def test_what_compiled_code_would_do_wrong_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="ZeRO stage 3 gathers weights in hooks"):
         engine_of("zero3_bf16", world).compile("default")

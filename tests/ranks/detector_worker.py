@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from engine_worker import images_at
 
+from tests.helpers.ds_configs import filled_ds_config
 from trainer.config.settings import DetectorRecipe
-from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.distributed.engine import Engine, connect, disconnect
 from trainer.distributed.world import world_from_environment
 from trainer.models.detector import HeadOptions, MorphDetector
@@ -60,17 +60,7 @@ def digest(state: dict[str, torch.Tensor]) -> str:
 def main(ds_config: str, output: str, stage: str) -> None:
     torch.set_num_threads(1)
     world = connect(world_from_environment(), timeout_s=120)
-    owned = owned_by_recipe(
-        global_batch=GLOBAL_BATCH,
-        micro_batch=2,
-        num_ranks=world.size,
-        learning_rate=LR,
-        betas=(0.9, 0.999),
-        weight_decay=0.05,
-        clip_grad_norm=0.0,
-    )
-    config = fill_ds_config(read_ds_config(Path(ds_config)), owned)
-    config.setdefault("zero_optimization", {})["stage"] = int(stage)
+    config = filled_ds_config(ds_config, stage=stage, num_ranks=world.size, learning_rate=LR, clip_grad_norm=0.0)
     engine = start(build(), config, world)
     losses = steps(engine, 0, STEPS // 2, world, 2)
     engine.capture(copy=False)(Path(output, "saved"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
+from tests.helpers.ds_configs import filled_ds_config
 from trainer.distributed.engine import Engine, connect, disconnect
 from trainer.distributed.world import world_from_environment
 from trainer.distributed.zero_state import load_safely
@@ -44,17 +44,9 @@ def same(one: Any, other: Any) -> bool:
 def main(ds_config: str, micro_batch: str, output: str, stage: str, compile_mode: str = "off") -> None:
     torch.set_num_threads(1)
     world = connect(world_from_environment(), timeout_s=120)
-    owned = owned_by_recipe(
-        global_batch=GLOBAL_BATCH,
-        micro_batch=int(micro_batch),
-        num_ranks=world.size,
-        learning_rate=LR,
-        betas=(0.9, 0.95),
-        weight_decay=0.05,
-        clip_grad_norm=1.0,
+    config = filled_ds_config(
+        ds_config, stage=stage, micro_batch=int(micro_batch), num_ranks=world.size, learning_rate=LR
     )
-    config = fill_ds_config(read_ds_config(Path(ds_config)), owned)
-    config.setdefault("zero_optimization", {})["stage"] = int(stage)
     torch.manual_seed(0)
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2, fixed_positions=True)
     model = MaskedAutoencoder(encoder, DecoderOptions(decoder_width=32, decoder_depth=2, decoder_heads=4))

@@ -11,7 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from engine_worker import GLOBAL_BATCH, inputs
 
-from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
+from tests.helpers.ds_configs import filled_ds_config
 from trainer.distributed.engine import Engine, StepResult, connect, disconnect
 from trainer.distributed.world import World, world_from_environment
 from trainer.errors import TrainerError
@@ -76,17 +76,7 @@ def digest(engine: Engine) -> str:
 def main(ds_config: str, output: str, stage: str) -> None:
     torch.set_num_threads(1)
     world = connect(world_from_environment(), timeout_s=120)
-    owned = owned_by_recipe(
-        global_batch=GLOBAL_BATCH,
-        micro_batch=MICRO_BATCH,
-        num_ranks=world.size,
-        learning_rate=LR,
-        betas=(0.9, 0.95),
-        weight_decay=0.05,
-        clip_grad_norm=1.0,
-    )
-    config = fill_ds_config(read_ds_config(Path(ds_config)), owned)
-    config.setdefault("zero_optimization", {})["stage"] = int(stage)
+    config = filled_ds_config(ds_config, stage=stage, num_ranks=world.size, learning_rate=LR)
 
     if "fp16" in config:
         get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, not impossible

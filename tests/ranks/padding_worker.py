@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from tests.helpers.ds_configs import filled_ds_config
 from trainer.config.settings import DetectorRecipe
-from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.distributed.engine import Engine, connect, disconnect
 from trainer.distributed.world import world_from_environment
 from trainer.models.detector import HeadOptions, MorphDetector
@@ -18,17 +18,9 @@ LR = 1e-2
 def main(ds_config: str, output: str) -> None:
     torch.set_num_threads(1)
     world = connect(world_from_environment(), timeout_s=120)
-    owned = owned_by_recipe(
-        global_batch=2 * world.size,
-        micro_batch=2,
-        num_ranks=world.size,
-        learning_rate=LR,
-        betas=(0.9, 0.999),
-        weight_decay=0.05,
-        clip_grad_norm=0.0,
+    config = filled_ds_config(
+        ds_config, stage=3, global_batch=2 * world.size, num_ranks=world.size, learning_rate=LR, clip_grad_norm=0.0
     )
-    config = fill_ds_config(read_ds_config(Path(ds_config)), owned)
-    config.setdefault("zero_optimization", {})["stage"] = 3
     torch.use_deterministic_algorithms(True)  # fills memory that nobody wrote
     torch.manual_seed(0)
     encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=1)

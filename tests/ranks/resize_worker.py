@@ -15,8 +15,8 @@ import engine_worker
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 
+from tests.helpers.ds_configs import filled_ds_config
 from trainer.distributed import zero_state as zero_files
-from trainer.distributed.ds_config import fill_ds_config, owned_by_recipe, read_ds_config
 from trainer.distributed.engine import Engine, connect, disconnect
 from trainer.distributed.world import World, world_from_environment
 from trainer.errors import CheckpointError
@@ -30,18 +30,15 @@ CONFIGS = Path(__file__).resolve().parent.parent.parent / "ds_configs"
 def start(case: str, world: World) -> Engine:
     """A case is KIND-CONFIG-STAGE."""
     kind, name, stage = case.split("-")
-    owned = owned_by_recipe(
-        global_batch=GLOBAL_BATCH,
+    config = filled_ds_config(
+        CONFIGS / f"{name}.json",
+        stage=stage,
         micro_batch=MICRO_BATCH,
         num_ranks=world.size,
         learning_rate=LR,
-        betas=(0.9, 0.95),
-        weight_decay=0.05,
-        clip_grad_norm=1.0,
+        global_batch=GLOBAL_BATCH,
     )
-    config = fill_ds_config(read_ds_config(CONFIGS / f"{name}.json"), owned)
-    zero = config.setdefault("zero_optimization", {})
-    zero["stage"] = int(stage)
+    zero = config["zero_optimization"]
     if kind == "lora":
         if stage == "3":
             zero["stage3_param_persistence_threshold"] = 0  # all weights are divided, and not only large ones

@@ -48,6 +48,15 @@ def test_all_stages_and_one_rank_and_accumulation_compute_the_same(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.ranks
+@pytest.mark.versions
+def test_a_rank_leaves_although_torchs_threads_still_drop_its_collectives(tmp_path: Path) -> None:
+    """Before 2.8, torch waited for them in `destroy_process_group`, and they for the GIL."""
+    assert len(run_worker("leaving_worker.py", [str(tmp_path)], tmp_path, ranks=2)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.versions
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
 def test_a_compiled_model_computes_the_same(tmp_path: Path) -> None:
     alone = train(tmp_path / "alone", ranks=1, stage=0, micro_batch=4)[0]

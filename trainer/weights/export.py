@@ -52,6 +52,8 @@ _MIN_SCALE = 0.1
 """Smallest unit of that comparison: small outputs are sums of larger numbers, and carry their rounding errors."""
 _MAX_ONNX_FILE_BYTES = 1_900_000_000
 """protobuf ends at 2 GiB; larger weights go into a separate file."""
+_MAX_AXIS = 2**31 - 1
+"""torch 2.6 cannot trace an axis without a largest length: it wrote a graph for the traced shape alone."""
 
 
 Writer = Callable[[Subject, Path], Loading]
@@ -230,7 +232,7 @@ def write_onnx(subject: Subject, draft: Path) -> Loading:
         input_names=["images"],
         output_names=names,
         # By place: torch 2.6 looks names up among input_names.
-        dynamic_shapes=({axis: torch.export.Dim(name) for axis, name in enumerate(free)},),
+        dynamic_shapes=({axis: torch.export.Dim(name, max=_MAX_AXIS) for axis, name in enumerate(free)},),
         dynamo=True,
         verbose=False,
     )

@@ -37,8 +37,8 @@ class Graph(nn.Module):
         native: keep photographs at their own resolution, and scale up only those that do not cover the view.
     """
 
-    mean: Tensor
-    std: Tensor
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, subject: Subject, vit: Any, *, scales: bool, native: bool = False) -> None:
         super().__init__()
@@ -48,7 +48,8 @@ class Graph(nn.Module):
         self._size, self._scales, self._native = subject.image_size, scales, native
         self._pooling, self._scale = (detector.options.pooling, detector.scale) if detector else ("", 1.0)
         self._calibration = subject.calibration
-        for name, values in (("mean", subject.mean), ("std", subject.std)):
+        # Not "mean" and "std": torch 2.6 also names a result after its operation, and a name may be there once.
+        for name, values in (("pixel_mean", subject.mean), ("pixel_std", subject.std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None])
 
     def forward(self, images_BHWC: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -57,7 +58,7 @@ class Graph(nn.Module):
             view_BCHW = scaled_and_cut(images_BHWC, *self._size, native=self._native)
         else:
             view_BCHW = images_BHWC.permute(0, 3, 1, 2)
-        tokens_BTD: Tensor = self.vit.forward_features((view_BCHW.float() / 255 - self.mean) / self.std)
+        tokens_BTD: Tensor = self.vit.forward_features((view_BCHW.float() / 255 - self.pixel_mean) / self.pixel_std)
         if self.head is None:
             return tokens_BTD
         pooled_BD = pool(tokens_BTD, self._pooling, self.vit)
@@ -103,8 +104,15 @@ def scaled_and_cut(images_BHWC: Tensor, height: int, width: int, *, native: bool
         cut=width,
     )
     image_BCHW = images_BHWC.permute(0, 3, 1, 2).double()
-    image_BCHW = _to_bytes(image_BCHW @ along_SW.T, unit_along)
-    return _to_bytes(down_SH @ image_BCHW, unit_down).float()
+    image_BCHW = _to_bytes(_weighted_rows(image_BCHW, along_SW), unit_along)
+    return _to_bytes(_weighted_rows(image_BCHW.mT, down_SH).mT, unit_down).float()
+
+
+def _weighted_rows(image_BCHW: Tensor, weights_SW: Tensor) -> Tensor:
+    """Return image_BCHW @ weights_SW.T as a product of matrices: torch 2.6 cannot export another of free sizes."""
+    batch, channels, height, width = image_BCHW.shape
+    rows = torch.mm(image_BCHW.reshape(batch * channels * height, width), weights_SW.T)
+    return rows.reshape(batch, channels, height, weights_SW.shape[0])
 
 
 def _number(value: int) -> Tensor:

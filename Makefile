@@ -14,7 +14,8 @@ SPACE := $(subst ,, )
 SHARDS := $(patsubst %,demo/%/make_shards.json,shards/train shards/val \
 	$(addprefix detect/shards/,train val test-whole test-splice))
 TEST_SETS := 'whole=demo/detect/shards/test-whole/*.tar;splice=demo/detect/shards/test-splice/*.tar'
-DETECTORS := lora scratch probe
+DETECTORS := $(patsubst %,demo/detect/%/finished,lora scratch probe)
+FEATURES := $(patsubst %,demo/features/%/features.json,pretrained random pixels)
 ALONE = OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/python
 LAUNCH = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(NOTHING_NATIVE) $(BIN)/deepspeed --quiet --num_gpus 2
 TWO_AT_A_TIME = $(MAKE) --no-print-directory --output-sync -j2
@@ -61,25 +62,32 @@ demo/detect/beside.json: demo/detect/baselines.json demo/detect/lora/finished de
 		--detectors 'demo/detect/lora;demo/detect/scratch' --baselines $< --output $@
 
 # The probe: who of the 8 people that pre-training has not seen is on a photograph? Nine others of each person are known.
-EMBED = $(ALONE) launch/embed.py --images 'demo/shards/val/*.tar' --progress_bar false --output_dir demo/features
+demo/features/%/features.json:
+	$(ALONE) launch/embed.py --images 'demo/shards/val/*.tar' --progress_bar false --output_dir demo/features/$* $(HOW)
+
+demo/features/pretrained/features.json: HOW = --model $(RUN)
+demo/features/random/features.json: HOW = --model $(RUN) --weights random
+demo/features/pixels/features.json: HOW = --model pixels
+
+demo/results/probe.md: $(FEATURES)
+	$(ALONE) tools/probe.py --field identity --k 5 --output demo/results/probe.json \
+		--features 'pretrained=demo/features/pretrained;random=demo/features/random;pixels=demo/features/pixels'
+
+demo/results/table.md: $(DETECTORS) demo/detect/beside.json
+	$(ALONE) launch/evaluate.py --test_sets $(TEST_SETS) --output_dir demo/results --markdown $@ --baselines demo/detect/beside.json \
+		--models '$(subst $(SPACE),;,$(foreach folder,$(DETECTORS:%/finished=%),$(notdir $(folder))=$(folder)))'
+
+demo/results/photographs.csv: demo/detect/lora/finished
+	$(ALONE) launch/detect.py --model demo/detect/lora --images demo/detect/photographs --output $@
 
 demo: $(INSTALLED)
 	$(TWO_AT_A_TIME) demo/detect/baselines.json
 	$(LAUNCH) launch/pretrain.py --recipe demo --output_dir $(RUN) \
 		--data 'demo/shards/train/shard-*.tar' --val_data 'demo/shards/val/shard-*.tar'
-	$(TWO_AT_A_TIME) $(DETECTORS:%=demo/detect/%/finished) demo/detect/beside.json
-	$(NOTHING_NATIVE) $(BIN)/python launch/evaluate.py --test_sets $(TEST_SETS) --output_dir demo/results --markdown demo/results/table.md \
-		--models '$(subst $(SPACE),;,$(foreach name,$(DETECTORS),$(name)=demo/detect/$(name)))' \
-		--baselines demo/detect/beside.json
-	$(NOTHING_NATIVE) $(BIN)/python launch/detect.py --model demo/detect/lora --images demo/detect/photographs \
-		--output demo/results/photographs.csv
-	@cut -d, -f1,3,4 demo/results/photographs.csv
+	$(TWO_AT_A_TIME) demo/detect/lora/finished demo/detect/scratch/finished demo/detect/beside.json demo/detect/probe/finished $(FEATURES)
+	$(TWO_AT_A_TIME) $(addprefix demo/results/,table.md photographs.csv probe.md)
 	$(BIN)/python tools/demo/picture.py demo
-	$(EMBED)/pretrained --model $(RUN)
-	$(EMBED)/random --model $(RUN) --weights random
-	$(EMBED)/pixels --model pixels
-	$(BIN)/python tools/probe.py --field identity --k 5 --output demo/results/probe.json \
-		--features 'pretrained=demo/features/pretrained;random=demo/features/random;pixels=demo/features/pixels'
+	@cat demo/results/probe.md && echo && cat demo/results/table.md && echo && cut -d, -f1,3,4 demo/results/photographs.csv
 
 # Two files at a time, in their order. tests/cluster comes first and mostly waits, so there is a third file beside it.
 PYTEST = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder

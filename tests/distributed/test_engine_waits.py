@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.ds_configs import filled_ds_config
@@ -129,6 +130,37 @@ def test_all_gradients_but_those_of_the_last_bucket_leave_in_the_backward_pass(
         assert early["all"] == sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
     assert early["all"] - 10_000 <= early[10_000] < early["all"] < 50_000_000
     assert early[50_000_000] == 0
+
+
+def test_a_background_save_copies_through_pinned_memory_and_waits_once_before_it_writes(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.copy_.default:
+                asked.append(("without waiting", args[2]))
+            elif (kwargs or {}).get("pin_memory") is not None:
+                asked.append(("pinned", kwargs["pin_memory"]))
+            return func(*args, **(kwargs or {}))
+
+    for device, pinned in (("cuda", True), ("cpu", False)):
+        asked: list[tuple[str, bool]] = []
+        with FakeTensorMode():
+            tensor = torch.empty(3, 4, dtype=torch.bfloat16, device=device)
+            with Copies():
+                copy = engines._on_host(tensor)
+        assert (copy.device.type, copy.shape, copy.dtype) == ("cpu", (3, 4), torch.bfloat16)
+        assert asked == [("pinned", pinned), ("without waiting", True)]
+
+    engine, events = engine_of("zero1_bf16", world), []
+    on_host = engines._on_host
+    monkeypatch.setattr(engines, "_on_host", lambda tensor: events.append("copy") or on_host(tensor))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append(f"wait for {device}"))
+    engine.device = torch.device("cuda", 0)
+    write = engine.capture(copy=True)
+    assert events == ["copy"] * events.count("copy") + ["wait for cuda:0"]
+    assert events.count("copy") > sum(1 for _ in engine.module.parameters())
+    assert all(path.is_file() for path in write(tmp_path))
 
 
 def test_what_compiled_code_would_do_wrong_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,10 @@ ORDER = (
     *("detection", "features"),
 )
 OWNERS = {
-    "deepspeed": {f"trainer/distributed/{name}.py" for name in ("devices", "ds_config", "engine", "zero_state")},
+    "deepspeed": {
+        f"trainer/distributed/{name}.py"
+        for name in ("deepspeed_changes", "devices", "ds_config", "engine", "zero_state")
+    },
     "webdataset": {"trainer/data/stream.py", "tools/make_shards.py", "tools/bench/loader.py"},
     "timm": {"trainer/models/encoder.py", "trainer/weights/export.py"},
     "albumentations": {"trainer/data/transforms/views.py", "trainer/data/transforms/randaugment.py"},

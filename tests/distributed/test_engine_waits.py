@@ -13,11 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.ds_configs import filled_ds_config
 from tests.helpers.runs import ROOT
-from trainer.distributed import devices
+from trainer.config.settings import DetectorRecipe
+from trainer.distributed import deepspeed_changes, devices
 from trainer.distributed import engine as engines
 from trainer.distributed.engine import Engine
 from trainer.distributed.world import World
 from trainer.errors import ConfigError
+from trainer.models.detector import HeadOptions, MorphDetector
 from trainer.models.encoder import PatchEncoder
 from trainer.models.mae import DecoderOptions, MaskedAutoencoder
 from trainer.models.mask_utils import draw_mask
@@ -77,7 +79,7 @@ def test_norms_of_flat_gradients_clip_alike_in_a_tenth_of_the_kernels(
     batches = [list(micro_batches()) for _ in range(4)]
     found = {}
     for devices_of_flat_norms in ((), ("cpu",)):
-        monkeypatch.setattr(engines, "_FLAT_NORM_DEVICES", devices_of_flat_norms)
+        monkeypatch.setattr(deepspeed_changes, "_FLAT_NORM_DEVICES", devices_of_flat_norms)
         engine = engine_of("zero1_bf16", world)
         engine._engine.optimizer.clip_grad = clip_grad
         losses, norms, applied = [], [], []
@@ -102,6 +104,58 @@ def test_norms_of_flat_gradients_clip_alike_in_a_tenth_of_the_kernels(
     assert len(set(losses)) == 4
     assert kernels >= trained
     assert flat_kernels <= kernels / 10
+
+
+def whole_model(kind: str) -> MaskedAutoencoder | MorphDetector:
+    torch.manual_seed(1)
+    checkpointing = kind == "checkpointing"
+    encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=4, grad_checkpointing=checkpointing)
+    if kind == "detector":
+        return MorphDetector(encoder, normalisation="imagenet", head=HeadOptions.of(DetectorRecipe()))
+    options = {"decoder_width": 32, "decoder_depth": 4, "decoder_heads": 4}
+    return MaskedAutoencoder(encoder, DecoderOptions(**options, decoder_type="cross" if kind == "cross" else "self"))
+
+
+@pytest.mark.parametrize("kind", ["published", "cross", "checkpointing", "detector"])
+def test_zero_3_gathers_each_block_at_once_and_computes_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    torch.manual_seed(0)
+    batches = [list(micro_batches()) for _ in range(3)]
+    if kind == "detector":
+        labels, draws = torch.tensor([0, 1]), torch.zeros(2, 1)
+        batches = [[(images, labels, draws) for images, *_ in batch] for batch in batches]
+    config = filled_ds_config(ROOT / "ds_configs" / "zero3_bf16.json", global_batch=MICRO_BATCH * ACCUMULATION)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # every weight must be gathered
+    losses, fetches = [], []
+    for whole in (True, False):
+        model, calls = whole_model(kind), Counter[str]()
+        if not whole:
+            monkeypatch.setattr(type(model), "whole_blocks", lambda model: [])
+        engine = Engine(model, ds_config=config, weight_decay=0.05, world=world)
+        coordinator = engine._engine.optimizer.parameter_offload.get_param_coordinator()
+
+        def fetching(
+            *words: Any, fetch: Any = coordinator.fetch_sub_module, calls: Any = calls, **options: Any
+        ) -> None:
+            calls["fetch"] += 1
+            fetch(*words, **options)
+
+        monkeypatch.setattr(coordinator, "fetch_sub_module", fetching)
+        losses.append([engine.step(batch, learning_rate=1e-3, seed=0).loss for batch in batches])
+        fetches.append(calls["fetch"])
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 3
+    assert fetches[0] < 0.6 * fetches[1]
+
+
+def test_the_hook_of_a_whole_block_would_come_too_early_where_its_input_needs_no_gradient() -> None:
+    encoder = PatchEncoder("test_vit", image_size=32, patch_size=8, depth=2)
+    assert len(encoder.trained_blocks) == 2
+    encoder.vit.blocks[0].norm1.weight.requires_grad_(False)
+    assert encoder.trained_blocks == [encoder.vit.blocks[1]]
+    encoder.vit.patch_embed.proj.bias.requires_grad_(False)
+    assert not encoder.trained_blocks
 
 
 def test_all_gradients_but_those_of_the_last_bucket_leave_in_the_backward_pass(

@@ -26,7 +26,7 @@ from trainer.files import data_file
 
 _STAGE3_NAMES = (
     *("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters"),
-    *("max_reuse_distance", "module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential"),
+    *("max_reuse_distance", "use_all_reduce_for_fetch_params", "allgather_sequential"),
 )
 _OFFLOAD = frozenset({"device", "pin_memory"})
 _MONITORS = {"tensorboard": "tensorboard", "csv_monitor": "", "wandb": "wandb", "comet": "comet_ml"}
@@ -77,6 +77,7 @@ _PRECISION = "it changes the numbers, and a checkpoint would not record it: only
 _OWN_SAVING = "checkpoints are written by trainer/fault_tolerance/checkpoint.py (save_every, keep_checkpoints)"
 _OWN_LOADER = "batches come from trainer/data (num_workers, prefetch)"
 _PARALLEL = "ranks divide the batch and the optimizer's state only (zero_optimization)"
+_WHOLE_BLOCKS = "the trainer names the blocks that are gathered at once"
 _NVME = "offload to NVMe is not used here, only to the CPU"
 _EVEN_MEAN = "gradients are averaged over the ranks in communication_data_type"
 
@@ -136,7 +137,9 @@ REFUSED: dict[str, str] = {
     "zero_optimization.parameter_alignment": "it was not tried with the conversion to other numbers of ranks",
     "zero_optimization.zero_hpz_partition_size": "it was not tried with the conversion to other numbers of ranks",
     "zero_optimization.save_muon_momentum_buffer_in_memory": "the optimizer is AdamW",
-    "zero_optimization.leaf_module": "the encoders have no modules of experts",
+    "zero_optimization.leaf_module": _WHOLE_BLOCKS,
+    "zero_optimization.module_granularity_threshold": _WHOLE_BLOCKS,
+    "zero_optimization.stage3_module_granularity_threshold": _WHOLE_BLOCKS,
     "zero_optimization.offload_optimizer.super_offload": "it was not tried with this trainer's checks of gradients",
     "zero_optimization.offload_optimizer.cpuadam_cores_perc": "it belongs to super_offload",
     "zero_optimization.offload_optimizer.ratio": "the whole state is offloaded, or none of it",

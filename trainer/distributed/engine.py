@@ -28,6 +28,7 @@ from torch.profiler import record_function
 from torch.utils._pytree import tree_map_only
 
 from trainer.distributed import zero_state as zero_files
+from trainer.distributed.deepspeed_changes import change_engine, gather_whole_blocks, gradients
 from trainer.distributed.devices import default_device, missing_compiler, refuse_shared_gpus
 from trainer.distributed.ds_config import compiled_optimizer, one_line_reason
 from trainer.distributed.rendezvous import add_decision_groups, rendezvous
@@ -39,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 _PRINTING = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger", "flops_profiler")
 """Settings of the JSON that ask DeepSpeed to print; without them only its warnings are shown."""
-_FLAT_NORM_DEVICES = ("cuda",)
-"""Where the order of a sum over millions of numbers does not show; a CPU's norm of such a vector errs by up to 5e-4."""
 
 
 def connect(world: World, *, timeout_s: int, start_timeout_s: int = 600) -> World:
@@ -144,26 +143,13 @@ class Engine:
             head_lr_scale=head_lr_scale,
         )
         self._lr_scales = [group["lr_scale"] for group in groups]
+        gather_whole_blocks(model, ds_config)
         self._engine = _initialize(model, groups, ds_config, is_main=world.is_main)
         self.zero_stage = int(self._engine.zero_optimization_stage())
         bf16, fp16 = self._engine.bfloat16_enabled(), self._engine.fp16_enabled()
         self.precision = "bf16" if bf16 else "fp16" if fp16 else "fp32"
-        # DeepSpeed copies a script beside the state, on rank 0 while others already sync; a checkpoint holds no code.
-        self._engine._copy_recovery_script = lambda save_path: None
-        # Steps are skipped at stage 0 by dropping the gradients, and DeepSpeed's clipping fails where there are none.
-        clip, module = self._engine.clip_fp32_gradients, self._engine.module
-        self._engine.clip_fp32_gradients = lambda: clip() if any(True for _ in _gradients(module)) else None
-        optimizer = self._engine.optimizer
-        if hasattr(optimizer, "check_overflow") and self.zero_stage in (1, 2) and not fp16:
-            # DeepSpeed scans every gradient for inf and NaN, 13 kernels each and a wait, and then checks the norm of
-            # all gradients, which is not finite if one of them is. ViT-L at stage 2: 5,995 kernels a step without this
-            # line and 843 with it. In fp16 the scan comes before the norm, so that the loss scale falls.
-            optimizer.check_overflow = lambda **options: None
         self.device = torch.device(self._engine.device)
-        if self.zero_stage == 3:
-            _clear_padding(module, optimizer, world.rank)
-        if self.device.type in _FLAT_NORM_DEVICES and hasattr(optimizer, "fp32_groups_actual_gradients_flat"):
-            _take_norms_of_flat_gradients(optimizer)
+        change_engine(self._engine, world.rank)
         self._basic_grad_norm: Tensor | None = None
         self._replays_graphs = False
 
@@ -256,7 +242,7 @@ class Engine:
         for part in losses:
             loss.add_(part)
         if self.zero_stage == 0 and self.precision == "fp32":
-            self._basic_grad_norm = nn.utils.get_total_norm(_gradients(self._engine.module))
+            self._basic_grad_norm = nn.utils.get_total_norm(gradients(self._engine.module))
             bad = (~self._basic_grad_norm.isfinite()).float()
         payload = torch.stack([loss.div_(self.accumulation), bad, torch.full_like(bad, float(stop))])
         verdict: list[float] = self.mean_over_ranks(payload).tolist()  # waits for the device
@@ -396,16 +382,6 @@ class Engine:
         return state
 
 
-def _take_norms_of_flat_gradients(optimizer: Any) -> None:
-    """Have DeepSpeed's BF16_Optimizer take one norm of each parameter group, whose gradients lie in one tensor already.
-
-    DeepSpeed 0.19.8 takes a norm of each parameter and scales each by itself, where gradients are clipped. ViT-L trains
-    396: a step's 424 kernels are 30 then (counted on a CPU). Gradients that are missing are zeros in the tensor.
-    """
-    flat = optimizer.fp32_groups_actual_gradients_flat
-    optimizer.get_grads_for_norm = lambda for_clipping=False: flat if for_clipping else (flat, {})
-
-
 def _initialize(model: nn.Module, groups: list[dict[str, Any]], ds_config: dict[str, Any], *, is_main: bool) -> Any:
     """Build DeepSpeed's engine; the log names what it compiles before it does, because that takes minutes."""
     compiled = compiled_optimizer(ds_config)
@@ -473,33 +449,6 @@ def _on_host(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor.detach(), non_blocking=True)
 
 
-@torch.no_grad()
-def _clear_padding(module: nn.Module, optimizer: Any, rank: int) -> None:
-    """Fill up the last rank's shares of weights with zeros at stage 3.
-
-    All shares of a parameter have one size, and DeepSpeed leaves what lies beyond the parameter as it finds the memory.
-    NaN there would look like weights that are not finite. Example: 10 weights on 3 ranks are shares of 4; the last
-    rank has 2 weights and 2 that belong to nobody.
-    """
-    weights: Iterable[Any] = module.parameters()
-    for parameter in weights:
-        parameter.ds_tensor.data.view(-1)[_num_own(parameter, rank) :].zero_()
-    groups = zip(
-        getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_partitioned_groups_flat", []), strict=True
-    )
-    for parameters, masters in groups:
-        first = 0
-        for parameter in parameters:
-            end = first + parameter.partition_numel()
-            masters.data[first + _num_own(parameter, rank) : end].zero_()  # no effect on masters that lie on a disk
-            first = end
-
-
-def _num_own(parameter: Any, rank: int) -> int:
-    size, total = int(parameter.partition_numel()), int(parameter.ds_numel)
-    return max(0, min(size, total - rank * size))
-
-
 def _spread_nonfinite(loss: Tensor) -> Tensor:
     """Return a loss whose gradients are all NaN if it is not finite, and that is unchanged if it is.
 
@@ -507,7 +456,3 @@ def _spread_nonfinite(loss: Tensor) -> Tensor:
     exactly 1 for a finite loss (1 + 0 * 0.31) and NaN for any other (0 * inf and 0 * NaN are NaN).
     """
     return loss * (1 + 0 * loss.detach())
-
-
-def _gradients(module: nn.Module) -> list[Tensor]:
-    return [p.grad for p in module.parameters() if p.grad is not None]

@@ -95,6 +95,10 @@ class MorphDetector(nn.Module):
         num_mixes = len(self.mixstyle) + (self._mixup is not None)
         return max(1, DRAWS_A_MIX * num_mixes + (DRAWS_A_KEY if self._keys else 0))
 
+    def whole_blocks(self) -> list[nn.Module]:
+        """Blocks that run as one module, with weights and an input that need gradients: ZeRO 3 gathers each at once."""
+        return self.encoder.trained_blocks
+
     def forward(
         self,
         images_BCHW: Tensor,

@@ -98,6 +98,13 @@ class PatchEncoder(nn.Module):
         return self.grid[0] * self.grid[1]
 
     @property
+    def trained_blocks(self) -> list[nn.Module]:
+        """Blocks whose weights and input all need gradients; none with a frozen patch embedding, as with LoRA."""
+        if not all(p.requires_grad for p in self.vit.patch_embed.parameters()):
+            return []
+        return [block for block in self.vit.blocks if all(p.requires_grad for p in block.parameters())]
+
+    @property
     def num_prefix(self) -> int:
         """Number of class and register tokens in front of the patches."""
         return int(self.vit.num_prefix_tokens)

@@ -85,6 +85,14 @@ class MaskedAutoencoder(nn.Module):
             self, use_learned_mask_token=decoder.use_learned_mask_token, learned_positions=not decoder.fixed_pos_embed
         )
 
+    def whole_blocks(self) -> list[nn.Module]:
+        """Blocks that run as one module, with weights and an input that need gradients: ZeRO 3 gathers each at once.
+
+        The first and the last block of the published decoder do not: see `_paint`.
+        """
+        decoder = self.decoder_blocks if self.decoder_type == "cross" else self.decoder_blocks[1:-1]
+        return [*self.encoder.trained_blocks, *decoder]
+
     def forward(
         self,
         images_BCHW: Tensor,

@@ -43,7 +43,7 @@ if __name__ == "__main__":
     guard_imports()
 
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import DetectionSettings
+from trainer.config.scoring_settings import DetectionSettings
 from trainer.fault_tolerance.exit_codes import run
 from trainer.startup import loading
 

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trainer.config.checks import check_types
 from trainer.config.command_line import Training, TrainingCommandLine
 from trainer.config.recipes import TRAININGS
-from trainer.config.settings import Recipe, Runtime, check_types
+from trainer.config.settings import Recipe, Runtime
 from trainer.fault_tolerance.exit_codes import run
 from trainer.startup import loading
 

@@ -14,7 +14,7 @@ from deepspeed.launcher.runner import fetch_hostfile
 
 from tests.helpers.runs import ROOT, TINY, argv_of, environment
 from trainer.config.recipes import RECIPES
-from trainer.config.settings import EvaluationSettings
+from trainer.config.scoring_settings import EvaluationSettings
 from trainer.detection.evaluation import evaluate
 from trainer.distributed import devices
 from trainer.distributed.devices import unusable_gpus

@@ -31,8 +31,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from trainer.config.checks import check_counts, check_types
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_counts, check_types
 from trainer.data.shards.index import list_shards
 from trainer.data.shards.members import GROUP_FIELDS, NO_LABEL, Sample, Tally, check_image_member, samples_of
 from trainer.data.shards.tar import MAX_MEMBER_BYTES, walk_tar

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer.config.checks import check_types
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_types
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.fault_tolerance.ledger import read_metrics

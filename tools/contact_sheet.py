@@ -30,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from trainer.config.checks import check_counts, check_types
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_counts, check_types
 from trainer.data.shards.index import list_shards, open_index
 from trainer.data.shards.members import NO_LABEL
 from trainer.data.shards.reader import ShardReader

@@ -47,9 +47,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.spatial import Delaunay
 
+from trainer.config.checks import check_counts, check_types
 from trainer.config.command_line import CommandLine
 from trainer.config.record import to_dict
-from trainer.config.settings import check_counts, check_types
 from trainer.data.landmarks import DLIB, Points, dlib_finder, landmarks_of, read_landmarks
 from trainer.data.shards.index import NO_GROUP, SampleRef, describe_index, list_shards, open_index
 from trainer.data.shards.reader import ShardReader

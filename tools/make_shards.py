@@ -55,8 +55,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trainer.config.checks import check_counts, check_types
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_counts, check_types
 from trainer.data.byte_ranges import ByteRangeReader
 from trainer.data.landmarks import landmarks_of, read_landmarks
 from trainer.data.shards.members import FACE_CROP, LANDMARKS, NO_LABEL, Sample, Tally, samples_of

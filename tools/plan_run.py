@@ -29,9 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trainer.config.checks import check_types
 from trainer.config.command_line import Training, TrainingCommandLine
 from trainer.config.recipes import TRAININGS
-from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe, Runtime, check_types
+from trainer.config.settings import DetectorRecipe, PretrainRecipe, Recipe, Runtime
 from trainer.distributed import cost_model as planning
 from trainer.distributed.cost_model import Checkpoint, Failures, Memory, StepTime, Zero, divisors
 from trainer.distributed.hardware import ETHERNET, GB, HARDWARE, dense_bf16_peak

@@ -34,8 +34,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.config.checks import check_counts, check_types
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_counts, check_types
 from trainer.data.shards.index import describe_index, list_shards, open_index
 from trainer.errors import DataError
 from trainer.fault_tolerance.exit_codes import run

@@ -35,8 +35,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trainer.config.checks import check_counts, check_types
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_counts, check_types
 from trainer.data.writing.layouts import read_layout
 from trainer.data.writing.manifest import read_table
 from trainer.data.writing.source_images import Entry, names_tars, plain_text, read_source

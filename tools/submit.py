@@ -34,9 +34,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+from trainer.config.checks import check_types
 from trainer.config.command_line import Training, TrainingCommandLine, configure, read_flags
 from trainer.config.recipes import TRAININGS
-from trainer.config.settings import Recipe, Runtime, check_types
+from trainer.config.settings import Recipe, Runtime
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import checkout, data_file

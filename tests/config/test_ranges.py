@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.runs import ROOT
-from trainer.config.settings import DetectorRecipe, DetectorRuntime, PretrainRecipe, PretrainRuntime, union_members
+from trainer.config.checks import union_members
+from trainer.config.settings import DetectorRecipe, DetectorRuntime, PretrainRecipe, PretrainRuntime
 from trainer.errors import ConfigError
 
 NEEDED: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from tests.helpers.runs import TINY_DETECTOR, launch
 from tests.helpers.shards import jpeg, write_tar
 from tools.demo.orl_faces import find_faces
 from tools.make_shards import Settings, make_shards
-from trainer.config.settings import EvaluationSettings
+from trainer.config.scoring_settings import EvaluationSettings
 from trainer.data.shards.index import ShardIndex, open_index
 from trainer.data.transforms import faces
 from trainer.data.transforms.faces import FaceCropping

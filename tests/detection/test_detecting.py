@@ -22,7 +22,7 @@ from tools.demo.orl_faces import find_faces
 from tools.export import CLI as EXPORT
 from tools.export import main as export_main
 from trainer.config.command_line import call
-from trainer.config.settings import DetectionSettings, EvaluationSettings
+from trainer.config.scoring_settings import DetectionSettings, EvaluationSettings
 from trainer.data.transforms.faces import FaceCropping, crop_face
 from trainer.detection import Detector
 from trainer.detection.detecting import detect

@@ -13,7 +13,8 @@ from PIL import Image
 
 from tests.helpers.detectors import RECIPE, drawn_detector
 from tests.helpers.shards import jpeg
-from trainer.config.settings import DetectionSettings, PretrainRecipe
+from trainer.config.scoring_settings import DetectionSettings
+from trainer.config.settings import PretrainRecipe
 from trainer.detection import Detector, detecting
 from trainer.detection.detecting import detect
 from trainer.detection.explaining import pretraining_of, reconstruct

@@ -19,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.helpers.runs import ROOT, TINY, TINY_DETECTOR, argv_of, environment, forks, launch, metrics
 from tests.helpers.shards import faces, picture, write_tar
 from tests.helpers.workers import run_worker
-from trainer.config.settings import DetectorRecipe, EvaluationSettings
+from trainer.config.scoring_settings import EvaluationSettings
+from trainer.config.settings import DetectorRecipe
 from trainer.detection.build import build_detector, load_trained
 from trainer.detection.evaluation import evaluate
 from trainer.detection.saved_detector import load_detector

@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.runs import environment
 from tests.helpers.shards import jpeg, write_tar
-from trainer.config.settings import EvaluationSettings
+from trainer.config.scoring_settings import EvaluationSettings
 from trainer.data.shards.index import open_index
 from trainer.detection.error_rates import summarise
 from trainer.detection.evaluation import TestSet as LabelledSet

@@ -49,7 +49,7 @@ def test_a_detector_that_has_not_finished_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_cnn_stands_behind_the_shortcuts_with_the_seconds_of_the_slowest_detector(tmp_path: Path) -> None:
-    from trainer.config.settings import EvaluationSettings
+    from trainer.config.scoring_settings import EvaluationSettings
     from trainer.detection.evaluation import open_test_set, read_baselines
 
     train, test = labelled(tmp_path / "train.tar", 0), labelled(tmp_path / "test.tar", 100)

@@ -45,8 +45,9 @@ from numpy.typing import NDArray
 from tools.bench.common import machine
 from tools.shortcut_baselines import FEATURES, read_set
 from tools.shortcut_baselines import Settings as ShortcutSettings
+from trainer.config.checks import check_types
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import EvaluationSettings, check_types
+from trainer.config.scoring_settings import EvaluationSettings
 from trainer.errors import ConfigError, DataError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.files import data_file, write_atomically

@@ -50,8 +50,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tools.bench.gpu_parts import ROOT, Bench, Case, cases, why
+from trainer.config.checks import check_counts, check_types
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_counts, check_types
 from trainer.distributed.measured import Figures, Row, read_figures
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run

@@ -41,8 +41,8 @@ import numpy as np
 from PIL import Image
 
 from tools.bench.common import Training, machine, medians, take_turns
+from trainer.config.checks import check_counts, check_types
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_counts, check_types
 from trainer.fault_tolerance.exit_codes import run
 from trainer.startup import loading
 

@@ -24,8 +24,9 @@ from functools import partial
 from pathlib import Path
 
 from tools.bench.common import machine, medians, run_alone, seconds, take_turns
+from trainer.config.checks import check_counts, check_types
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import DetectorRecipe, check_counts, check_types
+from trainer.config.settings import DetectorRecipe
 from trainer.fault_tolerance.exit_codes import run
 
 MODES = ("full", "lora")

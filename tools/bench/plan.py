@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from tools.bench.common import machine, run_alone
+from trainer.config.checks import check_counts, check_types
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_counts, check_types
 from trainer.data.order.plan import Plan, positions_of
 from trainer.data.shards.index import INDEX_VERSION, SHARD_COLUMNS, ShardIndex
 from trainer.data.shards.members import Tally

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from tools.bench.common import Training, machine, run_ranks, seconds, take_turns
+from trainer.config.checks import check_counts, check_types
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_counts, check_types
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 

@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.bench.common import machine, run_alone, seconds, take_turns
+from trainer.config.checks import check_counts, check_types
 from trainer.config.command_line import CommandLine
-from trainer.config.settings import check_counts, check_types
 from trainer.errors import ConfigError
 from trainer.fault_tolerance.exit_codes import run
 from trainer.startup import loading

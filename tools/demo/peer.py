@@ -67,7 +67,7 @@ def main(settings: Settings) -> int:
     with loading("torch and timm"):
         import torch
 
-        from trainer.config.settings import EvaluationSettings
+        from trainer.config.scoring_settings import EvaluationSettings
         from trainer.detection.error_rates import summarise
         from trainer.detection.evaluation import named_values, open_test_set, read_baselines
         from trainer.detection.figures import det_points

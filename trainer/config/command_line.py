@@ -14,7 +14,7 @@ inside `main`, within `trainer.startup.loading`.
 
 fire takes the command line apart. It would call the function first and complain about unknown flags afterwards, turn
 ``2024_01`` into a number and keep only the last of several ``--override``; so it is asked for raw text only, and names,
-types and ranges are checked by `trainer.config.settings` before any work.
+types and ranges are checked by `trainer.config.checks` before any work.
 """
 
 import contextlib
@@ -32,10 +32,11 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import trainer
+from trainer.config.checks import field_names
 from trainer.config.parse import Bare, from_flags, help_text, refuse_unknown, resolve
 from trainer.config.recipes import Recipes
 from trainer.config.record import keep_legacy_values
-from trainer.config.settings import Launch, Recipe, Runtime, field_names
+from trainer.config.settings import Launch, Recipe, Runtime
 from trainer.config.settings_file import SettingsFile, read_settings_file
 from trainer.errors import ConfigError, TrainerError
 from trainer.progress import is_main

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.config.settings import check_counts, check_types
+from trainer.config.checks import check_counts, check_types
 from trainer.errors import ConfigError
 
 TOKENS = ("cls", "mean")

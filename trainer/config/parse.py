@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer.config import foreign_names
-from trainer.config.settings import Recipe, Runtime, field_names, type_text, union_members
+from trainer.config.checks import field_names, type_text, union_members
+from trainer.config.settings import Recipe, Runtime
 from trainer.errors import ConfigError
 
 T = TypeVar("T", bound=Runtime)

@@ -5,7 +5,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
-from trainer.config.settings import Recipe, field_names
+from trainer.config.checks import field_names
+from trainer.config.settings import Recipe
 from trainer.errors import ConfigError
 
 R = TypeVar("R", bound=Recipe)

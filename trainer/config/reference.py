@@ -7,17 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.config.checks import field_names
 from trainer.config.parse import as_text, settings_of
 from trainer.config.recipes import DETECTOR_RECIPES, RECIPES
-from trainer.config.settings import (
-    DetectorRecipe,
-    DetectorRuntime,
-    PretrainRecipe,
-    PretrainRuntime,
-    Recipe,
-    Runtime,
-    field_names,
-)
+from trainer.config.settings import DetectorRecipe, DetectorRuntime, PretrainRecipe, PretrainRuntime, Recipe, Runtime
 from trainer.files import write_atomically
 
 _HEAD = """# Settings

@@ -6,18 +6,16 @@ docstring under a field is its help text; its unit stands in brackets at the end
 section of --help to which it and the fields below it belong.
 """
 
-import dataclasses
-import math
 import re
-import types
-import typing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from trainer.errors import ConfigError
+from trainer.config.checks import check_counts, check_types, require
 
-C = TypeVar("C", bound=Any)
+_MAX_PROFILED = 100
+"""A step of ViT-B is some megabytes of a trace, and viewers fail at gigabytes."""
+_MIN_COMPILE_S = 600
+"""torch.compile of a large model takes minutes in its first step, when its cache is cold."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,27 +103,27 @@ class Recipe:
     def __post_init__(self) -> None:
         check_types(self)
         check_counts(self)
-        _require(self, "seed", 0 <= self.seed < 2**63, "must be an integer from 0 to 2**63 - 1")
-        _require(self, "epochs", self.epochs > 0, "must be above 0")
-        _require(
+        require(self, "seed", 0 <= self.seed < 2**63, "must be an integer from 0 to 2**63 - 1")
+        require(self, "epochs", self.epochs > 0, "must be above 0")
+        require(
             self,
             "warmup_epochs",
             0 <= self.warmup_epochs <= self.epochs,
             f"must be from 0 to epochs ({self.epochs:g}): set both",
         )
         for name in ("base_learning_rate", "learning_rate"):
-            _require(self, name, (value := getattr(self, name)) is None or value > 0, "must be above 0 (try 1.5e-4)")
+            require(self, name, (value := getattr(self, name)) is None or value > 0, "must be above 0 (try 1.5e-4)")
         for name in ("min_learning_rate", "weight_decay", "clip_grad_norm"):
-            _require(self, name, getattr(self, name) >= 0, "must not be negative")
+            require(self, name, getattr(self, name) >= 0, "must not be negative")
         for name in ("beta1", "beta2"):
-            _require(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+            require(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         far = self.spike_threshold == 0 or self.spike_threshold >= 4
-        _require(self, "spike_threshold", far, "must be 0 (off) or at least 4: an even drift alone reaches 2 (try 20)")
+        require(self, "spike_threshold", far, "must be 0 (off) or at least 4: an even drift alone reaches 2 (try 20)")
         looks = self.spike_threshold > 0 or self.on_spike == "log"
-        _require(self, "on_spike", looks, "needs a spike_threshold above 0 (try 20)")
-        _require(self, "flip_probability", 0 <= self.flip_probability <= 1, "must be from 0 to 1")
+        require(self, "on_spike", looks, "needs a spike_threshold above 0 (try 20)")
+        require(self, "flip_probability", 0 <= self.flip_probability <= 1, "must be from 0 to 1")
         ordered = 0 < self.crop_scale_min <= self.crop_scale_max <= 1
-        _require(
+        require(
             self,
             "crop_scale_min",
             ordered,
@@ -193,14 +191,14 @@ class PretrainRecipe(Recipe):
     def __post_init__(self) -> None:
         Recipe.__post_init__(self)
         scales = self.view_resize != "native"
-        _require(self, "view_resize", scales, "is for detectors: MAE crops parts of any size (try antialias)")
-        _require(self, "mask_ratio", 0 < self.mask_ratio < 1, "must lie strictly between 0 and 1 (try 0.75)")
+        require(self, "view_resize", scales, "is for detectors: MAE crops parts of any size (try antialias)")
+        require(self, "mask_ratio", 0 < self.mask_ratio < 1, "must lie strictly between 0 and 1 (try 0.75)")
         divides = self.decoder_width % self.decoder_heads == 0 and self.decoder_width % 4 == 0
-        _require(self, "decoder_width", divides, f"must be divisible by decoder_heads ({self.decoder_heads}) and by 4")
-        _require(self, "predict_share", 0 < self.predict_share <= 1, "must be above 0 and at most 1 (try 0.33)")
+        require(self, "decoder_width", divides, f"must be divisible by decoder_heads ({self.decoder_heads}) and by 4")
+        require(self, "predict_share", 0 < self.predict_share <= 1, "must be above 0 and at most 1 (try 0.33)")
         apart = self.predict_share == 1 or self.decoder_type == "cross"
-        _require(self, "predict_share", apart, "needs decoder_type cross: elsewhere hidden patches see each other")
-        _require(
+        require(self, "predict_share", apart, "needs decoder_type cross: elsewhere hidden patches see each other")
+        require(
             self,
             "aug_repeats",
             self.global_batch % self.aug_repeats == 0,
@@ -318,22 +316,22 @@ class DetectorRecipe(Recipe):
     def __post_init__(self) -> None:
         Recipe.__post_init__(self)
         for name in ("lora_dropout", "label_smoothing", "drop_path"):
-            _require(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+            require(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         for name in ("mixstyle_p", "passport_p", "self_morph_share"):
-            _require(self, name, 0 <= getattr(self, name) <= 1, "must be from 0 to 1")
+            require(self, name, 0 <= getattr(self, name) <= 1, "must be from 0 to 1")
         for name in ("lora_alpha", "margin_scale", "mixstyle_alpha", "head_lr_scale"):
-            _require(self, name, getattr(self, name) > 0, "must be above 0")
-        _require(self, "layer_decay", 0 < self.layer_decay <= 1, "must be above 0 and at most 1 (try 0.75)")
-        _require(self, "margin", 0 <= self.margin < 2, "must be in [0, 2): cosines lie between -1 and 1 (try 0.3)")
+            require(self, name, getattr(self, name) > 0, "must be above 0")
+        require(self, "layer_decay", 0 < self.layer_decay <= 1, "must be above 0 and at most 1 (try 0.75)")
+        require(self, "margin", 0 <= self.margin < 2, "must be in [0, 2): cosines lie between -1 and 1 (try 0.3)")
         for name in ("mixup_alpha", "mix_group"):
-            _require(self, name, getattr(self, name) >= 0, "must not be negative")
+            require(self, name, getattr(self, name) >= 0, "must not be negative")
         right = len(self.class_weights) == 2 and min(self.class_weights) >= 0 and sum(self.class_weights) > 0
-        _require(self, "class_weights", right, "must be two numbers [bonafide, morph], none negative (try [1.0, 1.0])")
-        _require(self, "advanced_aug_magnitude", 1 <= self.advanced_aug_magnitude <= 10, "must be from 1 to 10")
+        require(self, "class_weights", right, "must be two numbers [bonafide, morph], none negative (try [1.0, 1.0])")
+        require(self, "advanced_aug_magnitude", 1 <= self.advanced_aug_magnitude <= 10, "must be from 1 to 10")
         soft = self.mixup_alpha > 0 or self.label_smoothing > 0
-        _require(self, "use_margin_loss", not (self.use_margin_loss and soft), "takes no mixup_alpha, label_smoothing")
+        require(self, "use_margin_loss", not (self.use_margin_loss and soft), "takes no mixup_alpha, label_smoothing")
         adapts = self.use_lora or not (self.use_rslora or self.use_dora)
-        _require(self, "use_lora", adapts, "use_rslora and use_dora are kinds of LoRA: set use_lora true")
+        require(self, "use_lora", adapts, "use_rslora and use_dora are kinds of LoRA: set use_lora true")
 
     @property
     def mixes_samples(self) -> bool:
@@ -434,16 +432,16 @@ class Runtime:
         check_types(self)
         check_counts(self)
         for name in ("max_restarts", "timeout_s", "data_timeout_s", "save_timeout_s"):
-            _require(self, name, getattr(self, name) >= 0, "must not be negative")
-        _require(self, "max_bad_sample_share", 0 <= self.max_bad_sample_share < 1, "must be in [0, 1) (try 0.001)")
-        _require(self, "output_dir", bool(self.output_dir), "must name a folder")
+            require(self, name, getattr(self, name) >= 0, "must not be negative")
+        require(self, "max_bad_sample_share", 0 <= self.max_bad_sample_share < 1, "must be in [0, 1) (try 0.001)")
+        require(self, "output_dir", bool(self.output_dir), "must name a folder")
         if self.profile_steps:
             form = f"must be FIRST:LAST, at least step 1 and at most {_MAX_PROFILED} steps, as 100:104"
-            _require(self, "profile_steps", bool(re.fullmatch(r"\d{1,12}:\d{1,12}", self.profile_steps)), form)
+            require(self, "profile_steps", bool(re.fullmatch(r"\d{1,12}:\d{1,12}", self.profile_steps)), form)
             first, last = self.profiled_steps or (0, 0)
-            _require(self, "profile_steps", 1 <= first <= last < first + _MAX_PROFILED, form)
+            require(self, "profile_steps", 1 <= first <= last < first + _MAX_PROFILED, form)
             made = self.stop_at_step is None or first <= self.stop_at_step
-            _require(
+            require(
                 self, "profile_steps", made, f"begins behind stop_at_step ({self.stop_at_step}): choose earlier steps"
             )
 
@@ -495,22 +493,22 @@ class PretrainRuntime(Runtime):
 
     def __post_init__(self) -> None:
         Runtime.__post_init__(self)
-        _require(self, "val_samples", self.val_samples >= 0, "must not be negative")
-        _require(self, "probe_samples", 21 <= self.probe_samples <= 16384, "must lie in [21, 16384] (try 2048)")
+        require(self, "val_samples", self.val_samples >= 0, "must not be negative")
+        require(self, "probe_samples", 21 <= self.probe_samples <= 16384, "must lie in [21, 16384] (try 2048)")
         named = bool(self.probe_data) == (self.probe_field != "none")
         rule = "must name what --probe_data is probed by: try identity, or label"
-        _require(
+        require(
             self,
             "probe_field",
             named,
             "needs labelled shards: name --probe_data" if self.probe_field != "none" else rule,
         )
         has_one = bool(self.init) or not self.init_encoder_only
-        _require(self, "init_encoder_only", has_one, "says something of --init only: name one")
+        require(self, "init_encoder_only", has_one, "says something of --init only: name one")
         inside = self.val_mask_ratio is None or 0 < self.val_mask_ratio < 1
-        _require(self, "val_mask_ratio", inside, "must lie strictly between 0 and 1 (try 0.75)")
+        require(self, "val_mask_ratio", inside, "must lie strictly between 0 and 1 (try 0.75)")
         patient = self.compile_mode == "off" or not 0 < self.timeout_s < _MIN_COMPILE_S
-        _require(self, "timeout_s", patient, f"must be at least {_MIN_COMPILE_S}: compile_mode makes step 1 slow")
+        require(self, "timeout_s", patient, f"must be at least {_MIN_COMPILE_S}: compile_mode makes step 1 slow")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -545,183 +543,3 @@ class Launch:
 
     def __post_init__(self) -> None:
         check_types(self)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationSettings:
-    """What an evaluation of detectors may set."""
-
-    models: str = ""
-    """Detectors, as NAME=RUN;NAME=RUN, where RUN is an output_dir of launch/finetune.py or its detector folder."""
-    test_sets: str = ""
-    """Labelled shards, as NAME=SHARDS;NAME=SHARDS, where SHARDS is what --data takes."""
-    output_dir: str = "results"
-    """Where the three files go."""
-    threshold: str = "d_eer"
-    """Which of a detector's thresholds decides isMorph: d_eer, macer_0.01 ... 0.20, bscer_0.01, bscer_0.10."""
-    init: str | None = None
-    """Where the frozen encoder's weights are now, if not where training found them; they are checked."""
-    image_size: int | None = None
-    """Refuse detectors of another image size; none takes each at its own [pixels]."""
-    allow_overlap: bool = False
-    """Measure although people or images of a test set were trained on or chose the model; the report says so."""
-    num_replicates: int = 1000
-    """Replicates of the bootstrap over people, for the intervals; 0 for none."""
-    seed: int = 0
-    """Of the bootstrap."""
-    num_hardest: int = 8
-    """So many hardest morphs, and as many hardest bona fides, of each model and test set in the report [images]."""
-    baselines: str | None = None
-    """JSON of tools/shortcut_baselines.py, to stand beside the models."""
-    markdown: str | None = None
-    """Also write a table of D-EERs in Markdown into this file, for a README."""
-    micro_batch: int = 64
-    """Images in one forward pass [images]."""
-    num_workers: int = 2
-    """Loader processes; 0 loads in this one."""
-    index_dir: str | None = None
-    """Where shard indices are kept; none keeps them beside the shards."""
-    image_member: str | None = None
-    """Suffix of the image to read where samples hold several, as left.jpg; none: the only one, or the plain one."""
-    num_threads: int | None = None
-    """CPU threads; none leaves torch's choice."""
-    progress_bar: bool = True
-    """Show a progress bar."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_counts(self)
-        if self.markdown is not None:
-            path = Path(self.markdown)
-            will_exist = path.parent.is_dir() or path.parent == Path(self.output_dir)
-            if path.is_dir() or not will_exist:
-                raise ConfigError(
-                    f"markdown is {self.markdown}, but must be a file in a folder that exists: create the folder"
-                )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DetectionSettings:
-    """What the scoring of photographs may set."""
-
-    model: str = ""
-    """The detector: an output_dir of launch/finetune.py, its detector folder, or an export as ONNX."""
-    images: str = ""
-    """A photograph, a folder of them, a CSV with a column path, or shards, as what --data takes."""
-    output: str = "scores.csv"
-    """The file of scores: .csv, or .jsonl for one JSON object a line."""
-    threshold: str = "d_eer"
-    """Which of the detector's thresholds decides isMorph: d_eer, macer_0.01 ... 0.20, bscer_0.01, bscer_0.10."""
-    explain: str | None = None
-    """Folder for a picture of each photograph: where blurring it changes the score, and what the detector's MAE
-    reconstructs; costs 145 forward passes of each photograph. None: no pictures."""
-    label: Literal["non-scanned", "scanned", "unknown"] = "unknown"
-    """What is known of the photographs; copied into each row and without influence on the score."""
-    init: str | None = None
-    """Where the frozen encoder's weights are now, if not where training found them; they are checked."""
-    micro_batch: int = 64
-    """Images in one forward pass [images]."""
-    num_workers: int = 2
-    """Loader processes of each rank; 0 loads in this one."""
-    index_dir: str | None = None
-    """Where shard indices are kept; none keeps them beside the shards."""
-    image_member: str | None = None
-    """Suffix of the image to read where samples of shards hold several, as left.jpg; none: the only one."""
-    num_threads: int | None = None
-    """CPU threads of each rank; none leaves torch's choice, or divides the cores among ranks."""
-    progress_bar: bool = True
-    """Show a progress bar."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_counts(self)
-        suffix = Path(self.output).suffix
-        _require(self, "output", suffix in (".csv", ".jsonl"), "must end in .csv or .jsonl: name such a file")
-        _require(self, "output", not Path(self.output).is_dir(), "is a folder: name a file in it")
-        is_folder = self.explain is None or self.explain.lower() not in ("", "true", "false")
-        _require(self, "explain", is_folder, "must name a folder for the pictures, such as explained")
-
-
-_MAX_PROFILED = 100
-"""A step of ViT-B is some megabytes of a trace, and viewers fail at gigabytes."""
-_MIN_COMPILE_S = 600
-"""torch.compile of a large model takes minutes in its first step, when its cache is cold."""
-
-_AT_LEAST_ONE = {
-    *("image_size", "patch_size", "encoder_depth", "mask_block", "decoder_width", "decoder_depth", "decoder_heads"),
-    "aug_repeats",
-    *("lora_r", "proj_dim", "proj_hidden_dim", "cls_hidden_dim", "mixstyle_blocks", "advanced_aug_num_ops"),
-    *(
-        "global_batch",
-        "micro_batch",
-        "part_batches",
-        "num_lanes",
-        "block_samples",
-        "window_blocks",
-        "cache_bytes",
-        "prefetch",
-    ),
-    *("log_every", "save_every", "val_every", "picture_every", "probe_every", "keep_checkpoints", "stop_at_step"),
-    "max_steps",
-    *("num_threads", "max_bad_steps", "spike_patience", "start_timeout_s"),
-    *("num_processes", "num_images", "steps", "repeats", "steps_in_a_row", "k", "pairs_per_identity", "largest", "one"),
-    *("max_shard_bytes", "max_shard_samples"),
-}
-_NOT_NEGATIVE = {"seed", "num_workers", "num_replicates", "num_hardest", "nearest", "budget_s"}
-
-R = TypeVar("R", bound=Recipe)
-T = TypeVar("T", bound=Runtime)
-
-
-def field_names(config: type) -> set[str]:
-    """Return the names of a configuration's fields."""
-    return {entry.name for entry in dataclasses.fields(config)}
-
-
-def check_counts(config: Any) -> None:
-    """Raise `ConfigError` for the first field that counts something and is too small; called by ``__post_init__``."""
-    names = field_names(type(config))
-    for name in sorted(_AT_LEAST_ONE & names):
-        _require(config, name, (value := getattr(config, name)) is None or value >= 1, "must be at least 1")
-    for name in sorted(_NOT_NEGATIVE & names):
-        _require(config, name, getattr(config, name) >= 0, "must not be negative")
-
-
-def _require(config: Any, name: str, holds: bool, rule: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} is {getattr(config, name)!r}, but {rule}")
-
-
-def union_members(hint: Any) -> tuple[Any, ...]:
-    """Split ``X | None`` into its types."""
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def check_types(config: Any) -> None:
-    """Raise `ConfigError` for the first field whose value is not of its declared type; called by ``__post_init__``."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value, options = getattr(config, name), union_members(hint)
-        if typing.get_origin(hint) is Literal:
-            choices = typing.get_args(hint)
-            _require(config, name, value in choices, f"must be one of {', '.join(choices)}")
-            continue
-        if typing.get_origin(hint) is tuple:
-            kind = typing.get_args(hint)[0]
-            right = isinstance(value, tuple) and all(type(entry) is kind for entry in value)
-            _require(config, name, right, f"must be {type_text(hint)}")
-            right = all(not isinstance(entry, float) or math.isfinite(entry) for entry in value)
-            _require(config, name, right, "must be finite numbers")
-            continue
-        if float in options and type(value) is int:
-            object.__setattr__(config, name, value := float(value))
-        _require(config, name, type(value) in options, f"must be of type {type_text(hint)}")
-        _require(config, name, not isinstance(value, float) or math.isfinite(value), "must be a finite number")
-
-
-def type_text(hint: Any) -> str:
-    """Write a type as --help shows it: ``int|none``, ``a|b`` for choices, ``[str,...]`` for lists."""
-    if typing.get_origin(hint) is Literal:
-        return "|".join(typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return f"[{typing.get_args(hint)[0].__name__},...]"
-    return "|".join("none" if option is type(None) else option.__name__ for option in union_members(hint))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.config.provenance import versions
-from trainer.config.settings import DetectionSettings
+from trainer.config.scoring_settings import DetectionSettings
 from trainer.data.images import Images, open_images
 from trainer.data.loader import Loader
 from trainer.detection.detector import Detector

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.config.provenance import versions
-from trainer.config.settings import EvaluationSettings
+from trainer.config.scoring_settings import EvaluationSettings
 from trainer.data.labels import CLASSES
 from trainer.data.loader import Loader
 from trainer.data.shards.index import ShardIndex, describe_index, list_shards, open_index

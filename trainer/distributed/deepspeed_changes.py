@@ -25,9 +25,9 @@ class HasBlocks(Protocol):
 def gather_whole_blocks(model: nn.Module, ds_config: dict[str, Any]) -> None:
     """Have ZeRO 3 gather a block's weights at once, with one hook instead of one for each of its layers.
 
-    The host, which ViT-L's step waits for, then needs two thirds of the time (24 blocks of width 64 on a CPU). To be
-    called before DeepSpeed wraps the model. A block's hook comes after its input's gradient and sends the gradients of
-    its weights, so the input must need a gradient: with LoRA it would come before them.
+    The host, which ViT-L's step waits for, then needs 0.55 times as long (216 instead of 391 ms with 24 and 8 narrow
+    blocks on a CPU). To be called before DeepSpeed wraps the model. A block's hook comes after its input's gradient and
+    sends the gradients of its weights, so the input must need a gradient: with LoRA it would come before them.
     """
     if ds_config.get("zero_optimization", {}).get("stage") == 3 and isinstance(model, HasBlocks):
         for block in model.whole_blocks():

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -25,10 +24,7 @@ FLAGS = TINY | {
 def run_until(step: int, flags: dict[str, str], *, ranks: int, log: Path) -> None:
     """Start a run and SIGKILL every process of it as soon as it has done that step."""
     run = forks().start(ROOT / "launch" / "pretrain.py", argv_of(flags), log, ranks=ranks)
-    deadline = time.monotonic() + 200
-    while steps_done(Path(flags["output_dir"])) < step and run.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert run.poll() is None, log.read_text()[-3000:]
+    run.until(lambda: steps_done(Path(flags["output_dir"])) >= step)
     run.kill()
     assert run.wait() == -signal.SIGKILL, log.read_text()[-3000:]
 

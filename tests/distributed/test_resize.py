@@ -160,10 +160,7 @@ def test_code_in_a_checkpoint_of_another_world_size_is_not_run(
 
 def kill_when(reached: Callable[[], bool], run: Run) -> None:
     """SIGKILL every process of a run as soon as something is seen."""
-    deadline = time.monotonic() + 300
-    while not reached() and run.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert run.poll() is None, run.err.read_text()[-3000:]
+    run.until(reached, timeout=300)
     run.kill()
     assert run.wait() == -signal.SIGKILL, run.err.read_text()[-3000:]
 

@@ -60,9 +60,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_asks_no_scheduler_to_start_again(sha
     output = tmp_path / "out"
     flags = TINY | {"data": f"{shards}/*.tar", "output_dir": str(output), "epochs": "200", "save_every": "100000"}
     run = forks().start(ROOT / "launch" / "pretrain.py", argv_of(flags), tmp_path / "log")
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (output / "metrics.jsonl").exists():
-        time.sleep(0.05)
+    run.until((output / "metrics.jsonl").exists)
     time.sleep(1)
     os.killpg(run.pid, signal.SIGINT)
     code, said = run.wait(60), (tmp_path / "log").read_text()
@@ -77,9 +75,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_asks_no_scheduler_to_start_again(sha
 def test_ctrl_c_before_the_first_step_is_one_line(shards: Path, tmp_path: Path) -> None:
     flags = TINY | {"data": f"{shards}/*.tar", "output_dir": str(tmp_path / "out")}
     run = forks().start(ROOT / "launch" / "pretrain.py", argv_of(flags), tmp_path / "log")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (tmp_path / "out" / "logs").exists():
-        time.sleep(0.01)
+    run.until((tmp_path / "out" / "logs").exists)
     os.killpg(run.pid, signal.SIGINT)
     code, said = run.wait(60), (tmp_path / "log").read_text()
     assert code == 130, said[-2000:]

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,9 +193,7 @@ def test_an_attempt_that_comes_back_changes_nothing_and_says_so(shards: Path, tm
     old_log, new_log = tmp_path / "old-log", tmp_path / "new-log"
     fault = {"phase": "rename", "nth": 2, "action": "stop", "rank": 0}
     old = start(flags | {"background_saves": "false"}, old_log, ranks=1, fault=fault)
-    deadline = time.monotonic() + 120
-    while " T " not in Path(f"/proc/{old.pid}/stat").read_text() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    old.until(lambda: " T " in Path(f"/proc/{old.pid}/stat").read_text())
     assert newest(output) == 2
     assert run(flags, new_log, ranks=1) == [0], new_log.read_text()[-3000:]
     assert "resumed from" in new_log.read_text()

@@ -185,9 +185,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(shards: Path, tmp_path:
         data=f"{shards}/*.tar", output_dir=output, epochs=5000, log_every=100_000, save_every=100_000,
     )  # fmt: skip
     run = start(words, tmp_path)
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (output / "metrics.jsonl").exists():  # opened before the first step
-        time.sleep(0.05)
+    run.until((output / "metrics.jsonl").exists)  # opened before the first step
     time.sleep(1)
     os.kill(run.pids[1], signal.SIGUSR1)
     run.wait()

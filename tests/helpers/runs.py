@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,14 @@ class Run:
                 raise TimeoutError(self.err.read_text()[-5000:])
             time.sleep(0.02)
         return code
+
+    def until(self, seen: Callable[[], Any], timeout: float = 200) -> None:
+        """Wait until this is seen of the run, which must not end before."""
+        deadline = time.monotonic() + timeout
+        while not seen():
+            assert self.poll() is None, self.err.read_text()[-5000:]
+            assert time.monotonic() < deadline, self.err.read_text()[-5000:]
+            time.sleep(0.005)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

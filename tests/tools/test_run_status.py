@@ -66,9 +66,7 @@ def test_a_run_is_running_then_killed_then_finished_and_its_records_say_what_ran
     output = tmp_path / "out"
     words = TINY | {"data": f"{shards}/*.tar", "output_dir": str(output), "epochs": "12", "save_every": "2"}
     run = forks().start(ROOT / "launch" / "pretrain.py", argv_of(words), tmp_path / "log")
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(output.glob("checkpoints/step-*")):
-        time.sleep(0.02)
+    run.until(lambda: list(output.glob("checkpoints/step-*")))
     assert asked(["--run", str(output)]) == run_status.EXIT_RUNNING, (tmp_path / "log").read_text()
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()

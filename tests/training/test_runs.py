@@ -191,9 +191,7 @@ def _check_what_is_on_disk(output: Path) -> None:
 def test_sigterm_saves_and_asks_to_be_queued_again(shards: Path, tmp_path: Path) -> None:
     words = flags(shards, tmp_path / "out", epochs=200, save_every=100000)
     run = forks().start(ROOT / "launch" / "pretrain.py", argv_of(words), tmp_path / "log")
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (tmp_path / "out" / "metrics.jsonl").exists():
-        time.sleep(0.05)
+    run.until((tmp_path / "out" / "metrics.jsonl").exists)
     time.sleep(1)
     os.killpg(run.pid, signal.SIGTERM)  # a scheduler signals every process, loader workers too
     assert run.wait(60) == 85, (tmp_path / "log").read_text()[-2000:]

@@ -42,6 +42,8 @@ class Weights:
     groups: tuple[tuple[int, ...], ...]
     """Trained parameters, by parameter group, in the optimizer's order."""
     frozen: tuple[int, ...] = ()
+    largest_block: int = 0
+    """Elements of the largest block that ZeRO 3 gathers at once."""
 
     @property
     def trained(self) -> int:
@@ -174,7 +176,8 @@ def gathered(weights: Weights, zero: Zero) -> int:
     elements. A layer n elements before the end of the forward pass is used again after 2 n: once to the end and once
     back. So the last reuse_distance / 2 elements stay. DeepSpeed's defaults (1e9) release nothing of a ViT-L.
     """
-    largest = max((n for group in (*weights.groups, weights.frozen) for n in group), default=0)
+    sizes = (n for group in (*weights.groups, weights.frozen) for n in group)
+    largest = max(weights.largest_block, max(sizes, default=0))
     return min(weights.total, max(zero.live, zero.reuse_distance // 2) + largest)
 
 

@@ -70,6 +70,7 @@ def count_model(recipe: Recipe, build: BuildModel, precision: str) -> ModelCost:
     weights = Weights(
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
         frozen=tuple(p.numel() for p in plain.parameters() if not p.requires_grad),
+        largest_block=max((sum(p.numel() for p in block.parameters()) for block in plain.whole_blocks()), default=0),
     )
     trains = any(p.requires_grad for p in encoder.parameters())
     saved = saved_bytes(plain, recipe)

@@ -98,8 +98,13 @@ test: $(INSTALLED)
 test-all: test
 	$(PYTEST) -n $(if $(TRAINER_CLUSTER),3,2) -m "slow and not law"
 
+WORKERS ?= 2
 versions: $(INSTALLED)
-	$(PYTEST) -n 2 -m versions
+	$(PYTEST) -n $(WORKERS) -m versions
+
+# For -j: two sets at once, a worker each.
+versions-%:
+	@$(MAKE) --no-print-directory versions SET=$* WORKERS=1
 
 # What a machine without a network needs beside its own Python FOR and torch. DeepSpeed comes as source: without its operators,
 # which it compiles where they are used, it is one wheel for every Python.

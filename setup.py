@@ -61,7 +61,7 @@ setup(
         "albumentations==2.0.8",
         "opencv-python-headless>=4.10",
         "simplejpeg>=1.9",
-        "pillow>=11",
+        "pillow>=11.3",  # AVIF
         "numpy>=1.26.4",
         "scipy>=1.12",
         "scikit-learn>=1.7",  # probes of features

@@ -23,7 +23,7 @@ EXIT_MISSING = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 TESTED = {
-    "torch": ("2.6.0", "2.14"),
+    "torch": ("2.6.0", "2.15"),
     "torchvision": ("0.21.0", "0.29"),
     "deepspeed": ("0.19.8", "0.19.8"),
     "numpy": ("1.26.4", "2.5"),

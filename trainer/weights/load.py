@@ -156,13 +156,17 @@ def holds_detector(path: Path) -> bool:
 def fitting_recipe(init: Init | None, recipe: DetectorRecipe, given: Collection[str]) -> DetectorRecipe:
     """Take model, sizes, normalisation and pooling from the weights, except where the user has set them.
 
+    With native views the image's size stays the recipe's: it is the side of a crop of the photographs, and one that is
+    larger than they are would have all of them enlarged. Positions of the weights are interpolated to it.
+
     Raises:
         ConfigError: timm has no such model.
     """
     if init is None:
         return recipe
     of_weights, taken = init.settings, dict[str, Any]()
-    for name in ("model", "image_size", "normalisation", "pooling"):
+    size = () if recipe.view_resize == "native" else ("image_size",)
+    for name in ("model", *size, "normalisation", "pooling"):
         value = of_weights.get(name)
         if name not in given and value not in (None, getattr(recipe, name)) and isinstance(value, str | int):
             taken[name] = value

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.helpers.fake_cuda import traces_cuda
 from trainer.config.recipes import DETECTOR_RECIPES, RECIPES
 from trainer.config.settings import DetectorRecipe, PretrainRecipe
 from trainer.detection.build import build_detector
@@ -127,11 +128,6 @@ def trace(model: nn.Module, inputs: Inputs, device: str) -> tuple[Tensor, dict[s
         if device == "cpu" or torch.cuda.is_available():
             loss.backward()
     return loss, parameters, seen
-
-
-# The oldest torch on which these ran; torch 2.6 asks the CUDA driver for fake tensors too.
-TRACES_CUDA = torch.cuda.is_available() or torch.__version__ >= "2.14"
-traces_cuda = pytest.mark.skipif(not TRACES_CUDA, reason="this torch needs a CUDA driver even for fake CUDA tensors")
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=traces_cuda), "cpu"])

@@ -84,7 +84,7 @@ demo: $(INSTALLED)
 	$(TWO_AT_A_TIME) demo/detect/baselines.json
 	$(LAUNCH) launch/pretrain.py --recipe demo --output_dir $(RUN) \
 		--data 'demo/shards/train/shard-*.tar' --val_data 'demo/shards/val/shard-*.tar'
-	$(TWO_AT_A_TIME) demo/detect/lora/finished demo/detect/scratch/finished demo/detect/beside.json demo/detect/probe/finished $(FEATURES)
+	$(TWO_AT_A_TIME) $(DETECTORS) demo/detect/beside.json $(FEATURES)
 	$(TWO_AT_A_TIME) $(addprefix demo/results/,table.md photographs.csv probe.md)
 	$(BIN)/python tools/demo/picture.py demo
 	@cat demo/results/probe.md && echo && cat demo/results/table.md && echo && cut -d, -f1,3,4 demo/results/photographs.csv
